@@ -1,0 +1,197 @@
+"""GRPO for memory agents, as pure tensor functions: rewards and token ids in, one loss out.
+
+A *conversation* is one turn of the agent: a prompt and the completion that was sampled for it. MemTrain (arXiv
+2606.03197, section 3.4) turns the rewards of a group of conversations into advantages,
+
+    A_i = R_i - mean(R)                                                                                  (Eq. 3)
+
+and maximises, with r_t = pi(token_t) / pi_old(token_t), the policy now over the policy that sampled,
+
+    J = mean over documents, mean over a document's conversations c, mean over c's tokens t of
+        min(r_t A_c, clip(r_t, 1 - eps_low, 1 + eps_high) A_c) - beta KL_t(pi || pi_ref)                 (Eq. 4)
+
+Each function below is one piece of that, in the order in which a training step calls them:
+
+    group_advantages       Eq. 3, and which groups carry no signal at all
+    conversation_weights   the two outer means of Eq. 4, over what is kept
+    micro_batches          which conversations share a forward pass
+    completion_logprobs    log pi(token_t): for the policy, and without gradient for pi_old and pi_ref
+    grpo_loss              Eq. 4 itself
+
+Dropout must be off: the ratio compares two passes through one network, and dropout would make them two networks. Keep
+the model in eval(), or its dropout probabilities at 0 where gradient checkpointing (which Hugging Face switches off
+in eval()) is wanted.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+# Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
+EQUAL_REWARDS = 1e-6
+
+# Some architectures scale their logits after lm_head. Passing over it would give plausible, wrong log-probs.
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Score rewards (groups, size) against their own group -> advantages (groups, size), degenerate (groups,) bool.
+
+    "mean": R - mean(R), Eq. 3, as Dr. GRPO (arXiv 2503.20783). "group_norm": (R - mean(R)) / (std(R) + 1e-4), GRPO as
+    DeepSeekMath wrote it (arXiv 2402.03300), which names no estimator: the sample std (over size - 1) is TRL's choice.
+    Degenerate: all rewards of the group are equal; its advantages are exactly 0. ValueError for another mode.
+    Example, mode "mean": [[1, 0, 0, 1], [1, 1, 1, 1]] -> [[.5, -.5, -.5, .5], [0, 0, 0, 0]], [False, True].
+    """
+    if mode not in ("mean", "group_norm"):
+        raise ValueError(f"advantage mode {mode!r} is neither 'mean' nor 'group_norm'")
+    degenerate = rewards.amax(1) - rewards.amin(1) <= EQUAL_REWARDS  # (groups,)
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (groups, size)
+    if mode == "group_norm":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # (groups, size)
+    # Rounding leaves about 1e-8 in a group of equal rewards, which the small divisor above blows up into a gradient;
+    # a group of one has no std, and NaN.
+    return advantages.masked_fill(degenerate[:, None], 0.0), degenerate
+
+
+def conversation_weights(documents, kept) -> Tensor:
+    """The outer means of Eq. 4, as 1 / (kept documents * kept conversations of its document) for each conversation.
+
+    documents (conversations,): positions 0, 1, ... of their documents, never texts, since two documents may read the
+    same. kept (conversations,) bool: False for a dropped group; it weighs 0 and dilutes neither mean.
+    The weights (conversations,) float32 sum to 1, or to 0 where nothing is kept.
+    Example: documents [0, 0, 0, 1, 2], kept [1, 1, 0, 1, 0] -> [1/4, 1/4, 0, 1/2, 0].
+    """
+    documents = torch.as_tensor(documents, dtype=torch.long)  # (conversations,)
+    kept = torch.as_tensor(kept, dtype=torch.bool)  # (conversations,)
+    kept_of = torch.zeros(len(documents) and int(documents.max()) + 1, dtype=torch.long)  # (documents,)
+    kept_of.index_add_(0, documents, kept.long())
+    return kept / (kept_of.count_nonzero() * kept_of[documents]).clamp(min=1)  # (conversations,)
+
+
+def micro_batches(turns, max_tokens: int) -> list[list[int]]:
+    """Cut turns into batches of similar length: lists of positions in `turns`, each at most max_tokens *with padding*.
+
+    Longest first, so that a run which doesn't fit in memory fails at its first batch. A single turn longer than the
+    budget stands alone. Which turns share a batch changes nothing but speed: the losses of the batches add up.
+    """
+    length = [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns]
+    batches = []
+    for index in sorted(range(len(turns)), key=lambda i: -length[i]):
+        # The first turn of a batch is its longest, so it is the width to which all the others are padded.
+        if batches and (len(batches[-1]) + 1) * length[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def completion_logprobs(model, turns, *, temperature: float = 1.0, head_tokens: int = 1024, with_entropy: bool = False):
+    """Log-prob of every completion token under the model -> logprobs, entropy, mask, each (turns, longest completion).
+
+    turns have prompt_ids and completion_ids, lists of ints; a completion that ended by itself holds its EOS, so that
+    stopping is trained. logprobs are float32, of the distribution that was sampled: log softmax(logits / temperature).
+    entropy is of the same distributions, without gradient, or None unless asked for. Both are 0 where mask is False.
+    The model is the bare causal LM, not a DDP wrapper: under several processes the caller sums the gradients.
+    At most head_tokens positions have logits at any one time. ValueError for an empty prompt or scaled logits.
+    """
+    config = model.config.get_text_config()
+    for name in LOGIT_SCALES:
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(f"{type(model).__name__} scales its logits by {name}, which is not supported")
+    if not all(turn.prompt_ids for turn in turns):
+        raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
+    ids = pad_sequence([torch.tensor([*turn.prompt_ids, *turn.completion_ids]) for turn in turns], batch_first=True)
+    ids = ids.to(model.device)  # (turns, longest)
+    prompt = torch.tensor([[len(turn.prompt_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+    completion = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+
+    # Masks come from lengths, never from token values: where pad and EOS are one token, values would untrain the EOS.
+    # The state at position p predicts token p + 1: shifted by one, a completion starts at the prompt's last position.
+    position = torch.arange(ids.shape[1] - 1, device=ids.device)  # (longest - 1,)
+    scored = (position >= prompt - 1) & (position < prompt - 1 + completion)  # (turns, longest - 1)
+    mask = torch.arange(int(completion.max()), device=ids.device) < completion  # (turns, longest completion)
+
+    # Padding is on the right, where causal attention never looks: no attention mask is needed, so fast kernels stay in
+    # use, and positions count 0, 1, 2, ... by default as they did while sampling.
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (turns, longest, width)
+    hidden, targets = hidden[:, :-1][scored], ids[:, 1:][scored]  # (tokens, width), (tokens,)
+
+    # The head is the widest matrix of the network: 16k tokens by a vocabulary of 151k is 10 GB of float32 logits. So it
+    # sees a few positions at a time, and backward recomputes their logits instead of keeping them. One chunk is kept:
+    # recomputing it would not lower the peak.
+    chunks = list(zip(hidden.split(head_tokens), targets.split(head_tokens)))
+    head = partial(_head, model, temperature=temperature, with_entropy=with_entropy)
+    if len(chunks) > 1:
+        head = partial(checkpoint, head, use_reentrant=False)
+    logprobs, entropies = zip(*(head(*chunk) for chunk in chunks))  # tuples of (head_tokens,)
+
+    def unflatten(columns):  # Row by row, as the boolean index above flattened.
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, torch.cat(columns))
+
+    return unflatten(logprobs), unflatten(entropies) if with_entropy else None, mask
+
+
+def _head(model, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
+    """Hidden states (tokens, width), the token that follows each (tokens,) -> log-probs, entropy or None (tokens,)."""
+    logits = model.get_output_embeddings()(hidden)  # (tokens, vocabulary)
+    if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (tokens, vocabulary)
+    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
+    if not with_entropy:
+        return logprobs, None
+    with torch.no_grad():
+        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(1)  # (tokens,)
+
+
+def grpo_loss(
+    logprobs: Tensor,  # (turns, longest), with gradient
+    old_logprobs: Tensor | None,  # (turns, longest), when sampled; None: the policy has not moved since
+    reference_logprobs: Tensor | None,  # (turns, longest), of the frozen reference; None: no KL
+    mask: Tensor,  # (turns, longest) bool, True on completion tokens
+    advantages: Tensor,  # (turns,)
+    weights: Tensor,  # (turns,), from conversation_weights
+    eps_low: float,
+    eps_high: float,
+    beta: float,
+    entropy: Tensor | None = None,  # (turns, longest), only counted
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4 with its sign turned -> loss, stats. Each turn: weight * mean over its own tokens of the clipped objective
+
+        min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3,   k3 = exp(d) - d - 1,   d = log pi_ref - log pi
+
+    then a sum, so that micro-batches of a batch add up to its loss and gradient. Turns of weight 0 have no part in it.
+    stats are detached sums over the trained tokens, to be added up and divided by stats["tokens"]: "clipped" (the clip
+    took the gradient away), "kl" (k3 to the reference), "approx_kl" (k3 of the update: pi_old to pi), "entropy".
+    """
+    trained = mask & (weights != 0)[:, None]  # (turns, longest)
+    if old_logprobs is None:
+        old_logprobs = logprobs.detach()  # r is 1, its gradient is not 0.
+    A = advantages[:, None]  # (turns, 1)
+    log_ratio = (logprobs - old_logprobs).masked_fill(~trained, 0.0)  # (turns, longest)
+    ratio = log_ratio.exp()
+    # The minimum of the two *products*: for either sign of A it stops the ratio only in the direction that A asks for.
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # (turns, longest)
+    kl = torch.zeros_like(log_ratio)  # (turns, longest)
+    if reference_logprobs is not None:
+        d = (reference_logprobs - logprobs).masked_fill(~trained, 0.0)
+        kl = d.exp() - d - 1
+        objective = objective - beta * kl
+    tokens = trained.sum(1)  # (turns,)
+    mean_objective = objective.masked_fill(~trained, 0.0).sum(1) / tokens.clamp(min=1)  # (turns,)
+    loss = -(weights * mean_objective).sum()
+
+    with torch.no_grad():
+        clipped = ((A > 0) & (ratio > 1 + eps_high)) | ((A < 0) & (ratio < 1 - eps_low))  # (turns, longest)
+        stats = {
+            "tokens": tokens.sum(),
+            "clipped": (clipped & trained).sum(),
+            "kl": kl.sum(),
+            "approx_kl": (ratio - 1 - log_ratio).sum(),
+        }
+        if entropy is not None:
+            stats["entropy"] = entropy.masked_fill(~trained, 0.0).sum()
+    return loss, {name: value.detach() for name, value in stats.items()}

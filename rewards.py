@@ -1,0 +1,64 @@
+"""Rewards: from generated text to Eq. 1 and Eq. 2.
+
+An answer is the last closed `\\boxed{}` of what the model generated. It is right when it matches a
+gold answer exactly, after the normalisation of SQuAD and one guard of our own: numbers must agree
+as numbers, because stripping punctuation turns 1.5 into 15.
+"""
+
+import re
+import string
+from decimal import Decimal
+
+NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?")
+BOX = "\\boxed{"
+
+
+def boxed(text: str) -> str | None:
+    """The content of the last closed \\boxed{} in `text`, braces inside it balanced; None without one.
+
+    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{un")` is `"f{x}"`.
+    """
+    start = text.rfind(BOX)
+    while start >= 0:
+        depth = 0
+        for position in range(start + len(BOX) - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + len(BOX) : position]
+        start = text.rfind(BOX, 0, start)
+    return None
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normalisation (arXiv 1606.05250): lower case, no punctuation, no a/an/the, white space folded."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def numbers(text: str) -> list[Decimal]:
+    """Every number written in digits, in order: "-1,500.0 and 7" gives [-1500.0, 7]."""
+    return [Decimal(n.replace(",", "").replace("\u2212", "-")) for n in NUMBER.findall(text)]
+
+
+def exact_match(prediction: str | None, answers: list[str]) -> bool:
+    """True if `prediction` matches one of `answers`; None and answers that normalise to nothing never match."""
+    if prediction is None:
+        return False
+    for answer in answers:
+        both_numbers = NUMBER.fullmatch(prediction.strip()) and NUMBER.fullmatch(answer.strip())
+        same_text = normalize(prediction) == normalize(answer) != ""
+        if (both_numbers or same_text) and numbers(prediction) == numbers(answer):
+            return True
+    return False
+
+
+def recall_reward(completion: str, entity: str) -> float:
+    """Eq. 1: R^I of one recall answer, 1 on exact match and 0 otherwise."""
+    return float(exact_match(boxed(completion), [entity]))
+
+
+def trajectory_reward(correct: bool, recall_rewards: list[float], recall_weight: float) -> float:
+    """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
+    if not recall_rewards:
+        return float(correct)
+    return float(correct) + recall_weight * sum(recall_rewards) / len(recall_rewards)
