@@ -1,0 +1,198 @@
+"""How good a memory is: end-to-end and recall accuracy by document length, on pivots held out of training.
+
+    python eval.py --model runs/tiny/checkpoint
+
+prints a table and writes the same rows as JSON. Each number stands beside its control: the same
+question with an empty memory, which tells what the model knows, or what the text gives away, without
+having remembered anything (method.md section 8).
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from masking import Corpus, UserError, draw_recall, find_entities, load_passages
+from rewards import boxed, exact_match
+from rollout import Limits, prompt_overhead, read, recall
+
+HERE = Path(__file__).parent
+
+
+def option(default, help: str, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Setting:
+    """What is read, how, and by which model. Training and evaluation share it."""
+
+    model: str = option(str(HERE / "tiny/model"), "model folder or hub name")
+    dtype: str = option("float32", "float32, or bfloat16 arithmetic over float32 weights", choices=["float32", "bfloat16"])
+    seed: int = option(0, "documents, sampling and everything else random follow from it")
+
+    corpus: str = option(str(HERE / "tiny/passages.jsonl"), "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set")
+    corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
+    corpus_split: str = option("train", "split of a hub data set")
+    text_field: str = option("text", "field that holds the text")
+    max_passages: int | None = option(None, "stop loading after this many passages")
+    ner: str = option("rules", "'rules', or an installed spaCy pipeline such as en_core_web_sm")
+    heldout: float = option(0.2, "share of the titles kept for evaluation: never a pivot, an answer or a recall target in training")
+
+    chunk_tokens: int = option(64, "tokens of a chunk (paper: 5120)")
+    chunks: int = option(4, "chunks of a training document; it is filled with passages up to that length")
+    passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
+    related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
+    keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
+    memory_tokens: int = option(48, "tokens of a memory (paper: 1024)")
+    answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
+    rollout_tokens: int = option(65536, "padded tokens of one generate batch")
+    eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
+
+
+@dataclass
+class Evaluation:
+    lengths: list[int] | None = field(default=None, metadata={"help": "numbers of chunks (default: trained length x 1/2, 1, 2, 4, 8)"})
+    out: str | None = option(None, "where the rows go as JSON (default: eval.json in the model's folder if that is local)")
+
+
+def parse(*dataclasses):
+    """Instances of `dataclasses` from the command line and `--config FILE`s, a saved model's own setting as defaults."""
+    for n, argument in enumerate(sys.argv):
+        name = argument.partition("=")[2] or "".join(sys.argv[n + 1 : n + 2])
+        if argument.split("=")[0] == "--config" and not Path(name).is_file():
+            raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
+    parser = HfArgumentParser(dataclasses)
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
+    return parsed
+
+
+def run(main) -> None:
+    """Call `main`; a user's mistake is one line and exit code 2, anything else keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def load_model(name: str, device: str):
+    """(model in eval mode, tokenizer) of a folder or hub name, in float32. Raises UserError where it isn't one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: not a causal language model with its tokenizer ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval(), tokenizer
+
+
+def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
+    """The documents of `setting`. Raises UserError where a conversation can't fit the model's window."""
+    needed = prompt_overhead(tokenizer) + setting.chunk_tokens + setting.memory_tokens * 2 + 32
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and needed > window:
+        raise UserError(
+            f"--chunk-tokens {setting.chunk_tokens} and --memory-tokens {setting.memory_tokens} need a window of about "
+            f"{needed} tokens, {setting.model} has {window}; make them smaller"
+        )
+    passages = load_passages(
+        setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
+        max_passages=setting.max_passages,
+    )  # fmt: skip
+    find_entities(passages, setting.ner, cache)
+    return Corpus(
+        passages, tokenizer, seed=setting.seed, n_passages=setting.passages, n_related=setting.related,
+        n_chunks=None if setting.passages else setting.chunks, chunk_tokens=setting.chunk_tokens,
+        keep_leaky=setting.keep_leaky, heldout=setting.heldout,
+    )  # fmt: skip
+
+
+def limits(setting: Setting) -> Limits:
+    return Limits(setting.memory_tokens, setting.answer_tokens, setting.rollout_tokens)
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share, after Wilson (1927), which stays inside 0..1 and is sound for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.96, right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def evaluate(model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[int], when: str) -> list[dict]:
+    """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
+
+    One row per length, task (end_to_end, recall) and memory (kept, empty): when, task, chunks, memory, n,
+    accuracy, low, high.
+    """
+    documents, recall_rng = [], np.random.default_rng([setting.seed, 7])
+    for chunks in lengths:
+        documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
+    trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=f"evaluation {when}")
+    draws = [(t, draw) for t in trajectories if (draw := draw_recall(t.document, recall_rng))]
+    right: dict[tuple, list[bool]] = {}
+    for memory in ("kept", "empty"):
+        empty = memory == "empty"
+        answered = read(model, tokenizer, documents, limits(setting), greedy=True, empty_memory=True) if empty else trajectories
+        for t in answered:
+            key = (len(t.document.chunks), "end_to_end", memory)
+            right.setdefault(key, []).append(exact_match(t.prediction, t.document.answers))
+        recalled = recall(model, tokenizer, draws, limits(setting), greedy=True, empty_memory=empty)
+        for (t, draw), (turn,) in zip(draws, recalled, strict=True):
+            key = (len(t.document.chunks), "recall", memory)
+            right.setdefault(key, []).append(exact_match(boxed(turn.text), [draw.entity]))
+    rows = []
+    for (chunks, task, memory), hits in sorted(right.items(), key=lambda item: (item[0][1], item[0][0], item[0][2] != "kept")):
+        low, high = wilson(sum(hits), len(hits))
+        rows.append(
+            {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(hits),
+             "accuracy": sum(hits) / len(hits), "low": low, "high": high}
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a markdown table: a line per task and memory, a column per number of chunks."""
+    lengths = sorted({row["chunks"] for row in rows})
+    lines = ["| | memory | " + " | ".join(f"{c} chunks" for c in lengths) + " |", "|---|---|" + "---|" * len(lengths)]
+    for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
+        task, when, memory = key
+        cells = []
+        for chunks in lengths:
+            row = next((r for r in rows if (r["task"], r["when"], r["memory"]) == key and r["chunks"] == chunks), None)
+            cells.append(f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "-")
+        lines.append(f"| {task}, {when} | {memory} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def default_lengths(trained: int) -> list[int]:
+    """Trained length x 1/2, 1, 2, 4, 8."""
+    return sorted({max(1, trained // 2), trained, 2 * trained, 4 * trained, 8 * trained})
+
+
+def main() -> None:
+    setting, evaluation = parse(Setting, Evaluation)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(setting.model, device)
+    folder = Path(setting.model)
+    out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
+    corpus = load_corpus(setting, model, tokenizer, out.parent)
+    with torch.autocast(device, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
+        rows = evaluate(model, tokenizer, corpus, setting, evaluation.lengths or default_lengths(setting.chunks), "now")
+    print(table(rows))
+    print(f"95 % intervals; n = {setting.eval_documents} a length; rows in {out}")
+    out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,235 @@
+"""Rollouts: prompts, batched sampling, and the two agents of MemTrain.
+
+`read` is the reading agent (paper 3.1): one independent conversation per chunk, of which only the
+memory it writes crosses to the next, then one that answers from the memory alone. `recall` is the
+intermediate-memory task (paper 3.3). Training and evaluation call the same two functions.
+
+The token ids of a `Turn` travel from the sampler to the loss. Its text is decoded for the reward and
+for the next memory, and is never encoded again for training.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from masking import Document, Recall
+from rewards import boxed
+
+EMPTY_MEMORY = "(empty)"
+
+READ_PROMPT = """You read a long text section by section to solve a problem. Between sections you keep nothing but your memory. Rewrite the memory: carry over what may still help, add what matters in the new section, and stay short.
+
+<problem>
+{problem}
+</problem>
+
+<memory>
+{memory}
+</memory>
+
+<section>
+{section}
+</section>
+
+Write the new memory and nothing else."""
+
+ANSWER_PROMPT = """You have read a long text section by section. What you kept of it is in your memory. Use the memory to solve the problem, and put the final answer in \\boxed{{}}.
+
+<problem>
+{problem}
+</problem>
+
+<memory>
+{memory}
+</memory>
+
+Solve the problem now."""
+
+RECALL_PROMPT = """You have read a long text section by section. What you kept of it is in your memory. Below is one section that you read earlier; a name, place, number or date in it now reads [TARGET]. Use the memory to say what stood there, and put it in \\boxed{{}}.
+
+<memory>
+{memory}
+</memory>
+
+<section>
+{section}
+</section>
+
+Say what [TARGET] stands for."""
+
+
+@dataclass
+class Limits:
+    """Token budgets of one conversation and of one batch."""
+
+    memory_tokens: int = 1024  # a memory, when it is written and again when it is read
+    answer_tokens: int = 1024  # an answer
+    rollout_tokens: int = 65536  # a `generate` batch: rows x (longest prompt + new tokens)
+
+
+@dataclass
+class Turn:
+    """One conversation: its prompt and one sampled completion, as token ids, EOS included if it came.
+
+    `document` and `group` are positions in the step, never looked up by text (equal prompts exist).
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    ended: bool  # False: cut at the token limit
+    text: str
+    document: int = -1
+    group: int = -1
+    advantage: float = 0.0
+    weight: float = 0.0  # share of this conversation in Eq. 4's outer mean
+
+
+@dataclass
+class Trajectory:
+    """One reading of one document: T turns, the memories m_1..m_{T-1}, and the boxed answer (None without one)."""
+
+    document: Document
+    turns: list[Turn] = field(default_factory=list)
+    memories: list[str] = field(default_factory=list)
+    prediction: str | None = None
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """`text` as one user message of the model's chat template, or as plain text where it has none."""
+    if tokenizer.chat_template is None:
+        return tokenizer(text + "\n")["input_ids"]
+    # Templates that know no `enable_thinking` ignore it.
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+
+
+def prompt_overhead(tokenizer) -> int:
+    """Tokens of the longest prompt with all its slots empty: what the instructions and the template take."""
+    slots = {"problem": "", "memory": "", "section": ""}
+    return max(len(encode_prompt(tokenizer, p.format(**slots))) for p in (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT))
+
+
+def cut(tokenizer, text: str, max_tokens: int) -> str:
+    """`text` shortened to its first `max_tokens` tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """Every token id that ends a completion: chat models often have two."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def batches_by_length(lengths: list[int], new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """Positions cut into batches of at most `max_tokens` padded tokens, longest together; a long one stands alone."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        # The first of a batch is its longest, so it sets the width of every row.
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + new_tokens) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False
+) -> list[tuple[list[int], bool]]:
+    """One completion per prompt, as (token ids, ended with EOS), in the order of `prompts`.
+
+    Sampling is from the model's own distribution: temperature 1, no top-p, top-k or repetition penalty,
+    so that the log-probs of training are of what was sampled (method.md section 7).
+    """
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad)
+    if not greedy:
+        # Left unset, these would come from the model folder's generation_config.json or from generate's defaults.
+        config.update(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
+    config.update(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    completions: list = [None] * len(prompts)
+    for batch in batches_by_length([len(p) for p in prompts], new_tokens, limits.rollout_tokens):
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), pad)  # (batch, width)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, i in enumerate(batch):  # left padding: the completion follows the prompt without a gap
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+        for i, row in zip(batch, output[:, width:].tolist(), strict=True):
+            # The first end token ends the completion; what generate appends behind it is padding.
+            stop = next((n for n, token in enumerate(row) if token in ends), None)
+            completions[i] = (row, False) if stop is None else (row[: stop + 1], True)
+    return completions
+
+
+def converse(model, tokenizer, texts: list[str], new_tokens: int, limits: Limits, greedy: bool) -> list[Turn]:
+    """Sample one completion for each prompt text."""
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy)
+    return [
+        Turn(prompt, ids, ended, tokenizer.decode(ids, skip_special_tokens=True))
+        for prompt, (ids, ended) in zip(prompts, completions, strict=True)
+    ]
+
+
+def read(
+    model, tokenizer, documents: list[Document], limits: Limits,
+    samples: int = 1, greedy: bool = False, empty_memory: bool = False, progress: str | None = None,
+) -> list[Trajectory]:  # fmt: skip
+    """Read every document `samples` times; trajectories come document by document.
+
+    `empty_memory` is the control of method.md section 8: it skips the reading and answers without a memory.
+    """
+    trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
+    longest = 0 if empty_memory else max((len(document.chunks) for document in documents), default=0)
+    for step in tqdm(range(longest), desc=progress, disable=progress is None, leave=False):
+        readers = [t for t in trajectories if step < len(t.document.chunks)]
+        texts = [
+            READ_PROMPT.format(
+                problem=t.document.question,
+                memory=t.memories[-1] if t.memories else EMPTY_MEMORY,
+                section=t.document.chunks[step],
+            )
+            for t in readers
+        ]
+        turns = converse(model, tokenizer, texts, limits.memory_tokens, limits, greedy)
+        for trajectory, turn in zip(readers, turns, strict=True):
+            trajectory.turns.append(turn)
+            # Decoding and encoding again may lengthen a text, so the cap holds here too.
+            trajectory.memories.append(cut(tokenizer, turn.text.strip(), limits.memory_tokens) or EMPTY_MEMORY)
+    texts = [
+        ANSWER_PROMPT.format(problem=t.document.question, memory=t.memories[-1] if t.memories else EMPTY_MEMORY)
+        for t in trajectories
+    ]
+    for trajectory, turn in zip(
+        trajectories, converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy), strict=True
+    ):
+        trajectory.turns.append(turn)
+        trajectory.prediction = boxed(turn.text)
+    return trajectories
+
+
+def recall(
+    model, tokenizer, draws: list[tuple[Trajectory, Recall]], limits: Limits,
+    samples: int = 1, greedy: bool = False, empty_memory: bool = False,
+) -> list[list[Turn]]:  # fmt: skip
+    """`samples` answers for each (trajectory, what to recall): which entity stood at [TARGET] in an earlier chunk?"""
+    texts = [
+        RECALL_PROMPT.format(
+            memory=EMPTY_MEMORY if empty_memory else trajectory.memories[draw.memory_step - 1], section=draw.section
+        )
+        for trajectory, draw in draws
+        for _ in range(samples)
+    ]
+    turns = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy)
+    return [turns[i * samples : (i + 1) * samples] for i in range(len(draws))]

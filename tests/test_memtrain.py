@@ -1,0 +1,181 @@
+"""memtrain.py and eval.py as commands: a run on the tiny default, real tokenizers and text, and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import memtrain
+from memtrain import Training, learning_rate
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared/data"
+
+
+def command(*arguments, script="memtrain.py"):
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+
+
+SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--eval_documents", 0]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    done = command("--steps", 2, "--documents", 3, "--g1", 4, "--g2", 2, "--eval_documents", 2, "--out", out, "--kl", 1e-3)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_writes_all_it_promises(tiny_run):
+    """Metrics, samples, evaluation and config are there and make sense."""
+    out, done = tiny_run
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 48
+        assert m["entropy"] >= 0 and m["tokens_per_second"] > 0 and m["seconds_update"] > 0
+        assert m["approx_kl"] == pytest.approx(0, abs=1e-6) and m["clip_fraction"] == 0  # one update a rollout
+    rows = json.loads((out / "eval.json").read_text())
+    assert {(r["when"], r["task"], r["memory"], r["chunks"]) for r in rows} == {
+        (w, t, m, c)
+        for w in ("before", "after") for t in ("end_to_end", "recall") for m in ("kept", "empty") for c in (2, 4, 8, 16, 32)
+    }  # fmt: skip
+    assert all(r["low"] <= r["accuracy"] <= r["high"] and 0 < r["n"] <= 2 for r in rows)
+    assert json.loads((out / "samples.jsonl").read_text().splitlines()[0])["step"] == 1
+    assert json.loads((out / "config.json").read_text())["g1"] == 4
+    assert "step 1:" in done.stdout + done.stderr and "| end_to_end, before | kept |" in done.stdout
+
+
+def test_the_checkpoint_loads_and_differs(tiny_run):
+    """AutoModelForCausalLM and AutoTokenizer load it; training moved the weights; a model card is there."""
+    out, _ = tiny_run
+    trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model", dtype=torch.float32).state_dict()
+    assert trained.keys() == base.keys() and any(not torch.equal(trained[n], base[n].to(trained[n].dtype)) for n in base)
+    assert AutoTokenizer.from_pretrained(out / "checkpoint")("Ulm")["input_ids"] == AutoTokenizer.from_pretrained(ROOT / "tiny/model")("Ulm")["input_ids"]
+    assert (out / "checkpoint/README.md").read_text().startswith("---") and (out / "checkpoint/model.safetensors").exists()
+    done = command("--model", out / "checkpoint", "--eval_documents", 2, "--lengths", 1, 3, script="eval.py")
+    assert done.returncode == 0 and "3 chunks" in done.stdout, done.stderr
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path):
+    """--seed and --steps do what they say: equal metrics for equal seeds (times aside), different ones otherwise."""
+    seen = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        done = command(*SMALL, "--steps", 1, "--seed", seed, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        (line,) = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        seen.append({k: v for k, v in json.loads(line).items() if "second" not in k})
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("extra", [["--ablation", "end_to_end"], ["--ablation", "decoupled", "--shared_recall_draw", "True"],
+                                   ["--update_batch", 1, "--lr_schedule", "cosine", "--dtype", "bfloat16", "--gradient_checkpointing", "True"]])  # fmt: skip
+def test_ablations_and_switches_run(tmp_path, extra):
+    """End-to-end has no recall figures, decoupled has; several updates a rollout are counted."""
+    done = command(*SMALL, "--steps", 1, "--out", tmp_path / "run", *extra)
+    assert done.returncode == 0, done.stderr
+    m = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert (m["recall"] is None) == ("end_to_end" in extra)
+    if "decoupled" in extra:
+        assert m["reward"] == m["end_to_end"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "qwen2.5-instruct", "smollm2-instruct"])
+def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
+    """Real chat templates, real Wikipedia passages, 512-token chunks, a small random Qwen3-shaped model."""
+    if not SHARED.exists():
+        pytest.skip("needs the shared data, which is not here")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+                    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+                    eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = command(
+        "--model", tmp_path / "model", "--corpus", SHARED / "wiki/passages.jsonl", "--max_passages", 600, "--chunk_tokens", 512,
+        "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2, "--out", tmp_path / "run", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "malformed.jsonl").write_text('{"title": "A", "text": "Ada Lovelace met Charles Babbage."}\n{"title": "B", "te\n')
+    (folder / "plain.jsonl").write_text('{"title": "x", "text": "nothing here is a name at all"}\n' * 9)
+    (folder / "few.jsonl").write_text("".join(f'{{"title": "Town {i}", "text": "Ada Lovelace went to Town {i} in 18{i}0."}}\n' for i in range(3)))
+    (folder / "field.jsonl").write_text('{"title": "x", "body": "Ada Lovelace"}\n')
+    (folder / "empty.jsonl").write_text("")
+    (folder / "not_a_model").mkdir()
+    (folder / "used").mkdir()
+    (folder / "used/config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--corpus", "{bad}/missing.jsonl"], ["missing.jsonl"]),
+        (["--corpus", "{bad}/malformed.jsonl"], ["malformed.jsonl", "2"]),
+        (["--corpus", "{bad}/plain.jsonl"], ["entit"]),
+        (["--corpus", "{bad}/few.jsonl", "--passages", "50"], ["50"]),
+        (["--corpus", "{bad}/field.jsonl"], ["text"]),
+        (["--corpus", "{bad}/empty.jsonl"], ["empty.jsonl"]),
+        (["--chunk_tokens", "5120"], ["--chunk-tokens 5120", "2048"]),
+        (["--model", "{bad}/not_a_model"], ["not_a_model"]),
+        (["--model", "{bad}/nowhere"], ["nowhere"]),
+        (["--no_such_flag", "1"], ["--no_such_flag"]),
+        (["--out", "{bad}/used"], ["used", "another"]),
+        (["--config", "{bad}/none.args"], ["none.args"]),
+        (["--ner", "en_no_such_pipeline"], ["spacy download en_no_such_pipeline", "rules"]),
+        (["--g1", "1"], ["--g1"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(bad_files, tmp_path, arguments, words):
+    """No traceback, the line names what and where, and nothing half-written is left behind."""
+    arguments = [a.format(bad=bad_files) for a in arguments]
+    out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
+    done = command(*arguments, *out)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), last
+    assert not (tmp_path / "run").exists()
+    assert [p.name for p in (bad_files / "used").iterdir()] == ["config.json"]
+
+
+def test_learning_rate_schedule():
+    """Linear warm-up to the peak, then constant, or a cosine towards zero."""
+    constant = Training(lr=1.0, lr_warmup=4, steps=10)
+    assert [learning_rate(constant, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    cosine = Training(lr=1.0, lr_warmup=1, lr_schedule="cosine", steps=10)
+    assert learning_rate(cosine, 5) == pytest.approx(0.5) and learning_rate(cosine, 9) < 0.03
+
+
+def test_a_positive_advantage_raises_the_probability(tmp_path):
+    """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
+    from grpo import completion_logprobs
+    from rollout import Turn
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
+    ).eval()
+    good, bad = Turn([1, 2, 3], [4, 5, 6], True, ""), Turn([1, 2, 3], [7, 8], True, "")
+    turns = memtrain.mark([good], 0, 0, 1.0) + memtrain.mark([bad], 0, 0, -1.0)
+    before = completion_logprobs(model, turns)[0].sum(1)
+    stats = memtrain.update(model, None, torch.optim.SGD(model.parameters(), lr=0.1), turns, Training())
+    after = completion_logprobs(model, turns)[0].sum(1)
+    assert after[0] > before[0] and after[1] < before[1] and stats["tokens"] == 5 and stats["updates"] == 1

@@ -1,0 +1,159 @@
+"""rollout.py: prompts, batched sampling, the reading agent and recall."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import rollout
+from masking import QUESTION, Document, Recall
+from rollout import EMPTY_MEMORY, Limits, batches_by_length, encode_prompt, generate, read, recall
+
+ROOT = Path(__file__).parents[1]
+TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
+SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def random_model(kind: str):
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    model = model(config(**SIZE, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, initializer_range=0.5)).eval()
+    model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
+    return model
+
+
+class Plain:
+    """The little of a tokenizer that `generate` looks at."""
+
+    pad_token_id = eos_token_id = 7
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_greedy_batches_equal_one_unpadded_argmax_loop_a_prompt(kind):
+    """Left padding, sorting and cutting into batches change no token, and a completion ends at its first EOS."""
+    model, rng = random_model(kind), random.Random(0)
+    prompts = [[rng.randrange(8, 300) for _ in range(rng.randrange(1, 20))] for _ in range(13)]
+    ended = 0
+    for budget in (40, 10_000):
+        for prompt, (ids, end) in zip(prompts, generate(model, Plain, prompts, 12, Limits(rollout_tokens=budget), greedy=True)):
+            expected = []
+            while len(expected) < 12 and 7 not in expected:
+                logits = model(torch.tensor([prompt + expected])).logits[0, -1]
+                expected.append(int(logits.argmax()))
+            assert ids == expected and end == (expected[-1] == 7)
+            ended += end
+    assert ended < 26  # some were cut at the limit, so both cases were seen
+
+
+def test_sampling_ignores_the_models_generation_config():
+    """top_k, top_p, temperature and a repetition penalty in the model folder must not bend what is sampled."""
+    model = random_model("qwen3")
+    prompt, n = [9, 20, 33], 4000
+    wanted = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
+    model.generation_config = GenerationConfig(
+        eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=5.0
+    )
+    torch.manual_seed(0)
+    first = [ids[0] for ids, _ in generate(model, Plain, [prompt] * n, 1, Limits(rollout_tokens=10**9))]
+    seen = torch.bincount(torch.tensor(first), minlength=300) / n
+    top = wanted.topk(5).indices
+    assert torch.allclose(seen[top], wanted[top], atol=5 * (0.25 / n) ** 0.5)  # five standard errors
+    assert (seen > 0).sum() > 20
+
+
+def test_batches_hold_everything_once_within_the_budget():
+    """Property over random lengths: a partition, padded size within the budget unless alone, longest first."""
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randrange(1, 60) for _ in range(rng.randrange(30))]
+        budget, new = rng.randrange(20, 400), rng.randrange(20)
+        batches = batches_by_length(lengths, new, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + new) <= budget
+        assert [lengths[i] for b in batches for i in b] == sorted(lengths, reverse=True)
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+
+
+def document(n: int, name: str = "d") -> Document:
+    chunks = [f"Chunk {i} of {name}. " for i in range(n)]
+    return Document(index=0, title=name, question=f"Who is it in {name}?", answers=["SECRET"], chunks=chunks, recall=[[] for _ in chunks])
+
+
+def test_read_hands_on_the_memory_and_nothing_else(tokenizer, monkeypatch):
+    """Each prompt holds the question, the memory just written and its own chunk; the answer step holds no chunk."""
+    calls = []
+
+    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False):
+        texts = [tokenizer.decode(p) for p in prompts]
+        calls.append((texts, new_tokens))
+        said = [f"memory {len(calls)} row {n}" if new_tokens == 40 else r"\boxed{row %d}" % n for n in range(len(texts))]
+        return [(tokenizer(s)["input_ids"] + [tokenizer.eos_token_id], True) for s in said]
+
+    monkeypatch.setattr(rollout, "generate", scripted)
+    documents = [document(3, "long"), document(1, "short")]
+    trajectories = read(None, tokenizer, documents, Limits(memory_tokens=40, answer_tokens=9), samples=2)
+    assert [len(texts) for texts, _ in calls] == [4, 2, 2, 4]  # the short ones wait for the answer step
+    assert [t.document.title for t in trajectories] == ["long", "long", "short", "short"]
+    assert [len(t.turns) for t in trajectories] == [4, 4, 2, 2]
+    assert trajectories[1].memories == ["memory 1 row 1", "memory 2 row 1", "memory 3 row 1"]
+    assert [t.prediction for t in trajectories] == ["row 0", "row 1", "row 2", "row 3"]
+    assert EMPTY_MEMORY in calls[0][0][0] and "Chunk 0 of long" in calls[0][0][0]
+    second = calls[1][0][1]
+    assert "memory 1 row 1" in second and "Chunk 1 of long" in second and "Chunk 0" not in second and "row 0" not in second
+    answer = calls[3][0]
+    assert "memory 3 row 0" in answer[0] and "memory 1 row 3" in answer[3] and not any("Chunk" in t for t in answer)
+    assert all("Who is it in" in text and "SECRET" not in text for texts, _ in calls for text in texts)
+    for trajectory in trajectories:  # what is trained on is what was sampled, EOS included
+        assert all(turn.completion_ids[-1] == tokenizer.eos_token_id and turn.ended for turn in trajectory.turns)
+
+
+def test_recall_sees_the_memory_after_step_k_and_the_section(tokenizer, monkeypatch):
+    """G2 answers a draw, from memory m_k and the masked chunk; the control sees no memory."""
+    seen = []
+
+    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False):
+        seen.extend(tokenizer.decode(p) for p in prompts)
+        return [(tokenizer(f"a{n}")["input_ids"], False) for n in range(len(prompts))]
+
+    monkeypatch.setattr(rollout, "generate", scripted)
+    trajectory = rollout.Trajectory(document(3), memories=["first note", "second note", "third note"])
+    draws = [(trajectory, Recall(memory_step=2, chunk=1, entity="X", section="[TARGET] slept."))] * 2
+    answers = recall(None, tokenizer, draws, Limits(), samples=3)
+    assert [[turn.text for turn in group] for group in answers] == [["a0", "a1", "a2"], ["a3", "a4", "a5"]]
+    assert all("second note" in text and "[TARGET] slept." in text and "first" not in text for text in seen)
+    seen.clear()
+    recall(None, tokenizer, draws, Limits(), empty_memory=True)
+    assert all(EMPTY_MEMORY in text and "note" not in text for text in seen)
+
+
+def test_a_memory_over_its_limit_is_cut(tokenizer, monkeypatch):
+    """The text that goes into the next prompt has at most memory_tokens tokens."""
+    monkeypatch.setattr(rollout, "generate", lambda m, t, prompts, *a, **k: [(t("word " * 30)["input_ids"], False)] * len(prompts))
+    (trajectory,) = read(None, tokenizer, [document(1)], Limits(memory_tokens=8, answer_tokens=8))
+    assert 0 < len(tokenizer(trajectory.memories[0])["input_ids"]) <= 8
+    assert not trajectory.turns[0].ended and trajectory.prediction is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "qwen2.5-instruct", "smollm2-instruct"])
+def test_prompts_go_through_the_chat_template(name):
+    """With a real template the text is one user message and the assistant's turn is open."""
+    if not TOKENIZERS.exists():
+        pytest.skip("needs the shared tokenizers, which are not here")
+    real = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    text = real.decode(encode_prompt(real, f"{QUESTION} Zurich"))
+    assert text.count("<|im_start|>user") == 1 and f"{QUESTION} Zurich<|im_end|>" in text
+    assert text.endswith("<|im_start|>assistant\n")
+    real.chat_template = None
+    assert real.decode(encode_prompt(real, "plain")) == "plain\n"

@@ -1,0 +1,155 @@
+"""The tiny encyclopedia as English: facts to sentences, sentences to passages, links to questions.
+
+A *world* is a list of subjects, each `{"title", "kind", "facts": {attribute: value}}`. There are three
+sorts: the true one (encyclopedia.jsonl), mixed ones (true titles, facts dealt out anew) and fresh ones
+(invented titles and facts). Warm-up learns names and facts from the first, and copying from the others.
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# Every sentence names its subject, so that a memory may keep any of them and drop the rest.
+PATTERNS = {
+    "person": {
+        "occupation": ["{Name} was {a} {value}.", "{Name} worked as {a} {value}.", "{Name} is remembered as {a} {value}."],
+        "born": ["{Name} was born in {value}.", "The birth year of {name} is {value}.", "{Name} came into the world in {value}."],
+        "birthplace": ["{Name} was born in {value}.", "The birthplace of {name} is {value}.", "{Name} came from {value}."],
+        "died": ["{Name} died in {value}.", "The death of {name} came in {value}.", "{Name} lived until {value}."],
+        "deathplace": ["{Name} died in {value}.", "The last home of {name} was {value}.", "{Name} spent the last days in {value}."],
+        "country": ["{Name} was a citizen of {the}.", "{Name} belonged to {the}.", "The country of {name} was {the}."],
+        "known_for": ["{Name} is known for {value}.", "The best known achievement of {name} is {value}.", "{Name} became famous through {value}."],
+        "teacher": ["{Name} was taught by {value}.", "The teacher of {name} was {value}."],
+        "spouse": ["{Name} was married to {value}.", "The spouse of {name} was {value}."],
+        "sibling": ["{Name} had the sibling {value}.", "A sibling of {name} was {value}."],
+        "collaborator": ["{Name} worked together with {value}.", "A collaborator of {name} was {value}."],
+    },
+    "work": {
+        "form": ["{Name} is {a} {value}.", "{Name} takes the form of {a} {value}.", "By its form {name} is {a} {value}."],
+        "author": ["{Name} was made by {value}.", "The author of {name} is {value}.", "{Name} is a work of {value}."],
+        "year": ["{Name} dates from {value}.", "{Name} appeared in {value}.", "The year of {name} is {value}."],
+        "place": ["{Name} {placed} {the}.", "The place of {name} is {the}."],
+        "country": ["{Name} comes from {the}.", "The country of {name} is {the}.", "{Name} belongs to the culture of {the}."],
+        "about": ["{Name} is about {value}.", "The subject of {name} is {value}.", "{Name} deals with {value}."],
+    },
+    "place": {
+        "country": ["{Name} lies in {the}.", "The country of {name} is {the}.", "{Name} is a city of {the}."],
+        "water": ["{Name} lies on the {value}.", "The water beside {name} is the {value}.", "{Name} was built beside the {value}."],
+        "landmark": ["{Name} is known for its {value}.", "A landmark of {name} is the {value}.", "Visitors of {name} see the {value}."],
+        "language": ["{Name} speaks {value}.", "The language of {name} is {value}.", "People in {name} speak {value}."],
+        "currency": ["{Name} pays with the {value}.", "The currency of {name} is the {value}.", "Shops in {name} take the {value}."],
+        "continent": ["{Name} is a city in {value}.", "The continent of {name} is {value}.", "{Name} is found in {value}."],
+        "airport": ["{Name} is served by {value} airport.", "The airport of {name} is {value}.", "Planes to {name} land at {value}."],
+        "capital_of": ["{Name} is the capital of {the}.", "As a capital {name} governs {the}."],
+    },
+    "institution": {
+        "form": ["{Name} is {a} {value}.", "{Name} works as {a} {value}.", "By its purpose {name} is {a} {value}."],
+        "city": ["{Name} stands in {value}.", "The city of {name} is {value}.", "{Name} has its seat in {value}."],
+        "country": ["{Name} is found in {the}.", "The country of {name} is {the}.", "{Name} belongs to {the}."],
+        "founded": ["{Name} was founded in {value}.", "The founding year of {name} is {value}.", "{Name} opened its doors in {value}."],
+        "founder": ["{Name} was founded by {value}.", "The founder of {name} is {value}.", "{Name} goes back to {value}."],
+        "known_for": ["{Name} is known for {value}.", "The pride of {name} is {value}.", "{Name} became famous through {value}."],
+        "alumnus": ["{Name} counts {value} among its people.", "A well known name of {name} is {value}."],
+    },
+}  # fmt: skip
+
+# "{x}" is a title, or a phrase below that leads to one: that makes a question of two hops.
+QUESTIONS = {
+    "person": {
+        "occupation": "What was the occupation of {x}?",
+        "born": "In what year was {x} born?",
+        "birthplace": "In what city was {x} born?",
+        "died": "In what year did {x} die?",
+        "deathplace": "In what city did {x} die?",
+        "country": "What was the country of {x}?",
+        "known_for": "What is {x} known for?",
+    },
+    "work": {
+        "form": "What form does {x} have?",
+        "author": "Who is the author of {x}?",
+        "year": "In what year did {x} appear?",
+        "country": "From what country does {x} come?",
+        "about": "What is {x} about?",
+    },
+    "place": {
+        "country": "In what country does {x} lie?",
+        "water": "On what water does {x} lie?",
+        "landmark": "What is a landmark of {x}?",
+        "language": "What language does {x} speak?",
+        "currency": "What is the currency of {x}?",
+        "airport": "What is the airport of {x}?",
+    },
+    "institution": {
+        "form": "What sort of institution is {x}?",
+        "city": "In what city does {x} stand?",
+        "founded": "In what year was {x} founded?",
+        "founder": "Who founded {x}?",
+        "known_for": "What is {x} known for?",
+    },
+}
+LINKS = {
+    "person": {
+        "birthplace": "the birthplace of {x}",
+        "deathplace": "the last home of {x}",
+        "known_for": "the best known work of {x}",
+        "teacher": "the teacher of {x}",
+        "spouse": "the spouse of {x}",
+    },
+    "work": {"author": "the author of {x}"},
+    "institution": {"city": "the city of {x}", "founder": "the founder of {x}", "alumnus": "a well known name of {x}"},
+}
+
+PLURALS = ("States", "Kingdom", "Netherlands", "Empire", "Union", "Republic", "Philippines", "Emirates")
+ARTICLED = ("museum", "gallery", "library", "observatory", "orchestra", "academy", "school", "theatre", "opera house")
+
+
+def encyclopedia() -> list[dict]:
+    """The true world: tiny/encyclopedia.jsonl, a list of subjects."""
+    return [json.loads(line) for line in (HERE / "encyclopedia.jsonl").read_text().splitlines()]
+
+
+def sentences(subject: dict, rng) -> list[tuple[str, str]]:
+    """(attribute, sentence) for every fact of `subject`, in random order, by a pattern drawn from its attribute's."""
+    facts, title = subject["facts"], subject["title"]
+    definite = subject["kind"] == "institution" and facts["form"] in ARTICLED
+    name = f"the {title}" if definite else title
+    lines = []
+    for attribute, patterns in PATTERNS[subject["kind"]].items():
+        if value := facts.get(attribute):
+            sentence = rng.choice(patterns).format(
+                name=name,
+                Name=name[0].upper() + name[1:],
+                value=value,
+                a="an" if value[0].lower() in "aeiou" else "a",
+                the=f"the {value}" if value.endswith(PLURALS) else value,
+                placed=facts.get("placed", "belongs to"),
+            )
+            lines.append((attribute, sentence))
+    rng.shuffle(lines)
+    return lines
+
+
+def questions(world: list[dict]) -> list[dict]:
+    """Every question of one and two hops: `{"question", "answer", "hops": [(title, value), ...]}`.
+
+    A hop is a fact that the answer rests on: the sentence of `title` that holds `value`.
+    """
+    by_title = {subject["title"]: subject for subject in world}
+    found = []
+    for subject in world:
+        title, kind, facts = subject["title"], subject["kind"], subject["facts"]
+        for attribute, pattern in QUESTIONS[kind].items():
+            if value := facts.get(attribute):
+                found.append({"question": pattern.format(x=title), "answer": value, "hops": [(title, attribute)]})
+        for link, phrase in LINKS.get(kind, {}).items():
+            bridge = by_title.get(facts.get(link))
+            if bridge is None or bridge is subject:
+                continue
+            for attribute, pattern in QUESTIONS[bridge["kind"]].items():
+                value = bridge["facts"].get(attribute)
+                if value and value != title:
+                    question = pattern.format(x=phrase.format(x=title))
+                    hops = [(title, link), (bridge["title"], attribute)]
+                    found.append({"question": question, "answer": value, "hops": hops})
+    return found
