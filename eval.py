@@ -10,7 +10,7 @@ having remembered anything (method.md section 8).
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +61,14 @@ class Evaluation:
     out: str | None = option(None, "where the rows go as JSON (default: eval.json in the model's folder if that is local)")
 
 
-def parse(*dataclasses):
-    """Instances of `dataclasses` from the command line and `--config FILE`s, a saved model's own setting as defaults."""
+def parse(*dataclasses, saved: dict | None = None):
+    """Instances of `dataclasses` from the command line, `--config FILE`s and, behind both, the values of `saved`."""
     for n, argument in enumerate(sys.argv):
         name = argument.partition("=")[2] or "".join(sys.argv[n + 1 : n + 2])
         if argument.split("=")[0] == "--config" and not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
     parser = HfArgumentParser(dataclasses)
+    parser.set_defaults(**{f.name: saved[f.name] for d in dataclasses for f in fields(d) if saved and f.name in saved})
     *parsed, rest = parser.parse_args_into_dataclasses(
         args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
     )
@@ -92,6 +93,11 @@ def load_model(name: str, device: str):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: not a causal language model with its tokenizer ({str(error).splitlines()[0]})") from None
+    for module in model.modules():  # dropout stays off in train mode too: the ratio compares passes of one network
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     return model.to(device).eval(), tokenizer
 
 
@@ -137,7 +143,10 @@ def evaluate(model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[i
     """
     documents, recall_rng = [], np.random.default_rng([setting.seed, 7])
     for chunks in lengths:
-        documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
+        try:
+            documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
+        except UserError as error:  # a small corpus can't fill the longest documents
+            print(f"evaluation at {chunks} chunks is left out: {error}")
     trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=f"evaluation {when}")
     draws = [(t, draw) for t in trajectories if (draw := draw_recall(t.document, recall_rng))]
     right: dict[tuple, list[bool]] = {}
@@ -181,12 +190,18 @@ def default_lengths(trained: int) -> list[int]:
 
 
 def main() -> None:
-    setting, evaluation = parse(Setting, Evaluation)
+    setting, _ = parse(Setting, Evaluation)
+    trained = Path(setting.model).parent / "config.json"  # of the run that wrote this checkpoint
+    if trained.is_file():
+        saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
+        setting, evaluation = parse(Setting, Evaluation, saved=saved)
+    else:
+        setting, evaluation = parse(Setting, Evaluation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(setting.model, device)
     folder = Path(setting.model)
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
-    corpus = load_corpus(setting, model, tokenizer, out.parent)
+    corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
     with torch.autocast(device, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
         rows = evaluate(model, tokenizer, corpus, setting, evaluation.lengths or default_lengths(setting.chunks), "now")
     print(table(rows))

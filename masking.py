@@ -5,43 +5,48 @@
     Corpus          document i: a pivot, related and random passages, one entity masked everywhere, cut into chunks
     draw_recall     one chunk with one entity replaced by [TARGET], and the later memory that must supply it
 
-    python masking.py FILE.jsonl        # precision and recall of the entity finder on labelled spans
+    python masking.py --measure-ner FILE.jsonl [--ner rules]    # precision and recall on labelled spans
 """
 
+import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 import unicodedata
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 
 import datasets
 import numpy as np
 import spacy
+from spacy.lang.en.stop_words import STOP_WORDS
 from tqdm import tqdm
 
-from retrieval import BM25
+from retrieval import BM25, UserError
 from rewards import normalize
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> builder of `datasets`
 ATTEMPTS = 200  # draws for one document before giving up
+SMALLEST_CHUNK = 16  # tokens; any tokenizer fits [MASK] and any one character into that
 
-
-class UserError(Exception):
-    """A mistake of the user: one line that says what, where and what to do. The commands print it and exit with 2."""
+Span = tuple[int, int]  # character positions, the end excluded
 
 
 @dataclass
 class Passage:
-    """A paragraph or a few of one article; entities are (start, end) character spans of `text`."""
+    """A paragraph or a few of one article; entities are character spans of `text`, in order, none overlapping."""
 
     title: str
     text: str
-    entities: list[tuple[int, int]] = field(default_factory=list)
+    entities: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -49,13 +54,13 @@ class Document:
     """A long text in chunks, a question about it, and the entities of each chunk that recall may ask for."""
 
     index: int
-    title: str  # the pivot's
+    title: str  # the pivot's; a reader never sees it
     question: str
-    answers: list[str]
+    answers: list[str]  # y
     chunks: list[str]  # joined, they are the document
     recall: list[list[str]]
-    leaks: int = 0  # draws thrown away because a part of the answer's name stayed readable
-    redraws: int = 0  # draws thrown away for any reason
+    leaks: int = 0  # draws, the kept one included, in which a part of y's name stayed readable
+    redraws: int = 0  # draws thrown away, for a leak or any other reason
 
 
 @dataclass
@@ -72,58 +77,70 @@ class Recall:
 
 
 def load_passages(
-    corpus: str, config: str | None = None, split: str = "train", text_field: str = "text",
+    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text", title_field: str = "title",
     max_passages: int | None = None, passage_words: int = 200,
 ) -> list[Passage]:  # fmt: skip
-    """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set (streamed).
+    """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles longer than `passage_words` words are split at paragraph ends. Empty passages, and those that hold a
-    literal [MASK] or [TARGET], are left out. Raises UserError for whatever can't be read.
+    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr: empty
+    passages, and those that hold a literal [MASK] or [TARGET]. A passage without a title goes by the name of its .txt
+    file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
     """
-    passages: list[Passage] = []
+    passages, empty, marked = [], 0, 0
     for row, where in _rows(corpus, config, split):
-        if not isinstance(row.get(text_field), str):
-            raise UserError(f"--corpus {where}: no text in field {text_field!r}; --text-field names it, fields are {sorted(row)}")
-        title = row.get("title")
-        for text in split_paragraphs(row[text_field], passage_words):
-            if text and MASK not in text and TARGET not in text:
-                passages.append(Passage(title if isinstance(title, str) and title else text[:40], text))
+        for name in {text_field, title_field} - {"title"}:
+            if name not in row:
+                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {', '.join(sorted(row))}; name one of them")
+        if not isinstance(row[text_field] or "", str):
+            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
+        pieces = split_paragraphs(row[text_field] or "", passage_words)
+        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and str(where).endswith(".txt") else None)
+        empty += not pieces
+        for text in pieces:
+            if any(token in text.lower() for token in ("[mask]", "[target]")):  # in any case, as y is masked in any case
+                marked += 1
+            else:
+                passages.append(Passage(str(title or text[:40]), text))
         if max_passages and len(passages) >= max_passages:
             break
+    if empty or marked:
+        print(f"{corpus}: left out {empty} empty passages and {marked} that hold a literal {MASK} or {TARGET}", file=sys.stderr)
     if not passages:
         raise UserError(f"--corpus {corpus}: holds no passage")
     return passages[:max_passages]
 
 
 def _rows(corpus: str, config: str | None, split: str):
-    """(row, where it stands) of a corpus, one by one."""
+    """(row, where it stands) of a corpus, one by one, nothing written to disk."""
     path = Path(corpus)
     if not path.exists():
-        looks_local = path.suffix in FORMATS or corpus.startswith((".", "/")) or corpus.count("/") != 1
-        if looks_local:
-            raise UserError(f"--corpus {corpus}: no such file or folder")
+        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
+            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
         try:
             yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
-        except Exception as error:  # the hub, the network, the name, the configuration: all of them the user's to mend
-            raise UserError(f"--corpus {corpus}: could not be streamed from the hub ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
+            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {_first_line(error)}") from None
         return
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS)
-    if not files:
-        raise UserError(f"--corpus {corpus}: the folder holds no {', '.join(FORMATS)} file")
+    if not files or files[0].suffix not in FORMATS:
+        raise UserError(f"--corpus {corpus}: {'not' if files else 'holds'} no {', '.join(FORMATS)} file".replace("not no", "is no"))
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
     for file in files:
-        if file.suffix not in FORMATS:
-            raise UserError(f"--corpus {file}: not one of {', '.join(FORMATS)}")
-        extra = {"sample_by": "document"} if file.suffix == ".txt" else {}
+        whole = {"sample_by": "document"} if file.suffix == ".txt" else {}
         try:
-            if file.stat().st_size:
-                for row in datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **extra):
-                    yield ({"title": file.stem} if file.suffix == ".txt" else {}) | row, file
-        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"--corpus {file}: {_malformed_line(file) or str(error).splitlines()[0]}") from None
+            if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file
+                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **whole)
+                yield from ((row, file) for row in rows)
+        except Exception as error:  # each builder has its own kinds
+            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _malformed_line(file: Path) -> str | None:
-    """Where the first line of a .jsonl file is that isn't a JSON object; the reader of `datasets` does not tell."""
+    """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
     if file.suffix != ".jsonl":
         return None
     with file.open("rb") as lines:
@@ -137,112 +154,189 @@ def _malformed_line(file: Path) -> str | None:
 
 
 def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at paragraph ends only; a longer paragraph stays whole."""
-    pieces: list[list[str]] = [[]]
-    count = 0
-    for paragraph in filter(str.strip, text.split("\n")):
-        size = len(paragraph.split())
-        if pieces[-1] and count + size > words:
+    """`text` in pieces of about `words` words, cut at line ends only: a longer paragraph stays whole, a heading is never alone."""
+    pieces, size = [], 0
+    for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
+        length = len(paragraph.split())
+        if not pieces or (size + length > words and size > words // 8):
             pieces.append([])
-            count = 0
-        pieces[-1].append(paragraph.strip())
-        count += size
-    return ["\n".join(piece) for piece in pieces if piece]
+            size = 0
+        pieces[-1].append(paragraph)
+        size += length
+    return ["\n".join(piece) for piece in pieces]
 
 
 # ---- entities ----------------------------------------------------------------------------------------
 
+FOUND = 4  # raise when find_entities finds something else than before: it is part of the cache's name
 MONTHS = "January February March April May June July August September October November December".split()
-NAME = {"TEXT": {"REGEX": r"^[^\W\d_a-zß-öø-ÿ][\w'’&.-]*\w$"}, "IS_STOP": False}
-LINK = {"LOWER": {"IN": ["of", "the", "de", "da", "di", "la", "le", "van", "von", "der", "and"]}, "OP": "{1,2}"}
-DAY = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}
-YEAR = {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
+LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
+QUANTITIES = {"DATE", "TIME", "NUMBER", "CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY"}
 
 
 def pipeline(ner: str, titles=()):
     """A spaCy pipeline that sets doc.ents. Raises UserError where `ner` is not installed."""
     if ner != "rules":
         try:
-            return spacy.load(ner)
+            return spacy.load(ner, exclude=["parser", "lemmatizer"])
         except OSError:
             raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
+    capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
+    month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
+    day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
+    capitals = capital | {"OP": "+"}
+    patterns = {
+        "NAME": [
+            [capitals, capital, {"TEXT": "I", "OP": "?"}],  # World War I: I is a stop word elsewhere
+            [capitals, link, capitals], [capitals, link, capitals, link, capitals],
+            [capitals, {"LOWER": "of"}, {"LOWER": "the"}, capitals],
+            [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # inside a sentence a capital means a name
+        ],
+        "DATE": [[month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
+                 [{"TEXT": {"REGEX": r"^\d{2,3}0s$"}}]],
+        "NUMBER": [[{"TEXT": {"REGEX": r"^\d+([.,]\d+)*$"}}]],
+        "TITLE": sorted(name for name in map(bare, titles) if name[:1].isupper() and name.lower() not in STOP_WORDS),
+    }  # fmt: skip
     nlp = spacy.blank("en")
+    nlp.add_pipe("sentencizer")
     ruler = nlp.add_pipe("entity_ruler")
-    month = {"TEXT": {"IN": MONTHS}}
-    patterns = [
-        [NAME, NAME | {"OP": "+"}],
-        [NAME, LINK, NAME | {"OP": "+"}],
-        [month, DAY, {"TEXT": ","}, YEAR], [month, YEAR], [month, DAY], [DAY, month, YEAR], [DAY, month],
-        [YEAR], [{"TEXT": {"REGEX": r"^\d[\d,]*(\.\d+)?$"}}],
-    ]  # fmt: skip
-    # A title in brackets is told apart from its namesakes; in text it stands without them.
-    bare = {re.sub(r"\s*\(.*\)$", "", title).strip() for title in titles}
-    known = sorted(t for t in bare if len(t) > 2 and t[0].isupper() and t.lower() not in nlp.Defaults.stop_words)
-    ruler.add_patterns([{"label": "NAME", "pattern": p} for p in patterns] + [{"label": "TITLE", "pattern": t} for t in known])
+    ruler.add_patterns([{"label": label, "pattern": pattern} for label, some in patterns.items() for pattern in some])
     return nlp
 
 
-def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
-    """Set the entities of every passage, once: a later run on the same text reads them from the folder `cache`.
+def bare(title: str) -> str:
+    """The title as it stands in running text: "Mercury (planet)" without what tells it from its namesakes."""
+    return re.sub(r"\s*\([^()]*\)$", "", title).strip()
 
-    Raises UserError if the pipeline is missing or finds nothing at all.
+
+def common_words(texts) -> set[str]:
+    """The words that `texts` write small at least once in ten times: such a word is hardly a name, even with a capital."""
+    total, small = Counter(), Counter()
+    for text in texts:
+        words = re.findall(r"[^\W\d_]+", text)
+        total.update(word.lower() for word in words)
+        small.update(word for word in words if word.islower())
+    return {word for word, count in small.items() if 10 * count >= total[word]}
+
+
+def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
+    """(start, end, label) of the entities worth masking in a spaCy doc.
+
+    Trimmed of a lower-case article, quotes and a final 's. Left out: what masking would not find again (no word edge),
+    what SQuAD's normalisation empties, and what would mask ordinary words: stop words, a single word of `common`,
+    names with neither a capital nor a digit.
     """
-    digest = hashlib.sha256(f"2 {ner} {spacy.__version__}".encode())
+    found = []
+    for entity in doc.ents:
+        core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
+        start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
+        words = core[1].lower().split()
+        plain = core[1].islower() and not any(c.isdigit() for c in core[1])
+        ordinary = all(word in STOP_WORDS for word in words) or core[1].lower() in common
+        if not normalize(core[1]) or plain or ordinary:
+            continue
+        if len(core[1]) <= 80 and is_whole(doc.text, start, end):
+            found.append((start, end, entity.label_))
+    return found
+
+
+def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
+    """Set the entities of every passage, once: a later call on the same text reads them from the folder `cache`.
+
+    Raises UserError if the pipeline is missing or finds nothing at all; then nothing is written.
+    """
+    digest = hashlib.sha256(repr((FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))).encode())
     for passage in passages:
         digest.update(f"{passage.title}\0{passage.text}\0".encode("utf-8", "surrogatepass"))
-    file = cache / f"{digest.hexdigest()[:24]}.json"
+    file = Path(cache) / f"entities-{digest.hexdigest()[:24]}.json"
     if file.exists():
-        for passage, spans in zip(passages, json.loads(file.read_text()), strict=True):
-            passage.entities = [tuple(span) for span in spans]
+        for passage, found in zip(passages, json.loads(file.read_text()), strict=True):
+            passage.entities = [tuple(span) for span in found]
         return
     nlp = pipeline(ner, {passage.title for passage in passages})
-    texts = (passage.text for passage in passages)
-    for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})", leave=False), nlp.pipe(texts, batch_size=64)):
-        passage.entities = [(e.start_char, e.end_char) for e in doc.ents if normalize(e.text)]
+    common = common_words(passage.text for passage in passages) | {"mask", "target"}
+    docs = nlp.pipe((passage.text for passage in passages), batch_size=64)
+    for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})"), docs, strict=True):
+        passage.entities = [(start, end) for start, end, _ in spans(doc, common)]
     if not any(passage.entities for passage in passages):
-        raise UserError(f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline")
-    cache.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([passage.entities for passage in passages]))
+        raise UserError(f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(f".{os.getpid()}")  # several processes may write it at once
+    fresh.write_text(json.dumps([passage.entities for passage in passages]))
+    fresh.replace(file)
 
 
 # ---- masking -----------------------------------------------------------------------------------------
 
+ALIKE = str.maketrans("’‘‐‑–", "''---")  # curly quotes and dashes are no other name
 
-def fold(text: str) -> tuple[str, list[int]]:
-    """`text` in NFKC and lower case, and for each of its characters (and its end) the place in `text` it comes from."""
-    if text.isascii():
-        return text.lower(), range(len(text) + 1)
-    folded, origin, start = [], [], 0
-    while start < len(text):
-        end = start + 1  # a letter and its combining marks are normalised together
-        while end < len(text) and unicodedata.combining(text[end]):
-            end += 1
-        piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
-        folded.append(piece)
-        origin += [start] * len(piece)
-        start = end
-    return "".join(folded), [*origin, len(text)]
+
+def fold(text: str):
+    """(`text` in NFKC and caseless, for each of its characters and its end the place in `text` it comes from).
+
+    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
+    """
+    folded = text.casefold()
+    if len(folded) == len(text) and unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded):
+        return folded.translate(ALIKE), range(len(text) + 1)
+    pieces, origin = [], []
+    for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
+        if run[0].isascii():
+            pieces.append(run[0].lower())
+            origin += range(*run.span())
+            continue
+        start = run.start()
+        for end in range(start + 1, run.end() + 1):
+            if end < run.end() and _merge(text[start:end], text[end]):
+                continue
+            piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
+            pieces.append(piece)
+            origin += [start] * len(piece)
+            start = end
+    return "".join(pieces).translate(ALIKE), [*origin, len(text)]
+
+
+def _merge(before: str, character: str) -> bool:
+    """Whether normalising `before` and the next character together differs from normalising them apart."""
+    if character.isascii():
+        return False
+    apart = unicodedata.normalize("NFKC", before) + unicodedata.normalize("NFKC", character)
+    return unicodedata.combining(character) > 0 or unicodedata.normalize("NFKC", before + character) != apart
+
+
+def is_whole(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] has no word character on either side; 5 is not in 5.2, nor in 1,500; MASK not in [MASK]."""
+    before, after = text[max(0, start - 2) : start], text[end : end + 2]
+    if _wordy(before[-1:]) or _wordy(after[:1]) or text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET):
+        return False
+    in_number = re.fullmatch(r"\d[.,]", before) and text[start].isdigit() or re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
+    return not in_number
+
+
+def _wordy(character: str) -> bool:
+    """A letter, a digit, an underscore, or a mark that combines with the letter before it."""
+    return character.isalnum() or character == "_" or character != "" and unicodedata.category(character)[0] == "M"
 
 
 @lru_cache(maxsize=4096)
-def form(entity: str) -> re.Pattern:
-    """What counts as an occurrence of `entity` in folded text: whole words, any white space; 5 is not in 5.2."""
-    words = [re.escape(word) for word in fold(entity)[0].split()]
-    before = r"(?<!\w)(?<!\d[.,])" if entity[:1].isdigit() else r"(?<!\w)"
-    after = r"(?!\w)(?![.,]\d)" if entity[-1:].isdigit() else r"(?!\w)"
-    return re.compile(before + r"\s+".join(words) + after)
+def _form(entity: str) -> re.Pattern:
+    return re.compile(r"\s+".join(re.escape(word) for word in fold(entity)[0].split()))
 
 
-def occurrences(text: str, entity: str) -> list[tuple[int, int]]:
-    """Character spans of every form of `entity` in `text`."""
+def occurrences(text: str, entity: str) -> list[Span]:
+    """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
     folded, origin = fold(text)
-    spans = []
-    for match in form(entity).finditer(folded):
-        end = match.end()
-        while end < len(folded) and origin[end] == origin[end - 1]:  # a ligature is masked whole
-            end += 1
-        spans.append((origin[match.start()], origin[end]))
-    return spans
+    found, place = [], 0
+    while match := _form(entity).search(folded, place):
+        start, end = match.span()
+        place = start + 1
+        if is_whole(folded, start, end):
+            place = end
+            while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
+                end += 1
+            if not found or origin[start] >= found[-1][1]:
+                found.append((origin[start], origin[end]))
+    return found
 
 
 def mask(text: str, entity: str, token: str = MASK) -> str:
@@ -250,227 +344,278 @@ def mask(text: str, entity: str, token: str = MASK) -> str:
     return mask_spans(text, [], entity, token)[0]
 
 
-def mask_spans(text: str, spans: list[tuple[int, int]], entity: str, token: str) -> tuple[str, list, list]:
-    """(masked text, `spans` at their new places, less those the mask touched, the places of `token`)."""
-    pieces, places, moved, done, shift = [], [], [], 0, 0
-    rest = sorted(spans)
-    for start, end in [*occurrences(text, entity), (len(text), len(text) + 1)]:
-        while rest and rest[0][0] < end:
-            span = rest.pop(0)
-            if span[1] <= start:
-                moved.append((span[0] + shift, span[1] + shift))
-        if start < len(text):
-            pieces += [text[done:start], token]
-            places.append((start + shift, start + shift + len(token)))
-            shift += len(token) - (end - start)
-            done = end
+def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
+    """(`text` with every form of `entity` replaced, `spans` at their new places less those it met, the places of `token`)."""
+    pieces, places, done, length = [], [], 0, 0
+    hits = occurrences(text, entity)
+    for start, end in hits:
+        pieces += [text[done:start], token]
+        length += start - done + len(token)
+        places.append((length - len(token), length))
+        done = end
+    shifts = [0, *(place[1] - hit[1] for place, hit in zip(places, hits, strict=True))]
+    starts, moved = [start for start, _ in hits], []
+    for start, end in spans:
+        n = bisect_left(starts, end)  # hits that start before the span's end: the last of them must end before its start
+        if n == 0 or hits[n - 1][1] <= start:
+            moved.append((start + shifts[n], end + shifts[n]))
     return "".join([*pieces, text[done:]]), moved, places
 
 
 def name_words(entity: str) -> list[str]:
     """The words of a name that would give it away: capitalised, of four letters or more."""
-    return [word for word in re.findall(r"[^\W\d_]{4,}", entity) if word[0].isupper()]
+    return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
+
+
+@lru_cache(maxsize=65536)
+def _parts(name: str) -> tuple[frozenset[str], set[str]]:
+    """The words of a name, folded, and the short forms it goes by: itself without full stops, and its initials."""
+    initials = "".join(word[0] for word in re.findall(r"\w+", name) if word[0].isupper())
+    return frozenset(re.findall(r"\w+", fold(name)[0])), {name.replace(".", "")} | ({initials} if len(initials) > 1 else set())
+
+
+def akin(one: str, other: str) -> bool:
+    """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
+    (words, short), (other_words, other_short) = _parts(one), _parts(other)
+    if not words & other_words:
+        return bool(short & other_short)
+    long = any(len(word) >= 4 and word.isalpha() for word in words & other_words)
+    return bool(long or occurrences(one, other) or occurrences(other, one))
 
 
 # ---- chunks ------------------------------------------------------------------------------------------
 
 
-def cut_chunks(text: str, keep: list[tuple[int, int]], tokenizer, max_tokens: int) -> list[str]:
-    """`text` in pieces of at most `max_tokens` tokens, each measured as it stands; joined they are `text`.
+def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
+    """`text` in pieces of at most `limit` tokens, each measured as it stands; joined they are `text`.
 
-    A cut falls at a paragraph's, a sentence's or a word's end, in this order, where one lies in the last part of the
-    chunk; never inside a span of `keep` or a combined character. Only a span longer than a whole chunk is cut.
+    A cut falls between words, in the last half of the chunk at the end of a paragraph or else a sentence if there is
+    one. It never splits a [MASK], and a span of `keep`, a word or a combined character only where that alone is longer
+    than a chunk.
     """
-    starts = np.array([s for s, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]])
-    keep = sorted(keep)
-    keep_starts = [s for s, _ in keep]
-    chunks, place = [], 0
-    while place < len(text):
-        first, budget = int(np.searchsorted(starts, place)), max_tokens
-        while True:
-            end = int(starts[first + budget]) if first + budget < len(starts) else len(text)
-            end = max(_good_cut(text, keep, keep_starts, place, end), place + 1)
-            # A piece may take more tokens alone than it took within the text.
-            over = len(tokenizer(text[place:end], add_special_tokens=False)["input_ids"]) - max_tokens
-            if over <= 0 or budget == 1:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    token_ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
+    within_mask = {m.start() + n for m in re.finditer(re.escape(MASK), text) for n in range(1, len(MASK))}
+    inside = {place for start, end in keep for place in range(start + 1, end)} | within_mask
+    places, ranks = [], []  # between two words, and how good a cut it is: 2 after a paragraph, 1 a sentence, 0 a word
+    for gap in re.finditer(r"(\S?\S?)(\s+)(?=\S)", text):
+        if gap.end() not in inside and not _splits_character(text, gap.end()):
+            places.append(gap.end())
+            ranks.append(2 if "\n" in gap[2] else int(gap[1].rstrip("\"'”’)]").endswith((".", "!", "?"))))
+    last_resorts = (
+        lambda place: place not in inside and not _splits_character(text, place),  # a word is longer than a chunk
+        lambda place: text[place - 1].isspace() and not _splits_character(text, place),  # an entity is
+        lambda place: not _splits_character(text, place),
+        lambda place: True,  # an emoji can be a dozen codes
+    )
+    chunks, start = [], 0
+    while start < len(text):
+        last = bisect_right(token_ends, start) + limit - 1  # the last token that fits, counted within the whole text
+        reach = max(token_ends[last], start + 1) if last < len(token_ends) - 1 else len(text)
+        near, half = range(bisect_right(places, start), bisect_right(places, reach)), (start + reach) // 2
+        best = sorted(near, key=lambda n: (ranks[n] if places[n] >= half else 0, places[n]), reverse=True)
+        ends = chain(
+            [reach] if reach == len(text) else [], (places[n] for n in best),
+            (end for fits in last_resorts for end in range(reach, start, -1) if fits(end) and end not in within_mask),
+        )  # fmt: skip
+        for end in ends:  # a piece may take more tokens alone than it took within the text
+            if len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]) <= limit:
                 break
-            budget = max(1, budget - over)
-        chunks.append(text[place:end])
-        place = end
+        else:
+            raise UserError(f"--chunk-tokens {limit}: too few for {text[start:start + 6]!r} with this tokenizer; make it larger")
+        chunks.append(text[start:end])
+        start = end
     return chunks
 
 
-def _good_cut(text: str, keep: list[tuple[int, int]], keep_starts: list[int], start: int, end: int) -> int:
-    """The best place to cut in text[start:end], at `end` at the latest."""
-    if end < len(text):
-        tail = start + (end - start) // 2
-        for ending in ("\n", ". ", " "):
-            found = text.rfind(ending, tail, end)
-            if found >= 0 and ending != " ":
-                end = found + len(ending)
-                break
-            if found >= 0:
-                end = found + 1
-    while True:
-        n = int(np.searchsorted(keep_starts, end)) - 1  # the last span that starts before the cut
-        if n >= 0 and keep[n][0] > start and end < keep[n][1]:
-            end = keep[n][0]
-            continue
-        break
-    while start + 1 < end < len(text) and (unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]):
-        end -= 1
-    return end
+def _splits_character(text: str, place: int) -> bool:
+    """Whether text[place] belongs to what a reader sees as one character with the code before it."""
+    before, after = text[place - 1], text[place : place + 1]
+    if after.isascii():  # so is the text's end
+        return before + after == "\r\n"
+    if "\U0001f1e6" <= after <= "\U0001f1ff":  # a flag is two of these, so the second of a pair has an odd number before
+        return len(re.search("[\U0001f1e6-\U0001f1ff]*\\Z", text[max(0, place - 50) : place])[0]) % 2 == 1
+    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after) or "\U0001f3fb" <= after <= "\U0001f3ff":
+        return True  # an accent, a joined emoji, its skin
+    return _merge(before, after)
 
 
 # ---- documents ---------------------------------------------------------------------------------------
 
 
+def is_heldout(title: str, share: float) -> bool:
+    """Whether a title is kept for evaluation: a matter of its own hash and nothing else."""
+    return int.from_bytes(hashlib.sha256(title.encode("utf-8", "surrogatepass")).digest()[:4]) < share * 2**32
+
+
 class Corpus:
     """Masked documents: document(i, split) is a pure function of the passages, the seed, the split and i.
 
-    With `n_chunks` a document gets as many passages as fill that many chunks; without, `n_passages` passages.
-    `heldout` is the share of titles that are pivots of the split "heldout" only: in "train" they are never a pivot, an
-    answer or a recall target. Raises UserError for too few passages.
+    With `n_chunks` a document gets as many passages as fill that many chunks; without, `n_passages` passages and at most
+    `max_chunks` chunks. In the split "train" a held-out title is never a pivot, an answer or a recall target; in
+    "heldout" it is always the pivot. Raises UserError for too few passages.
     """
 
     def __init__(
         self, passages: list[Passage], tokenizer, *, seed: int, chunk_tokens: int, n_chunks: int | None = None,
-        n_passages: int | None = None, n_related: int = 0, keep_leaky: bool = False, heldout: float = 0.2,
+        n_passages: int | None = None, max_chunks: int | None = None, n_related: int = 0, keep_leaky: bool = False,
+        heldout: float = 0.2,
     ):  # fmt: skip
         self.passages, self.tokenizer, self.seed = passages, tokenizer, seed
-        self.chunk_tokens, self.n_chunks, self.n_passages = chunk_tokens, n_chunks, n_passages
+        self.chunk_tokens, self.n_chunks, self.n_passages, self.max_chunks = chunk_tokens, n_chunks, n_passages, max_chunks
         self.n_related, self.keep_leaky = n_related, keep_leaky
-        if n_passages and n_passages > len(passages):
-            raise UserError(f"--passages {n_passages}: the corpus has only {len(passages)}; ask for fewer or bring more text")
+        if chunk_tokens < SMALLEST_CHUNK:
+            raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK}")
+        if max(n_passages or 1, n_related + 1) > len(passages):
+            raise UserError(f"the corpus has {len(passages)} passages, too few for --passages {n_passages} with --related {n_related}")
         self.same_title: dict[str, list[int]] = {}
         for n, passage in enumerate(passages):
             self.same_title.setdefault(passage.title, []).append(n)
-        self.heldout = {t for t in self.same_title if int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 16**8 < heldout}
-        self.never_in_train = {normalize(title) for title in self.heldout}
-        self.pivots = {
-            split: [n for n, p in enumerate(passages) if p.entities and (p.title in self.heldout) == (split == "heldout")]
-            for split in ("train", "heldout")
-        }
-        for split, pivots in self.pivots.items():
-            if not pivots:
-                raise UserError(f"the corpus has no passage with an entity for the split {split!r}: bring more text, or change --heldout")
-        self.index = BM25([f"{p.title} {p.text}" for p in passages]) if n_related else None
-        self.lengths: dict[int, int] = {}
+        self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
+        self.never_in_train = {normalize(bare(title)) for title in self.heldout}
+        self.pivots = {"train": [], "heldout": []}
+        for n, passage in enumerate(passages):
+            split = "heldout" if passage.title in self.heldout else "train"
+            if self._names(n, split):
+                self.pivots[split].append(n)
+        if not any(self.pivots.values()):
+            raise UserError("the corpus has no passage with an entity to mask: bring other text, or another --ner")
+        self.index = BM25([f"{passage.title} {passage.text}" for passage in passages]) if n_related else None
+        self.lengths: dict[int, int] = {}  # tokens of the passages seen so far
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
-        """Document number i of a split, of `chunks` chunks or of the corpus' own size. Raises UserError if none can be made."""
+        """Document number i of a split, of `chunks` chunks or of the corpus' own size. Raises UserError if none can be made.
+
+        It begins with the same draws whatever `chunks` is, so most pivots and answers are the same at every length.
+        """
+        if not self.pivots[split]:
+            raise UserError(f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout")
         rng = np.random.default_rng([self.seed, split == "heldout", i])
-        leaks = 0
-        for attempt in range(ATTEMPTS):
-            made = self._draw(rng, i, split, chunks or self.n_chunks)
-            if isinstance(made, Document):
-                made.leaks, made.redraws = leaks, attempt
-                return made
-            leaks += made == "leaky"
-        raise UserError(f"no document could be built in {ATTEMPTS} draws: too few passages, or entities, for {chunks or self.n_chunks or self.n_passages} chunks or passages")
+        leaks, draws = 0, 0
+        while draws < ATTEMPTS:
+            pivot = int(rng.choice(self.pivots[split]))
+            pool, places = self._pool(pivot, rng)
+            names = self._names(pivot, split)
+            for n in rng.permutation(len(names)).tolist():  # the next one, if the document leaks the first
+                draws += 1
+                document = self._build(i, split, pool, places, names[n], chunks or self.n_chunks)
+                leaky = document and any(occurrences(text, word) for word in name_words(names[n]) for text in document.chunks)
+                leaks += bool(leaky)
+                if document and (self.keep_leaky or not leaky):
+                    document.leaks, document.redraws = leaks, draws - 1
+                    return document
+        raise UserError(
+            f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: bring more text, longer "
+            "chunks or --keep-leaky"
+        )
 
-    def _draw(self, rng, i: int, split: str, n_chunks: int | None) -> Document | str:
-        """One attempt: the document, or why not."""
-        pivot = int(rng.choice(self.pivots[split]))
-        passage = self.passages[pivot]
-        entities = {normalize(passage.text[s:e]): passage.text[s:e] for s, e in passage.entities}
-        allowed = [e for n, e in entities.items() if split == "heldout" or n not in self.never_in_train]
-        if not allowed:
-            return "no entity"
-        answer = allowed[int(rng.integers(len(allowed)))]
-        chosen = [pivot, *self._related(pivot)]
+    def _names(self, n: int, split: str) -> list[str]:
+        """The distinct entities of passage n that may be masked."""
+        passage = self.passages[n]
+        names = {normalize(passage.text[s:e]): " ".join(passage.text[s:e].split()) for s, e in passage.entities}
+        return [name for key, name in names.items() if split == "heldout" or key not in self.never_in_train]
+
+    def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
+        """(passages to take from the front: pivot, related, random ones; random numbers that order those taken).
+
+        Other passages of the pivot's own title are left out: they would all but repeat it.
+        """
+        own, related = self.same_title[self.passages[pivot].title], []
+        if self.n_related:
+            query = f"{self.passages[pivot].title} {self.passages[pivot].text}"
+            (found,) = self.index.search([query], self.n_related + len(own))
+            related = [n for n, _ in found if n not in own][: self.n_related]
         others = rng.permutation(len(self.passages))
-        skip = {*chosen, *self.same_title[passage.title]}
-        chosen += [n for n in others.tolist() if n not in skip]
-        places = rng.random(len(chosen))  # the order of the passages, however many there will be
+        others = others[~np.isin(others, [*own, *related])]
+        return np.array([pivot, *related, *others]), rng.random(1 + len(related) + len(others))
 
-        size = self.n_passages or self._fill(chosen, n_chunks)
-        if size > len(chosen):
-            return "too few passages"
-        for _ in range(8):  # the estimate is nearly right: a passage more or less
-            order = [chosen[n] for n in np.argsort(places[:size])]
-            text, keep, spans = self._join(order, answer)
-            pieces = cut_chunks(text, keep, self.tokenizer, self.chunk_tokens)
-            if self.n_passages or len(pieces) == n_chunks:
+    def _build(self, i: int, split: str, pool: np.ndarray, places: np.ndarray, answer: str, n_chunks: int | None) -> Document | None:
+        """The document with `answer` masked, or None where the pivot doesn't fit into its chunks."""
+        size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
+        while True:
+            if size > len(pool):
+                wanted = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {self.n_passages}"
+                raise UserError(f"the corpus has {len(self.passages)} passages, too few for {wanted} (a title comes once beside a pivot)")
+            text, masks, entities, (first, last) = self._join(pool[np.argsort(places[:size])], pool[0], answer)
+            chunks = cut_chunks(text, entities, self.tokenizer, self.chunk_tokens)
+            if not n_chunks or len(chunks) >= n_chunks:
                 break
-            size += 1 if len(pieces) < n_chunks else -1
-            if not 1 <= size <= len(chosen):
-                return "too few passages"
-        else:
-            return "wrong length"
-        if not self.keep_leaky and any(occurrences(text, word) for word in name_words(answer)):
-            return "leaky"
-        return Document(i, passage.title, QUESTION, [answer], pieces, self._recallable(text, pieces, spans, answer, split))
+            size = max(size + 1, int(size * 0.95 * n_chunks / len(chunks)))
+        most = n_chunks or self.max_chunks or len(chunks)
+        # What is too much goes at the end; also at the front where the pivot would be lost otherwise.
+        chunk_ends = list(accumulate(map(len, chunks)))
+        begin = max(0, bisect_left(chunk_ends, last) + 1 - most)
+        start = chunk_ends[begin - 1] if begin else 0
+        if first < start:
+            return None
+        touching = {place for mask in masks for place in mask}
+        recall, chunks = [], chunks[begin : begin + most]
+        for chunk in chunks:
+            end = start + len(chunk)
+            whole = [text[s:e] for s, e in entities if start <= s and e <= end and s not in touching and e not in touching]
+            names = {normalize(name): " ".join(name.split()) for name in whole}
+            allowed = (n for key, n in names.items() if split == "heldout" or key not in self.never_in_train)
+            recall.append([name for name in allowed if not akin(name, answer)])
+            start = end
+        return Document(i, self.passages[pool[0]].title, QUESTION, [answer], chunks, recall)
 
-    def _related(self, pivot: int) -> list[int]:
-        """The n_related passages nearest to the pivot, other versions of its own article aside."""
-        if not self.n_related:
-            return []
-        own = set(self.same_title[self.passages[pivot].title])
-        (found,) = self.index.search([f"{self.passages[pivot].title} {self.passages[pivot].text}"], self.n_related + len(own))
-        return [n for n, _ in found if n not in own][: self.n_related]
-
-    def _fill(self, chosen: list[int], n_chunks: int) -> int:
-        """How many of `chosen` fill about `n_chunks` chunks, by the unmasked passages' lengths."""
+    def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
+        """A number of passages that should not quite fill the chunks, by the length of the unmasked passages."""
         used = 0
-        for size, n in enumerate(chosen):
+        for size, n in enumerate(pool.tolist()):
+            if used > n_chunks * self.chunk_tokens / 2:
+                return size
             if n not in self.lengths:
-                self.lengths[n] = len(self.tokenizer(self.passages[n].text, add_special_tokens=False)["input_ids"]) + 1
+                self.lengths[n] = len(self.tokenizer(self.passages[n].text, add_special_tokens=False, verbose=False)["input_ids"])
             used += self.lengths[n]
-            if used > n_chunks * self.chunk_tokens * 0.9:
-                return max(1, size)
-        return len(chosen)
+        return len(pool)
 
-    def _join(self, order: list[int], answer: str) -> tuple[str, list, list]:
-        """(masked text, spans that no cut may fall into, spans of the entities that are left)."""
-        texts, keep, spans, offset = [], [], [], 0
-        for n in order:
-            text, moved, masks = mask_spans(self.passages[n].text, self.passages[n].entities, answer, MASK)
-            spans += [(s + offset, e + offset) for s, e in moved]
-            keep += [(s + offset, e + offset) for s, e in [*moved, *masks]]
+    def _join(self, order: np.ndarray, pivot: int, answer: str) -> tuple[str, list[Span], list[Span], Span]:
+        """(masked text, its masks, the entities it still has, the pivot's span)."""
+        texts, masks, entities, offset = [], [], [], 0
+        for n in order.tolist():
+            text, moved, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
+            masks += [(s + offset, e + offset) for s, e in tokens]
+            entities += [(s + offset, e + offset) for s, e in moved]
+            if n == pivot:
+                where = offset, offset + len(text)
             texts.append(text)
             offset += len(text) + 2
-        return "\n\n".join(texts), keep, spans
-
-    def _recallable(self, text: str, pieces: list[str], spans: list, answer: str, split: str) -> list[list[str]]:
-        """For each chunk the distinct entities wholly inside it that are no part of the answer and touch no mask."""
-        recall, start, spans = [], 0, sorted(spans)
-        for piece in pieces:
-            end, found = start + len(piece), {}
-            while spans and spans[0][0] < end:
-                s, e = spans.pop(0)
-                touches = text[max(0, s - len(MASK)) : s] == MASK or text[e : e + len(MASK)] == MASK
-                entity, name = text[s:e], normalize(text[s:e])
-                alias = occurrences(entity, answer) or occurrences(answer, entity) or set(name_words(entity)) & set(name_words(answer))
-                if s >= start and e <= end and not touches and not alias and (split == "heldout" or name not in self.never_in_train):
-                    found.setdefault(name, entity)
-            recall.append(list(found.values()))
-            start = end
-        return recall
+        return "\n\n".join(texts), masks, entities, where
 
 
 def draw_recall(document: Document, rng) -> Recall | None:
-    """Draw k in 2..T-1, l in 1..k-1 and an entity of chunk l; None if no chunk but the last has any."""
+    """Draw k in 2..T-1, l in 1..k-1 and an entity of chunk l (a document has T-1 chunks); None if there is nothing to draw."""
     sources = [n for n, entities in enumerate(document.recall[:-1], 1) if entities]
     if not sources:
         return None
     k = int(rng.integers(sources[0] + 1, len(document.chunks) + 1))
-    earlier = [n for n in sources if n < k]
-    chunk = earlier[int(rng.integers(len(earlier)))]
-    entities = document.recall[chunk - 1]
-    entity = entities[int(rng.integers(len(entities)))]
+    chunk = int(rng.choice([n for n in sources if n < k]))
+    names = document.recall[chunk - 1]
+    entity = names[int(rng.integers(len(names)))]
     return Recall(k, chunk, entity, mask(document.chunks[chunk - 1], entity, TARGET))
 
 
-def measure(file: str, ner: str = "rules") -> None:
-    """Print exact-span precision and recall, labels aside, on lines of {"text", "entities": [[start, end, label]]}."""
+def measure(file: str, ner: str) -> str:
+    """Precision and recall of exact spans, labels aside, on lines of {"text", "entities": [[start, end, label]]}.
+
+    Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
+    """
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-    right = found = gold = 0
-    for row, doc in zip(rows, pipeline(ner).pipe(row["text"] for row in rows)):
-        spans, wanted = {(e.start_char, e.end_char) for e in doc.ents}, {(s, e) for s, e, _ in row["entities"]}
-        right, found, gold = right + len(spans & wanted), found + len(spans), gold + len(wanted)
-    print(f"{ner}: {len(rows)} sentences, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)")
+    common, right, found, gold = common_words(row["text"] for row in rows), 0, 0, 0
+    for row, doc in zip(rows, pipeline(ner).pipe(row["text"] for row in rows), strict=True):
+        mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
+        theirs = {(start, end) for start, end, _ in row["entities"]}
+        right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
+    return f"{ner}: {len(rows)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure-ner", metavar="FILE", required=True, help='lines of {"text", "entities": [[start, end, label]]}')
+    parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
+    arguments = parser.parse_args()
+    try:
+        print(measure(arguments.measure_ner, arguments.ner))
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

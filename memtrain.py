@@ -59,7 +59,6 @@ class Training:
 
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
     save_every: int = option(100, "write the checkpoint every so many steps, and at the end")
-    tensorboard: bool = option(False, "also write the metrics for TensorBoard (pip install tensorboard)")
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -159,7 +158,7 @@ def main() -> None:
 
     model, tokenizer = load_model(setting.model, device)
     reference = load_model(setting.model, device)[0].requires_grad_(False) if training.kl else None
-    corpus = load_corpus(setting, model, tokenizer, out)
+    corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.0)

@@ -6,6 +6,7 @@ sorts: the true one (encyclopedia.jsonl), mixed ones (true titles, facts dealt o
 """
 
 import json
+import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -153,3 +154,104 @@ def questions(world: list[dict]) -> list[dict]:
                     hops = [(title, link), (bridge["title"], attribute)]
                     found.append({"question": question, "answer": value, "hops": hops})
     return found
+
+
+# ---- the split: a third of the subjects stays unseen ------------------------------------------------
+
+
+def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
+    """(known, unseen): a third of each kind is unseen, those that fewest known facts mention.
+
+    Known subjects lose the facts that name an unseen one, so that no unseen title enters the warm-up.
+    """
+    mentions = {s["title"]: 0 for s in subjects}
+    for s in subjects:
+        for value in s["facts"].values():
+            if value in mentions:
+                mentions[value] += 1
+    unseen = set()
+    for kind in ("person", "work", "place", "institution"):
+        titles = [s["title"] for s in subjects if s["kind"] == kind]
+        rng.shuffle(titles)
+        titles.sort(key=lambda t: mentions[t])
+        unseen.update(titles[: len(titles) // 3 + 1])
+    known = [
+        {**s, "facts": {a: v for a, v in s["facts"].items() if v not in unseen}}
+        for s in subjects
+        if s["title"] not in unseen
+    ]
+    return known, [s for s in subjects if s["title"] in unseen]
+
+
+# ---- invented worlds ---------------------------------------------------------------------------------
+
+PEOPLE = ("author", "founder", "alumnus", "teacher", "spouse", "sibling", "collaborator")
+YEARS = ("born", "died", "year", "founded")
+
+
+class Inventor:
+    """Invents words that look like the known ones: a chain over letter pairs, learned from the known names."""
+
+    def __init__(self, known: list[dict], rng):
+        self.rng, self.known = rng, known
+        self.after: dict[str, list[str]] = {}
+        for s in known:
+            for word in re.findall(r"[a-z]+", " ".join([s["title"], *s["facts"].values()]).lower()):
+                for i in range(len(word) + 1):
+                    self.after.setdefault(f"^^{word}"[i : i + 2], []).append(f"{word}$"[i])
+        self.values: dict[tuple[str, str], list[str]] = {}
+        for s in known:
+            for attribute, value in s["facts"].items():
+                self.values.setdefault((s["kind"], attribute), []).append(value)
+
+    def word(self) -> str:
+        while True:
+            letters = "^^"
+            while letters[-1] != "$":
+                letters += self.rng.choice(self.after[letters[-2:]])
+            if 3 <= len(letters) - 3 <= 9:
+                return letters[2:-1]
+
+    def name(self, kind: str) -> str:
+        words = {"person": 2, "place": 1}.get(kind) or self.rng.choice((1, 2))
+        known = [w for s in self.known if s["kind"] == kind for w in s["title"].split()]
+        return " ".join(
+            self.rng.choice(known) if words > 1 and self.rng.random() < 0.3 else self.word().capitalize()
+            for _ in range(words)
+        )
+
+    def value(self, kind: str, attribute: str) -> str:
+        if attribute == "placed" or (attribute not in YEARS and self.rng.random() < 0.4):
+            return self.rng.choice(self.values[kind, attribute])
+        if attribute in YEARS:
+            return str(self.rng.randint(1300, 1999))
+        if attribute in PEOPLE:
+            return self.name("person")
+        if attribute in ("occupation", "form", "currency"):
+            return self.word()
+        if attribute == "about":
+            return f"{self.rng.choice(('a', 'the'))} {self.word()} {self.word()}"
+        return self.word().capitalize()
+
+    def fresh(self, size: int = 10) -> list[dict]:
+        """A world of `size` invented subjects; half of the facts that can be links point into the world."""
+        kinds = [self.rng.choice(("person", "person", "work", "place", "institution")) for _ in range(size)]
+        world = [{"title": t, "kind": k} for t, k in {self.name(kind): kind for kind in kinds}.items()]
+        kinds = {s["kind"] for s in world}
+        targets = {k: [s["title"] for s in world if s["kind"] == k] for k in kinds}
+        for s in world:
+            attributes = {a for k, a in self.values if k == s["kind"]}
+            s["facts"] = {a: self.value(s["kind"], a) for a in sorted(attributes) if a not in PEOPLE or self.rng.random() < 0.7}
+            for link in LINKS.get(s["kind"], {}):
+                kind = {"birthplace": "place", "deathplace": "place", "city": "place", "known_for": "work"}.get(link, "person")
+                others = [t for t in targets.get(kind, []) if t != s["title"]]
+                if others and self.rng.random() < 0.6:
+                    s["facts"][link] = self.rng.choice(others)
+        return world
+
+    def mixed(self) -> list[dict]:
+        """The known titles with every attribute's values dealt out anew."""
+        decks = {key: self.rng.sample(values, len(values)) for key, values in self.values.items()}
+        return [
+            {**s, "facts": {a: decks[s["kind"], a].pop() for a in s["facts"]}} for s in self.known
+        ]

@@ -1,0 +1,170 @@
+"""tiny/: the facts, what is made of them, and what the base model was taught with."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from masking import MASK, TARGET, occurrences
+from rollout import READ_PROMPT, encode_prompt
+from tiny.demonstrations import MEMORY_TOKENS, Demonstrations
+from tiny.world import PATTERNS, encyclopedia, questions, sentences, split
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tiny"
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (TINY / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def known_and_unseen():
+    return split(encyclopedia(), random.Random(0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "model")
+
+
+def test_the_encyclopedia_is_as_large_and_as_regular_as_promised():
+    """150 subjects of four kinds, six attributes each, years are years, nobody dies before birth, titles are told apart."""
+    subjects = encyclopedia()
+    kinds = Counter(s["kind"] for s in subjects)
+    titles = [s["title"] for s in subjects]
+    assert len(subjects) >= 150 and set(kinds) == set(PATTERNS) and len(set(titles)) == len(titles)
+    for s in subjects:
+        assert len([a for a in s["facts"] if a in PATTERNS[s["kind"]]]) >= 6, s["title"]
+        for attribute in ("born", "died", "year", "founded"):
+            assert attribute not in s["facts"] or (len(s["facts"][attribute]) == 4 and int(s["facts"][attribute]))
+        if s["kind"] == "person":
+            assert 10 < int(s["facts"]["died"]) - int(s["facts"]["born"]) < 105
+    for one in titles:
+        assert not any(occurrences(other, one) for other in titles if other != one), one
+
+
+def test_facts_that_mirror_each_other_agree():
+    """Spouses, siblings and collaborators are mutual, and a work's author has it as the work known for, or others."""
+    facts = {s["title"]: s for s in encyclopedia()}
+    for s in facts.values():
+        for attribute in ("spouse", "sibling", "collaborator"):
+            if other := s["facts"].get(attribute):
+                assert facts[other]["facts"][attribute] == s["title"]
+        if s["kind"] == "work" and (author := facts.get(s["facts"]["author"])):
+            life = author["facts"]
+            assert int(life["born"]) < int(s["facts"]["year"]) <= int(life["died"]) + 2, s["title"]
+    # "Gitanjali" (1910), "The Idiot" (1869): nothing but the author's own work appears under known_for.
+    for s in facts.values():
+        work = facts.get(s["facts"].get("known_for"))
+        if s["kind"] == "person" and work and work["kind"] == "work":
+            assert work["facts"]["author"] == s["title"]
+
+
+def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and_unseen):
+    """Nothing the base or MemTrain reads by default names one of them."""
+    known, unseen = known_and_unseen
+    assert 0.3 < len(unseen) / (len(known) + len(unseen)) < 0.4
+    passages = lines("passages.jsonl")
+    text = "\n".join(p["text"] for p in passages)
+    assert not [s["title"] for s in unseen if occurrences(text, s["title"])]
+    assert {p["title"] for p in passages} == {s["title"] for s in known}
+    assert {p["title"] for p in lines("passages_unseen.jsonl")} == {s["title"] for s in unseen}
+    versions = Counter(p["title"] for p in passages)
+    assert min(versions.values()) >= 3
+    assert len({p["text"] for p in passages}) > 0.95 * len(passages)
+
+
+def test_sentences_state_the_facts(known_and_unseen):
+    """One sentence for each fact, with the subject's name and the value in it."""
+    rng = random.Random(0)
+    for s in encyclopedia():
+        made = dict(sentences(s, rng))
+        assert set(made) == {a for a in s["facts"] if a != "placed"}
+        assert all(s["title"] in text and s["facts"][a] in text and text.endswith(".") for a, text in made.items())
+
+
+def test_questions_have_their_evidence_and_start_at_unseen_subjects(known_and_unseen):
+    """HotpotQA's layout; each supporting sentence exists, the last holds the answer; one and two hops."""
+    _, unseen = known_and_unseen
+    titles = {s["title"] for s in unseen}
+    rows = lines("questions.jsonl")
+    kinds = Counter(row["type"] for row in rows)
+    assert kinds["single"] >= 100 and kinds["bridge"] >= 100
+    for row in rows:
+        paragraphs = dict(row["context"])
+        evidence = [paragraphs[title][n] for title, n in row["supporting_facts"]]
+        assert len(evidence) == (2 if row["type"] == "bridge" else 1)
+        assert any(row["answer"] in sentence for sentence in evidence)
+        assert any(occurrences(row["question"], title) for title in titles)
+        assert not occurrences(row["question"], row["answer"])
+
+
+def test_two_hop_answers_follow_the_links():
+    """An independent walk over the facts gives the same answers."""
+    facts = {s["title"]: s["facts"] for s in encyclopedia()}
+    found = 0
+    for row in questions(encyclopedia()):
+        place = row["hops"][0][0]
+        for title, attribute in row["hops"]:
+            assert title == place
+            place = facts[title][attribute]
+        assert place == row["answer"]
+        found += len(row["hops"]) == 2
+    assert found > 200
+
+
+def test_the_tokenizer_reads_any_text(tokenizer):
+    """Bytes fall back: every script survives; prompts are short because their fixed pieces are one token each."""
+    for text in ("Ulm", "na\u00efve \u4e2d\u6587 \U0001f600", "x{}\\boxed{1,5}", "two\nlines\n\nand more", "[MASK] and [TARGET]."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]).strip() == text
+    assert len(encode_prompt(tokenizer, READ_PROMPT.format(problem="a", memory="b", section="c"))) < 10
+
+
+def test_the_model_is_small_enough():
+    """1 to 3 M parameters in at most 8 MiB of safetensors."""
+    file = TINY / "model/model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        size = sum(tensors.get_tensor(name).numel() for name in tensors.keys())
+    assert 1_000_000 <= size <= 3_000_000 and file.stat().st_size <= 8 * 2**20
+
+
+def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, tokenizer):
+    """Notes are copied sentences within the limit; answers to recall and questions stand in the memory; no unseen title."""
+    known, unseen = known_and_unseen
+    demonstrations = Demonstrations(known, tokenizer, seed=5)
+    titles = [s["title"] for s in unseen]
+    for _ in range(150):
+        prompt, notes = demonstrations.reading()
+        assert len(tokenizer(notes)["input_ids"]) <= MEMORY_TOKENS
+        for sentence in notes.split(". "):
+            assert sentence.rstrip(".") in prompt or notes == "(empty)"
+        recalled, entity = demonstrations.recalling()
+        memory = recalled.split("<memory>")[1].split("</memory>")[0]
+        assert TARGET in recalled and occurrences(memory, entity)
+        assert not occurrences(recalled.split("<section>")[1], entity)
+        asked, answer = demonstrations.asked_answer()
+        assert answer in asked.split("<memory>")[1]
+        masked, hidden = demonstrations.masked_answer()
+        assert MASK in masked.split("<memory>")[1] and not occurrences(masked.split("<memory>")[1], hidden)
+        assert not any(t in text for t in titles for text in (masked, hidden))
+
+
+@pytest.mark.slow
+def test_build_is_deterministic(tmp_path):
+    """Two builds of two steps, with different string hashes, write the same bytes; passages are those of the repository."""
+    for name, seed in (("a", "1"), ("b", "2")):
+        subprocess.run(
+            [sys.executable, TINY / "build.py", "--steps", "2", "--out", tmp_path / name],
+            check=True, env={"PYTHONHASHSEED": seed, "PATH": ""},
+        )  # fmt: skip
+    for file in ("passages.jsonl", "passages_unseen.jsonl", "questions.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+        if file.endswith("jsonl") or "tokenizer" in file:
+            assert (tmp_path / "a" / file).read_bytes() == (TINY / file).read_bytes(), file
