@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from masking import Corpus, UserError, draw_recall, find_entities, load_passages
+from masking import QUESTION, Corpus, UserError, draw_recall, find_entities, load_passages
 from rewards import boxed, exact_match
 from rollout import Limits, prompt_overhead, read, recall
 
@@ -103,12 +103,14 @@ def load_model(name: str, device: str):
 
 def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
     """The documents of `setting`. Raises UserError where a conversation can't fit the model's window."""
-    needed = prompt_overhead(tokenizer) + setting.chunk_tokens + setting.memory_tokens * 2 + 32
+    question = len(tokenizer(QUESTION)["input_ids"])
+    written = max(setting.memory_tokens, setting.answer_tokens)
+    needed = prompt_overhead(tokenizer) + question + setting.chunk_tokens + setting.memory_tokens + written
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and needed > window:
         raise UserError(
-            f"--chunk-tokens {setting.chunk_tokens} and --memory-tokens {setting.memory_tokens} need a window of about "
-            f"{needed} tokens, {setting.model} has {window}; make them smaller"
+            f"--chunk-tokens {setting.chunk_tokens}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
+            f"{setting.answer_tokens} need a window of {needed} tokens, {setting.model} has {window}; make them smaller"
         )
     passages = load_passages(
         setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
@@ -132,7 +134,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.96, right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)  # rounding may step outside
 
 
 def evaluate(model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[int], when: str) -> list[dict]:

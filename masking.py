@@ -121,9 +121,9 @@ def _rows(corpus: str, config: str | None, split: str):
         except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
             raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {_first_line(error)}") from None
         return
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS)
-    if not files or files[0].suffix not in FORMATS:
-        raise UserError(f"--corpus {corpus}: {'not' if files else 'holds'} no {', '.join(FORMATS)} file".replace("not no", "is no"))
+    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
+    if not files:
+        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
     for file in files:
         whole = {"sample_by": "document"} if file.suffix == ".txt" else {}
@@ -132,7 +132,7 @@ def _rows(corpus: str, config: str | None, split: str):
                 rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **whole)
                 yield from ((row, file) for row in rows)
         except Exception as error:  # each builder has its own kinds
-            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}") from None
+            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}; mend or remove it") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -141,15 +141,12 @@ def _first_line(error: Exception) -> str:
 
 def _malformed_line(file: Path) -> str | None:
     """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
-    if file.suffix != ".jsonl":
-        return None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is not a JSON object"
-            except ValueError as error:
-                return f"line {number} is not JSON ({error}); mend or remove it"
+    for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is not a JSON object"
+        except ValueError as error:
+            return f"line {number} is not JSON ({error})"
     return None
 
 
@@ -230,12 +227,9 @@ def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
     for entity in doc.ents:
         core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
-        words = core[1].lower().split()
         plain = core[1].islower() and not any(c.isdigit() for c in core[1])
-        ordinary = all(word in STOP_WORDS for word in words) or core[1].lower() in common
-        if not normalize(core[1]) or plain or ordinary:
-            continue
-        if len(core[1]) <= 80 and is_whole(doc.text, start, end):
+        ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
+        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and is_whole(doc.text, start, end):
             found.append((start, end, entity.label_))
     return found
 
@@ -368,19 +362,20 @@ def name_words(entity: str) -> list[str]:
 
 
 @lru_cache(maxsize=65536)
-def _parts(name: str) -> tuple[frozenset[str], set[str]]:
-    """The words of a name, folded, and the short forms it goes by: itself without full stops, and its initials."""
-    initials = "".join(word[0] for word in re.findall(r"\w+", name) if word[0].isupper())
-    return frozenset(re.findall(r"\w+", fold(name)[0])), {name.replace(".", "")} | ({initials} if len(initials) > 1 else set())
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", fold(name)[0]))
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in re.findall(r"\w{2,}", name) if word[0].isupper())
 
 
 def akin(one: str, other: str) -> bool:
     """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
-    (words, short), (other_words, other_short) = _parts(one), _parts(other)
-    if not words & other_words:
-        return bool(short & other_short)
-    long = any(len(word) >= 4 and word.isalpha() for word in words & other_words)
-    return bool(long or occurrences(one, other) or occurrences(other, one))
+    if shared := _words(one) & _words(other):
+        long = any(len(word) >= 4 and word.isalpha() for word in shared)
+        return bool(long or occurrences(one, other) or occurrences(other, one))
+    return one.replace(".", "") == _initials(other) or other.replace(".", "") == _initials(one)
 
 
 # ---- chunks ------------------------------------------------------------------------------------------
@@ -403,10 +398,10 @@ def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
             places.append(gap.end())
             ranks.append(2 if "\n" in gap[2] else int(gap[1].rstrip("\"'”’)]").endswith((".", "!", "?"))))
     last_resorts = (
-        lambda place: place not in inside and not _splits_character(text, place),  # a word is longer than a chunk
-        lambda place: text[place - 1].isspace() and not _splits_character(text, place),  # an entity is
-        lambda place: not _splits_character(text, place),
-        lambda place: True,  # an emoji can be a dozen codes
+        lambda place: place not in inside and not _splits_character(text, place),  # for a word longer than a chunk
+        lambda place: text[place - 1].isspace() and not _splits_character(text, place),  # for such an entity
+        lambda place: place not in within_mask and not _splits_character(text, place),
+        lambda place: place not in within_mask,  # an emoji can be a dozen codes
     )
     chunks, start = [], 0
     while start < len(text):
@@ -416,7 +411,7 @@ def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
         best = sorted(near, key=lambda n: (ranks[n] if places[n] >= half else 0, places[n]), reverse=True)
         ends = chain(
             [reach] if reach == len(text) else [], (places[n] for n in best),
-            (end for fits in last_resorts for end in range(reach, start, -1) if fits(end) and end not in within_mask),
+            (end for fits in last_resorts for end in range(reach, start, -1) if fits(end)),
         )  # fmt: skip
         for end in ends:  # a piece may take more tokens alone than it took within the text
             if len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]) <= limit:
@@ -548,7 +543,7 @@ class Corpus:
         start = chunk_ends[begin - 1] if begin else 0
         if first < start:
             return None
-        touching = {place for mask in masks for place in mask}
+        touching = {place for span in masks for place in span}
         recall, chunks = [], chunks[begin : begin + most]
         for chunk in chunks:
             end = start + len(chunk)
