@@ -45,7 +45,7 @@ class Setting:
     heldout: float = option(0.2, "share of the titles kept for evaluation: never a pivot, an answer or a recall target in training")
 
     chunk_tokens: int = option(64, "tokens of a chunk (paper: 5120)")
-    chunks: int = option(4, "chunks of a training document; it is filled with passages up to that length")
+    chunks: int = option(4, "chunks of a training document, filled with passages to that length; with --passages the most it may have")
     passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
     related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
@@ -120,7 +120,7 @@ def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
     return Corpus(
         passages, tokenizer, seed=setting.seed, n_passages=setting.passages, n_related=setting.related,
         n_chunks=None if setting.passages else setting.chunks, chunk_tokens=setting.chunk_tokens,
-        keep_leaky=setting.keep_leaky, heldout=setting.heldout,
+        max_chunks=setting.chunks if setting.passages else None, keep_leaky=setting.keep_leaky, heldout=setting.heldout,
     )  # fmt: skip
 
 

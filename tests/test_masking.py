@@ -3,19 +3,24 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import spacy
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from masking import (
-    MASK, TARGET, Corpus, Passage, UserError, cut_chunks, draw_recall, find_entities, load_passages, mask, mask_spans,
-    name_words, occurrences, pipeline, split_paragraphs,
+    MASK, TARGET, Corpus, Document, Passage, UserError, akin, cut_chunks, draw_recall, find_entities, fold, is_heldout,
+    load_passages, mask, mask_spans, name_words, occurrences, pipeline, spans, split_paragraphs,
 )  # fmt: skip
 from rewards import normalize
 
@@ -54,6 +59,15 @@ def wiki(tmp_path_factory):
         ("\ufb01nland or \uff26inland", "Finland", "[MASK] or [MASK]"),
         ("\uff11\uff18\uff17\uff19 and 1879", "1879", "[MASK] and [MASK]"),
         ("Stra\u00dfe, STRASSE", "Stra\u00dfe", "[MASK], [MASK]"),
+        ("Paris, PARIS; Parisian", "Paris", "[MASK], [MASK]; Parisian"),
+        ("the U.S. army, U.S.A.", "U.S.", "the [MASK] army, U.S.A."),
+        ("in 1879, 1879.5 and 11,879 or 1,879; 5th", "1879", "in [MASK], 1879.5 and 11,879 or 1,879; 5th"),
+        ("New York, New\u00a0York, Newyork", "New York", "[MASK], [MASK], Newyork"),
+        ("Beyonce\u0301 and Beyonce", "Beyonce", "Beyonce\u0301 and [MASK]"),
+        ("O\u2019Brien and O'Brien", "O'Brien", "[MASK] and [MASK]"),
+        ("a \u00bd b", "1", "a [MASK] b"),  # NFKC writes one half with a 1; the character goes as a whole
+        ("Ada_Lovelace Ada", "Ada", "Ada_Lovelace [MASK]"),
+        ("The Mask wears a [MASK]", "Mask", "The [MASK] wears a [MASK]"),
         ("nothing", "Ada", "nothing"),
     ],
 )
@@ -115,6 +129,33 @@ def test_name_words():
     assert name_words("Ada King of Lovelace") == ["King", "Lovelace"] and name_words("1879") == []
 
 
+def test_folding_is_unicodes_and_keeps_track():
+    """The folded text is the whole text's NFKC and case folding; what lies between two origins folds by itself to its part."""
+    rng = random.Random(1)
+    alphabet = "aZ5 \u00e9\u2019\u2013e\u0301\u0327\ufb01\u00bd\u2163\u00df\u2460\uff21\uff19\u2026\u00a0\u1100\u1161\u11a8\uac00\u0130\u03a3\u03c2\u017f\u0344\u09c7\u09be\u0e33\ufdfa\u200d"
+    for _ in range(5000):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 9)))
+        folded, origin = fold(text)
+        whole = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        assert folded == whole.replace("\u2019", "'").replace("\u2013", "-"), ascii(text)
+        origin = list(origin)
+        assert len(origin) == len(folded) + 1 and origin == sorted(origin) and origin[-1] == len(text)
+        for start in set(origin[:-1]):
+            end = min(o for o in origin if o > start)
+            assert fold(text[start:end])[0] == "".join(c for c, o in zip(folded, origin, strict=False) if o == start)
+
+
+def test_kin():
+    """Parts, initials and shared long words make two names akin; letters and short words in common do not."""
+    for one, other in [
+        ("Ada", "Ada Lovelace"), ("Lord Lovelace", "Ada Lovelace"), ("United States of America", "U.S.A."),
+        ("UN", "United Nations"), ("1843", "10 May 1843"),
+    ]:  # fmt: skip
+        assert akin(one, other) and akin(other, one)
+    for one, other in [("Ada", "Adam"), ("1843", "1844"), ("United Nations", "UK"), ("Bank of Ohio", "City of Rome")]:
+        assert not akin(one, other) and not akin(other, one)
+
+
 # ---- corpora -------------------------------------------------------------------------------------------
 
 
@@ -141,6 +182,68 @@ def test_a_malformed_line_is_named(tmp_path, bad):
     file.write_text('{"title": "A", "text": "Fine."}\n' * 3 + bad + "\n")
     with pytest.raises(UserError, match=r"x\.jsonl: line 4 "):
         load_passages(str(file))
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("missing.jsonl", None, ["missing.jsonl", "no such file"]),
+        ("no/such/folder", None, ["no such file or folder"]),
+        ("bytes.jsonl", b'{"text": "a"}\n\xff\xfe\n', ["bytes.jsonl: line 2"]),
+        ("bad.json", b'[{"text": "a"},', ["bad.json"]),
+        ("bad.parquet", b"not parquet", ["bad.parquet"]),
+        ("bytes.txt", b"\xff\xfe\xfa", ["bytes.txt"]),
+        ("empty.jsonl", b"", ["empty.jsonl", "no passage"]),
+        ("field.jsonl", b'{"body": "a"}\n', ["field.jsonl", "'text'", "body"]),
+        ("number.jsonl", b'{"text": 7}\n', ["number.jsonl", "int"]),
+        ("a.csv", b"text\na\n", ["a.csv", ".parquet"]),
+    ],
+)
+def test_a_corpus_that_cannot_be_read(tmp_path, capfd, name, content, words):
+    """One line with the file and what is wrong with it, and nothing else on the terminal."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_passages(str(tmp_path / name))
+    message = str(caught.value)
+    assert all(word in message for word in words) and "\n" not in message and capfd.readouterr().err == "", message
+
+
+def test_other_fields_and_missing_titles(tmp_path, capsys):
+    """Fields by any name; a passage without a title goes by its first words; what is left out is counted on stderr."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"name": "N", "body": "Body."}) + "\n")
+    assert load_passages(str(file), text_field="body", title_field="name") == [Passage("N", "Body.")]
+    assert load_passages(str(file), text_field="body")[0].title == "Body."
+    with pytest.raises(UserError, match="no field 'heading'"):
+        load_passages(str(file), text_field="body", title_field="heading")
+    texts = ["Good.", " \n", None, "A [MASK].", "A [target]."]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert [p.text for p in load_passages(str(file))] == ["Good."]
+    assert "2 empty passages and 2 that hold" in capsys.readouterr().err
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {n} of a book." for n in range(5)))
+    passages = load_passages(str(tmp_path / "book.txt"), passage_words=10)
+    assert [p.text.count("Paragraph") for p in passages] == [2, 2, 1] and len({p.title for p in passages}) == 3
+
+
+def test_real_articles_become_passages():
+    """Whole Wikipedia articles: no word is lost, and only a long paragraph makes a long passage."""
+    file = SHARED / "wiki/articles.jsonl"
+    if not file.exists():
+        pytest.skip("needs the shared data, which is not here")
+    passages, words = load_passages(str(file), passage_words=200), Counter()
+    for p in passages:
+        words[p.title] += len(p.text.split())
+    assert words == {row["title"]: len(row["text"].split()) for row in map(json.loads, file.open())}
+    for p in passages:
+        assert len(p.text.split()) <= 225 or max(len(line.split()) for line in p.text.split("\n")) > 175
+    assert 100 < np.median([len(p.text.split()) for p in passages]) <= 200
+
+
+def test_a_heading_is_never_a_passage_of_its_own():
+    """A short line stays with the long paragraph after it, though together they are over the size."""
+    long = " ".join(["word"] * 79)
+    assert split_paragraphs(f"History\n{long}\n\nLater years\n{long}", 80) == [f"History\n{long}", f"Later years\n{long}"]
 
 
 def test_long_articles_are_split_at_paragraph_ends_only():
@@ -185,7 +288,134 @@ def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
         find_entities(fresh("Ulm lies elsewhere."), "rules", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text, entities",
+    [
+        ("The president of France met Ada Lovelace's mother.", ["France", "Ada Lovelace"]),
+        ("However, he lived in New York City until 10 May 1843.", ["New York City", "10 May 1843"]),
+        ("It cost 1,234.5 dollars in the 1990s, on March 3, 1998.", ["1,234.5", "1990s", "March 3, 1998"]),
+        ("The University of Oxford and the Battle of the Somme.", ["University of Oxford", "Battle of the Somme"]),
+        ("Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.", ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"]),
+        ("World War I began in August 1914.", ["World War I", "August 1914"]),
+        ("He saw the River and the Mask in US papers.", []),
+        ("Dogs bark. Cats do not. In Paris they do.", ["Paris"]),
+        ("\u00c9mile Zola wrote in \u00cele-de-France.", ["\u00c9mile Zola", "\u00cele-de-France"]),
+    ],
+)
+def test_what_the_rules_leave_to_mask(text, entities):
+    """Names, dates, numbers; no article, no possessive, no word that merely begins a sentence, no ordinary word."""
+    doc = pipeline("rules")(text)
+    assert [text[start:end] for start, end, _ in spans(doc, {"river", "mask", "target"})] == entities
+
+
+def test_an_installed_pipeline_is_used(tmp_path):
+    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder. The article and 's go; so do small letters, stop words
+    and what masking would not find again."""
+    nlp = spacy.blank("en")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": p} for p in ("the Blue Danube's", "a river", "It", "10")])
+    nlp.to_disk(tmp_path / "pipeline")
+    passages = [Passage("x", "He saw the Blue Danube's water, a river in Ulm. It is 10km off.")]  # spaCy's tokens are 10 and km
+    find_entities(passages, str(tmp_path / "pipeline"), tmp_path / "cache")
+    assert [passages[0].text[s:e] for s, e in passages[0].entities] == ["Blue Danube"]
+
+
+def test_text_without_entities_is_refused(tmp_path):
+    """The error says so, and no cache is left behind."""
+    with pytest.raises(UserError, match="no entity"):
+        find_entities([Passage("a", "nothing here is a name")], "rules", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_rules_on_labelled_text():
+    """Exact spans on 3,000 WikiNEuRal sentences, by the command that README quotes."""
+    file = SHARED / "ner/wikineural_3000.jsonl"
+    if not file.exists():
+        pytest.skip("needs the shared data, which is not here")
+    command = [sys.executable, ROOT / "masking.py", "--measure-ner", file, "--ner", "rules"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", done.stdout).groups())
+    assert precision > 0.8 and recall > 0.8
+
+
 # ---- chunks --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level BPE of 400 tokens: several tokens a word, and up to 18 an emoji."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([line for text in (random.__doc__, re.__doc__) for line in text.split("\n")], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, "bpe"])
+def test_only_what_is_longer_than_a_chunk_is_cut(name, bpe):
+    """Random texts, half of them with hardly a space. What a cut splits (a word, an entity) is longer than a chunk; masks
+    and characters (accents, flags, joined emoji, line ends) are never split."""
+    if name != "bpe" and not SHARED.exists():
+        pytest.skip("needs the shared tokenizers, which are not here")
+    tokenizer = bpe if name == "bpe" else AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
+    rng = random.Random(1)
+    family, flags, thumb = "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea", "\U0001f44d\U0001f3fd"
+    words = ["Ada", "the", MASK, "1,843", "na\u00efve", "\u5317\u4eac\u5927\u5b66", "e\u0301a\u0308", "end.", "\u201cYes!\u201d", "\ufdfa"]
+    words += [family, flags, thumb, "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0301x"]
+
+    def size(part):
+        return len(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    for _ in range(40):
+        gaps = rng.choice([[" ", " ", " ", "  ", "\n\n", "\r\n", ". "], [""] * 30 + [" ", "\r\n"]])
+        pieces = [(rng.choice(words), rng.choice(gaps)) for _ in range(rng.randint(0, 120))]
+        starts = [0, *np.cumsum([len(word) + len(gap) for word, gap in pieces]).tolist()]
+        keep, n = [], 0
+        while n + 3 < len(pieces):  # entities of one to three words
+            last = n + rng.randint(0, 2)
+            keep.append((starts[n], starts[last] + len(pieces[last][0])))
+            n = last + rng.randint(1, 6)
+        text, limit = "".join(word + gap for word, gap in pieces), rng.choice([16, 33, 64, 200])
+        chunks = cut_chunks(text, keep, tokenizer, limit)
+        assert "".join(chunks) == text and all(chunks) and all(size(chunk) <= limit for chunk in chunks)
+        assert sum(chunk.count(MASK) for chunk in chunks) == text.count(MASK)
+        cuts = np.cumsum([len(chunk) for chunk in chunks])[:-1].tolist()
+        for start, end in keep:  # give or take the tokens that a cut's edges cost
+            assert size(text[start:end]) > limit - 4 or not any(start < cut < end for cut in cuts), text[start:end]
+        inside = {place for start, end in keep for place in range(start + 1, end)}
+        clean = [0, *(m.end() for m in re.finditer("\\s(?=[^\\s\u0301])", text) if m.end() not in inside), len(text)]
+        for cut in set(cuts) - set(clean):
+            start, end = max(c for c in clean if c < cut), min(c for c in clean if c > cut)
+            assert size(text[start:end]) > limit - 4, text[start:end]
+        for cut in cuts if limit > 16 else []:  # a family is 18 bytes, and no longer fits
+            assert unicodedata.category(text[cut])[0] != "M" and "\u200d" not in text[cut - 1 : cut + 1]
+            assert text[cut - 1 : cut + 1] not in ("\r\n", flags[:2], flags[2:], thumb)
+
+
+def test_chunks_end_with_paragraphs_and_sentences_and_are_filled(bpe):
+    """In the last half of a chunk a sentence's end wins over a word's, a paragraph's over both; else chunks are full."""
+    sentence = "The quick brown fox jumps over a lazy dog. "
+    size = len(bpe(sentence)["input_ids"])
+    assert set(cut_chunks(sentence * 40, [], bpe, 5 * size // 2)) == {sentence * 2}
+    assert set(cut_chunks((sentence * 3 + "\n\n") * 10, [], bpe, 5 * size)) == {sentence * 3 + "\n\n"}
+    assert all(len(bpe(chunk)["input_ids"]) > 55 for chunk in cut_chunks("word " * 500, [], bpe, 64)[:-1])
+
+
+def test_an_entity_longer_than_a_chunk_is_cut_between_words(bpe):
+    """It must be cut somewhere; the masks in it must not."""
+    text = "alpha beta [MASK] gamma delta " * 20
+    chunks = cut_chunks(text, [(0, len(text))], bpe, 24)
+    assert "".join(chunks) == text and sum(c.count(MASK) for c in chunks) == 20 and all(c.endswith(" ") for c in chunks)
+
+
+def test_a_long_document_is_cut_fast():
+    """40,000 tokens of real text within two seconds on one core."""
+    if not SHARED.exists():
+        pytest.skip("needs the shared data, which is not here")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / TOKENIZERS[0])
+    text = "\n\n".join(json.loads(line)["text"] for line in (SHARED / "wiki/passages.jsonl").open())[:180000]
+    start = time.perf_counter()
+    chunks = cut_chunks(text, [], tokenizer, 5120)
+    assert time.perf_counter() - start < 2 and len(chunks) >= 7
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, "tiny"])
@@ -353,6 +583,137 @@ def test_leaky_documents_are_dropped_unless_kept(tokenizer):
     loose = Corpus(passages, tokenizer, **settings, keep_leaky=True)
     loose.pivots["train"] = [0]
     assert loose.document(0).answers == ["Ada Lovelace"]
+
+
+def made_up(n_titles=40):
+    """Passages about made-up people, three versions of each, every entity marked; a friend's name links two titles."""
+    names, passages = [f"Person{n}x Surname{n}y" for n in range(n_titles)], []
+    for n, name in enumerate(names):
+        for v in range(3):
+            friend = names[(n + 5 * v + 1) % n_titles]
+            text = f"{name} lived in Town{n % 9}z. It was {1800 + n} then. In version {v + 500} {name}'s friend is {friend}."
+            passages.append(Passage(name, text, [m.span() for m in re.finditer(MADE_UP, text)]))
+    return passages
+
+
+MADE_UP = r"Person\w+ Surname\w+|Town\dz|\b1\d\d\d|\b50\d\b"
+
+
+def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
+    """At several lengths: the chunks asked for, within their limit, and exactly the entities that a scan of the chunk finds,
+    less y's kin and, in train, held-out titles."""
+    corpus = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
+    assert 2 <= len(corpus.heldout) <= 16
+    answers = set()
+    for i, split, length in [(i, s, c) for i in range(40) for s in ("train", "heldout") for c in (None, 1, 3, 8)]:
+        document = corpus.document(i, split, length)
+        answers |= set(document.answers) if split == "train" else set()
+        assert len(document.chunks) == (length or 4) == len(document.recall)
+        assert MASK in "".join(document.chunks) and document.answers[0] not in "".join(document.chunks)
+        for chunk, names in zip(document.chunks, document.recall, strict=True):
+            assert len(bpe(chunk)["input_ids"]) <= 160
+            scanned = set(re.findall(MADE_UP, chunk)) - (corpus.heldout if split == "train" else set())
+            assert sorted(names) == sorted(name for name in scanned if not akin(name, document.answers[0]))
+    assert not answers & corpus.heldout and any("Surname" in answer for answer in answers)
+
+
+def test_the_pivot_is_whole_and_related_passages_are_preferred(bpe):
+    """The pivot stands unbroken but for its masks, no other version of it does, and its friends' passages turn up."""
+    near = {}
+    for related in (0, 2):
+        corpus, near[related] = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=related), 0
+        for i in range(60):
+            document = corpus.document(i)
+            there = {p.text: p.title for p in corpus.passages if mask(p.text, document.answers[0]) in "".join(document.chunks)}
+            (pivot,) = [text for text, title in there.items() if title == document.title]
+            names = set(re.findall(r"Surname\d+y", pivot))
+            near[related] += sum(bool(names & set(re.findall(r"Surname\d+y", text))) for text in there if text != pivot)
+    assert near[2] > 3 * near[0]
+
+
+def test_a_document_is_the_same_at_every_length_but_for_its_length(bpe):
+    """The draws do not depend on the number of chunks: the same pivot and answer, so lengths can be compared."""
+    corpus = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
+    for i in range(20):
+        seen = {(d.title, *d.answers) for d in (corpus.document(i, "heldout", chunks) for chunks in (2, 4, 8))}
+        assert len(seen) == 1
+
+
+def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
+    """N passages; cut to max_chunks without losing the pivot, wherever it stands, and its entities still in their chunks."""
+    passages, places = made_up(), []
+    whole = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3)
+    short = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3, max_chunks=5)
+    for i in range(40):
+        document, cut = whole.document(i), short.document(i)
+        text = "".join(document.chunks)
+        assert text.count("\n\n") == 11 and len(document.chunks) > 5 == len(cut.chunks) and cut.redraws == 0
+        assert all(name in chunk for chunk, names in zip(cut.chunks, cut.recall, strict=True) for name in names)
+        versions = [mask(p.text, cut.answers[0]) for p in passages if p.title == cut.title]
+        assert any(version in "".join(cut.chunks) for version in versions)
+        places.append(max(text.find(version) for version in versions) / len(text))
+        assert len(whole.document(i, chunks=7).chunks) == 7
+    assert min(places) < 0.15 and max(places) > 0.75 and 0.3 < np.mean(places) < 0.6
+
+
+def test_the_held_out_share():
+    """About the share asked for, by the title alone."""
+    assert 1850 < sum(is_heldout(f"title {n}", 0.2) for n in range(10000)) < 2150
+    assert not any(is_heldout(f"title {n}", 0.0) for n in range(100)) and all(is_heldout(f"title {n}", 1.0) for n in range(100))
+
+
+def test_leaks_are_counted(bpe):
+    """Half of the entities leak: with keep_leaky as many documents are as are counted, without none is and every redraw is one."""
+    passages = []
+    for n in range(20):
+        text = f"Ada{n} Lovelace met Lovelace in Rome{n}x."
+        passages.append(Passage(f"T{n}", text, [m.span() for m in re.finditer(rf"Ada{n} Lovelace|Rome{n}x", text)]))
+    for keep in (False, True):
+        corpus = Corpus(passages, bpe, seed=0, chunk_tokens=32, n_passages=3, keep_leaky=keep)
+        documents = [corpus.document(i) for i in range(60)]
+        leaky = [d for d in documents if "Lovelace" in d.answers[0]]
+        assert 15 < sum(d.leaks for d in documents) < 45
+        assert all(d.leaks == (d in leaky) and d.redraws == 0 for d in documents) if keep else not leaky
+        assert keep or all(d.redraws == d.leaks for d in documents)
+
+
+def test_too_little_to_build_from(bpe):
+    """No entity, nothing held out, a chunk of no use, a pivot longer than its document: each says so."""
+    passages = made_up(6)
+    with pytest.raises(UserError, match="no passage with an entity"):
+        Corpus([Passage("a", "b"), Passage("c", "d")], bpe, seed=0, chunk_tokens=64, n_passages=1)
+    with pytest.raises(UserError, match="'heldout'"):
+        Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=2, heldout=0).document(0, "heldout")
+    with pytest.raises(UserError, match="--chunk-tokens 3"):
+        Corpus(passages, bpe, seed=0, chunk_tokens=3, n_passages=2)
+    with pytest.raises(UserError, match="could not be built"):
+        Corpus(passages, bpe, seed=0, chunk_tokens=16, n_chunks=1).document(0)
+
+
+def test_recall_keeps_away_from_the_mask(bpe):
+    """What overlaps or abuts a mask, is a part of y or shares a word with it, is not asked for."""
+    text = "Oxford lies in Kent. University of Oxford, Oxford/Rome, Oxford/Ulm, Bath. Lord Oxford Bath met Ann."
+    found = [m.span() for m in re.finditer(r"University of Oxford|Oxford/Rome|(?<=Oxford)/Ulm|Oxford|Kent|Bath|Ann", text)]
+    corpus = Corpus([Passage("Oxford", text, found)], bpe, seed=0, chunk_tokens=128, n_passages=1, heldout=0, keep_leaky=True)
+    recalled = {d.answers[0]: {name for names in d.recall for name in names} for d in map(corpus.document, range(60))}
+    assert recalled["Oxford"] == {"Kent", "Bath", "Ann"}
+    assert "Oxford" not in recalled["University of Oxford"] and "/Ulm" in recalled["University of Oxford"]
+
+
+def test_a_recall_section_by_hand():
+    """Every form of the entity is gone, masks stay, an entity called Mask does not eat one; k is uniform, l < k."""
+    chunks = ["Ada met [MASK], ADA's friend. The Mask.", "No names.", "Bob and \uff22\uff4f\uff42 in [MASK].", "Eve."]
+    document = Document(0, "t", "q", ["y"], chunks, [["Ada", "Mask"], [], ["Bob"], ["Eve"]])
+    rng = np.random.default_rng(0)
+    draws = [draw_recall(document, rng) for _ in range(400)]
+    assert {(d.memory_step, d.chunk) for d in draws} == {(2, 1), (3, 1), (4, 1), (4, 3)}
+    assert {d.entity: d.section for d in draws} == {
+        "Ada": "[TARGET] met [MASK], [TARGET]'s friend. The Mask.", "Mask": "Ada met [MASK], ADA's friend. The [TARGET].",
+        "Bob": "[TARGET] and [TARGET] in [MASK].",
+    }  # fmt: skip
+    steps = Counter(d.memory_step for d in draws)
+    assert all(90 < steps[k] < 180 for k in (2, 3, 4))
+    assert draw_recall(Document(0, "t", "q", ["y"], ["a"], [["Ada"]]), rng) is None
 
 
 def test_too_few_passages(tiny_passages, tokenizer):

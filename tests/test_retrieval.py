@@ -45,3 +45,20 @@ def test_several_queries_and_a_tie():
     index = BM25(["red apple", "green pear", "red apple"])
     red, none = index.search(["red", "blue"], 5)
     assert [n for n, _ in red] == [0, 2] and none == []
+
+
+def test_ties_at_the_cut_come_by_position():
+    """Ten equal passages around a better one: every k gives a prefix of the same order."""
+    index = BM25(["red fish"] * 5 + ["red red fish"] + ["red fish"] * 5 + ["blue"])
+    order = [5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    for k in range(14):
+        assert [n for n, _ in index.search(["red"], k)[0]] == order[:k]
+
+
+def test_other_parameters_and_texts_without_words():
+    """k1 and b mean what they mean in the formula; an empty corpus, an empty text and an empty query find nothing."""
+    texts = ["a b b", "b c", "a a a a d e f", ""]
+    for k1, b in [(0.9, 0.4), (1.2, 0.0), (2.0, 1.0)]:
+        for n, score in BM25(texts, k1, b).search(["a b"], 4)[0]:
+            assert abs(score - reference(texts, "a b", k1, b)[n]) < 1e-5
+    assert BM25(["", "..."]).search(["one"], 2) == [[]] == BM25([]).search(["one"], 2) and BM25(["one"]).search([""], 1) == [[]]

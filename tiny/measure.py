@@ -30,7 +30,7 @@ def question_documents(tokenizer, setting: Setting, kind: str) -> list[Document]
     documents = []
     for n, row in enumerate(rows[:: max(1, len(rows) // DOCUMENTS)][:DOCUMENTS]):
         text = "\n\n".join("".join(lines) for _, lines in row["context"])
-        chunks = cut_chunks(text, [], [], tokenizer, setting.chunk_tokens)
+        chunks = cut_chunks(text, [], tokenizer, setting.chunk_tokens)
         documents.append(Document(n, row["_id"], row["question"], [row["answer"]], chunks, [[] for _ in chunks]))
     return documents
 
