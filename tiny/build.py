@@ -27,7 +27,7 @@ from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2048
-STEPS, STEP_TOKENS, RATE = 1300, 6144, 3e-3
+STEPS, STEP_TOKENS, RATE = 1600, 6144, 3e-3
 
 
 

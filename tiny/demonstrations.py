@@ -8,7 +8,6 @@ from tiny.world import Inventor, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS = 64, 48
 PASSAGE_SENTENCES = (3, 4)
-FOCUSED = 0.3  # share of the note-takers that look at the problem
 
 
 def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
@@ -105,25 +104,24 @@ class Demonstrations:
                 used += price
         return chunks
 
-    def note_taker(self) -> tuple[bool, float, float]:
-        """One of the crowd: whether it is focused, and its chances of copying an old and a new sentence."""
-        return self.rng.random() < FOCUSED, self.rng.uniform(0.5, 1.0), self.rng.uniform(0.0, 0.7)
+    def note_taker(self) -> tuple[float, float, float, float]:
+        """One of the crowd: its chances of copying an old, old named, new and new named sentence.
 
-    def notes(self, memory: list[str], section: list[str], named: list[str]) -> list[str]:
-        """The next memory, by a note-taker drawn from the crowd: copy by chance, and over the limit drop by chance.
-
-        A focused one puts first, and never drops by chance, what the problem names. Most don't look at the problem.
+        On average they prefer nothing much, but each does, so that the model learns to tell the sentences apart.
         """
-        focused, old, new = self.note_taker()
-        section = [s.strip() for s in section]
-        first = [s for s in dict.fromkeys(memory + section) if focused and any(n in s for n in named)]
-        kept = list(first)
-        for sentences, chance in ((memory, old), (section, new)):
-            kept += [s for s in sentences if s not in kept and self.rng.random() < chance]
+        draw = self.rng.uniform
+        return draw(0.5, 1.0), draw(0.5, 1.0), draw(0.0, 0.7), draw(0.0, 1.0)
+
+    def notes(self, taker: tuple, memory: list[str], section: list[str], named: list[str]) -> list[str]:
+        """The next memory of a note-taker: copy by chance, and when over the limit drop by chance."""
+        old, old_named, new, new_named = taker
+        kept = [s for s in memory if self.rng.random() < (old_named if any(n in s for n in named) else old)]
+        for sentence in (s.strip() for s in section):
+            chance = new_named if any(n in sentence for n in named) else new
+            if self.rng.random() < chance and sentence not in kept:
+                kept.append(sentence)
         while sum(map(self.cost, kept)) > MEMORY_TOKENS - 2:
-            rest = range(len(first), len(kept)) or range(len(kept))
-            kept.pop(self.rng.choice(rest))
-            first = first[: len(kept)]
+            kept.pop(self.rng.randrange(len(kept)))
         return kept
 
     def some_notes(self, passages: list[list[str]], evidence: list[str]) -> str:
@@ -147,9 +145,9 @@ class Demonstrations:
         memory: list[str] = []
         step = self.rng.randrange(len(chunks))
         for section in chunks[:step]:
-            memory = self.notes(memory, section, named)
+            memory = self.notes(self.note_taker(), memory, section, named)
         section = chunks[step]
-        after = self.notes(memory, section, named)
+        after = self.notes(self.note_taker(), memory, section, named)
         prompt = READ_PROMPT.format(problem=problem, memory=" ".join(memory) or EMPTY_MEMORY, section="".join(section))
         return prompt, " ".join(after) or EMPTY_MEMORY
 
