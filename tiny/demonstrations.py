@@ -171,6 +171,8 @@ class Demonstrations:
             return self.recalling()
         entity = self.rng.choice(sorted(found))
         evidence = [s.strip() for s in section if mask(s, entity, TARGET) != s]
+        if not evidence:  # a value that only stands inside a longer word
+            return self.recalling()
         self.rng.shuffle(evidence)
         memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
         return RECALL_PROMPT.format(memory=memory, section=mask(text, entity, TARGET)), entity
