@@ -194,12 +194,10 @@ def default_lengths(trained: int) -> list[int]:
 
 def main() -> None:
     setting, _ = parse(Setting, Evaluation)
-    trained = Path(setting.model).parent / "config.json"  # of the run that wrote this checkpoint
+    trained, saved = Path(setting.model).parent / "config.json", {}  # of the run that wrote this checkpoint
     if trained.is_file():
         saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
-        setting, evaluation = parse(Setting, Evaluation, saved=saved)
-    else:
-        setting, evaluation = parse(Setting, Evaluation)
+    setting, evaluation = parse(Setting, Evaluation, saved=saved)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(setting.model, device)
     folder = Path(setting.model)

@@ -83,7 +83,6 @@ class Turn:
     document: int = -1
     group: int = -1
     advantage: float = 0.0
-    weight: float = 0.0  # share of this conversation in Eq. 4's outer mean
 
 
 @dataclass
