@@ -4,11 +4,12 @@
 
 prints a table and writes the same rows as JSON. Each number stands beside its control: the same
 question with an empty memory, which tells what the model knows, or what the text gives away, without
-having remembered anything (method.md section 8).
+having remembered anything.
 """
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,7 +18,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from masking import QUESTION, Corpus, UserError, draw_recall, find_entities, load_passages
+from corpus import find_entities, load_passages
+from masking import QUESTION, Corpus, draw_recall
+from parallel import gather
+from retrieval import UserError
 from rewards import boxed, exact_match
 from rollout import Limits, prompt_overhead, read, recall
 
@@ -33,7 +37,7 @@ class Setting:
     """What is read, how, and by which model. Training and evaluation share it."""
 
     model: str = option(str(HERE / "tiny/model"), "model folder or hub name")
-    dtype: str = option("float32", "float32, or bfloat16 arithmetic over float32 weights", choices=["float32", "bfloat16"])
+    dtype: str = option("float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"])
     seed: int = option(0, "documents, sampling and everything else random follow from it")
 
     corpus: str = option(str(HERE / "tiny/passages.jsonl"), "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set")
@@ -82,15 +86,16 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun make the same mistake
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def load_model(name: str, device: str):
-    """(model in eval mode, tokenizer) of a folder or hub name, in float32. Raises UserError where it isn't one."""
+def load_model(name: str, device: str, dtype: str = "float32"):
+    """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError where it isn't one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: not a causal language model with its tokenizer ({str(error).splitlines()[0]})") from None
     for module in model.modules():  # dropout stays off in train mode too: the ratio compares passes of one network
@@ -138,20 +143,28 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)  # rounding may step outside
 
 
-def evaluate(model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[int], when: str) -> list[dict]:
+def evaluate(
+    model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[int], when: str, rank: int = 0, processes: int = 1
+) -> list[dict]:
     """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
 
     One row per length, task (end_to_end, recall) and memory (kept, empty): when, task, chunks, memory, n,
-    accuracy, low, high.
+    accuracy, low, high. Several processes share the documents, and all get all rows.
     """
-    documents, recall_rng = [], np.random.default_rng([setting.seed, 7])
+    documents = []
     for chunks in lengths:
         try:
             documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
         except UserError as error:  # a small corpus can't fill the longest documents
             print(f"evaluation at {chunks} chunks is left out: {error}")
-    trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=f"evaluation {when}")
-    draws = [(t, draw) for t in trajectories if (draw := draw_recall(t.document, recall_rng))]
+    documents = documents[rank::processes]
+    shown = f"evaluation {when}" if rank == 0 else None
+    trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=shown)
+    draws = []
+    for t in trajectories:
+        rng = np.random.default_rng([setting.seed, len(t.document.chunks), t.document.index])
+        if draw := draw_recall(t.document, rng):
+            draws.append((t, draw))
     right: dict[tuple, list[bool]] = {}
     for memory in ("kept", "empty"):
         empty = memory == "empty"
@@ -163,6 +176,10 @@ def evaluate(model, tokenizer, corpus: Corpus, setting: Setting, lengths: list[i
         for (t, draw), (turn,) in zip(draws, recalled, strict=True):
             key = (len(t.document.chunks), "recall", memory)
             right.setdefault(key, []).append(exact_match(boxed(turn.text), [draw.entity]))
+    parts, right = gather(right), {}
+    for part in parts:
+        for key, hits in part.items():
+            right.setdefault(key, []).extend(hits)
     rows = []
     for (chunks, task, memory), hits in sorted(right.items(), key=lambda item: (item[0][1], item[0][0], item[0][2] != "kept")):
         low, high = wilson(sum(hits), len(hits))
@@ -199,12 +216,11 @@ def main() -> None:
         saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(setting.model, device)
+    model, tokenizer = load_model(setting.model, device, setting.dtype)
     folder = Path(setting.model)
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
     corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
-    with torch.autocast(device, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
-        rows = evaluate(model, tokenizer, corpus, setting, evaluation.lengths or default_lengths(setting.chunks), "now")
+    rows = evaluate(model, tokenizer, corpus, setting, evaluation.lengths or default_lengths(setting.chunks), "now")
     print(table(rows))
     print(f"95 % intervals; n = {setting.eval_documents} a length; rows in {out}")
     out.write_text(json.dumps(rows, indent=1))

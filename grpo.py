@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from batching import by_length, by_prompt
+
 # Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
 EQUAL_REWARDS = 1e-6
 
@@ -71,30 +73,53 @@ def conversation_weights(documents, kept) -> Tensor:
     return kept / (kept_of.count_nonzero() * kept_of[documents]).clamp(min=1)  # (conversations,)
 
 
-def micro_batches(turns, max_tokens: int) -> list[list[int]]:
+def micro_batches(turns, max_tokens: int, share_prompts: bool = False) -> list[list[int]]:
     """Cut turns into batches of similar length: lists of positions in `turns`, each at most max_tokens *with padding*.
 
-    Longest first, so that a run which doesn't fit in memory fails at its first batch. A single turn longer than the
-    budget stands alone. Which turns share a batch changes nothing but speed: the losses of the batches add up.
+    With share_prompts, turns of one prompt come together, as the one row that completion_logprobs makes of them; rows
+    of one completion are kept apart from those of several, since they need no attention mask. Longest first, so that a
+    run which doesn't fit in memory fails at its first batch. A row longer than the budget stands alone. Which turns
+    share a batch changes nothing but speed: the losses of the batches add up.
     """
-    length = [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns]
+    rows: list[list[int]] = []
+    for same in by_prompt([turn.prompt_ids for turn in turns]) if share_prompts else [[i] for i in range(len(turns))]:
+        used = max_tokens + 1
+        for i in same:  # As many completions behind one copy of the prompt as the budget takes.
+            if used + len(turns[i].completion_ids) > max_tokens:
+                rows.append([])
+                used = len(turns[i].prompt_ids)
+            rows[-1].append(i)
+            used += len(turns[i].completion_ids)
     batches = []
-    for index in sorted(range(len(turns)), key=lambda i: -length[i]):
-        # The first turn of a batch is its longest, so it is the width to which all the others are padded.
-        if batches and (len(batches[-1]) + 1) * length[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    for part in ([row for row in rows if len(row) > 1], [row for row in rows if len(row) == 1]):
+        sizes = [row_tokens([turns[i] for i in row]) for row in part]
+        batches += [[i for n in batch for i in part[n]] for batch in by_length(sizes, max_tokens)]
     return batches
 
 
-def completion_logprobs(model, turns, *, temperature: float = 1.0, head_tokens: int = 1024, with_entropy: bool = False):
+def row_tokens(turns) -> int:
+    """Tokens of one row: a prompt and the completions behind it."""
+    return len(turns[0].prompt_ids) + sum(len(turn.completion_ids) for turn in turns)
+
+
+def batch_tokens(turns, share_prompts: bool = False) -> tuple[int, int]:
+    """(tokens, tokens with padding) that completion_logprobs computes for one batch of turns."""
+    rows = by_prompt([turn.prompt_ids for turn in turns]) if share_prompts else [[i] for i in range(len(turns))]
+    sizes = [row_tokens([turns[i] for i in row]) for row in rows]
+    return sum(sizes), len(sizes) * max(sizes)
+
+
+def completion_logprobs(
+    model, turns, *, share_prompts: bool = False, temperature: float = 1.0, head_tokens: int = 1024,
+    with_entropy: bool = False,
+):  # fmt: skip
     """Log-prob of every completion token under the model -> logprobs, entropy, mask, each (turns, longest completion).
 
     turns have prompt_ids and completion_ids, lists of ints; a completion that ended by itself holds its EOS, so that
     stopping is trained. logprobs are float32, of the distribution that was sampled: log softmax(logits / temperature).
     entropy is of the same distributions, without gradient, or None unless asked for. Both are 0 where mask is False.
-    The model is the bare causal LM, not a DDP wrapper: under several processes the caller sums the gradients.
+    With share_prompts, turns of one prompt are one row: the prompt once, all its completions behind it, each blind to
+    the others. The model is the bare causal LM, not a DDP wrapper: under several processes the caller sums gradients.
     At most head_tokens positions have logits at any one time. ValueError for an empty prompt or scaled logits.
     """
     config = model.config.get_text_config()
@@ -103,21 +128,43 @@ def completion_logprobs(model, turns, *, temperature: float = 1.0, head_tokens: 
             raise ValueError(f"{type(model).__name__} scales its logits by {name}, which is not supported")
     if not all(turn.prompt_ids for turn in turns):
         raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
-    ids = pad_sequence([torch.tensor([*turn.prompt_ids, *turn.completion_ids]) for turn in turns], batch_first=True)
-    ids = ids.to(model.device)  # (turns, longest)
-    prompt = torch.tensor([[len(turn.prompt_ids)] for turn in turns], device=ids.device)  # (turns, 1)
-    completion = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+    rows = by_prompt([turn.prompt_ids for turn in turns]) if share_prompts else [[i] for i in range(len(turns))]
 
+    # Segment 0 is the prompt, 1, 2, ... are its completions, -1 is padding; positions go on from the prompt's in each.
     # Masks come from lengths, never from token values: where pad and EOS are one token, values would untrain the EOS.
-    # The state at position p predicts token p + 1: shifted by one, a completion starts at the prompt's last position.
-    position = torch.arange(ids.shape[1] - 1, device=ids.device)  # (longest - 1,)
-    scored = (position >= prompt - 1) & (position < prompt - 1 + completion)  # (turns, longest - 1)
-    mask = torch.arange(int(completion.max()), device=ids.device) < completion  # (turns, longest completion)
+    ids, segments, positions, source = [], [], [], [[] for _ in turns]
+    for row, members in enumerate(rows):
+        prompt = turns[members[0]].prompt_ids
+        ids.append(list(prompt))
+        segments.append([0] * len(prompt))
+        positions.append(list(range(len(prompt))))
+        for n, i in enumerate(members, start=1):
+            length, start = len(turns[i].completion_ids), len(ids[row])
+            # The state that predicts a completion's first token is the prompt's last; its own states predict the rest.
+            source[i] = [(row, p) for p in [len(prompt) - 1, *range(start, start + length - 1)][:length]]
+            ids[row] += turns[i].completion_ids
+            segments[row] += [n] * length
+            positions[row] += range(len(prompt), len(prompt) + length)
 
-    # Padding is on the right, where causal attention never looks: no attention mask is needed, so fast kernels stay in
-    # use, and positions count 0, 1, 2, ... by default as they did while sampling.
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (turns, longest, width)
-    hidden, targets = hidden[:, :-1][scored], ids[:, 1:][scored]  # (tokens, width), (tokens,)
+    def padded(lists, value):  # (rows, longest)
+        return pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value).to(model.device)
+
+    ids = padded(ids, 0)  # (rows, longest)
+    if len(rows) == len(turns):
+        # Padding is on the right, where causal attention never looks: no attention mask is needed, so fast kernels stay
+        # in use, and positions count 0, 1, 2, ... by default as they did while sampling.
+        layout = {}
+    else:
+        segment = padded(segments, -1)
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (rows, from, to)
+        layout = {"attention_mask": visible.tril()[:, None], "position_ids": padded(positions, 0)}
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state  # (rows, longest, width)
+
+    row, position = torch.tensor([at for places in source for at in places], dtype=torch.long).reshape(-1, 2).T
+    hidden = hidden[row.to(ids.device), position.to(ids.device)]  # (tokens, width), turn by turn
+    targets = torch.tensor([t for turn in turns for t in turn.completion_ids], dtype=torch.long, device=ids.device)
+    completion = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+    mask = torch.arange(int(completion.max()), device=ids.device) < completion  # (turns, longest completion)
 
     # The head is the widest matrix of the network: 16k tokens by a vocabulary of 151k is 10 GB of float32 logits. So it
     # sees a few positions at a time, and backward recomputes their logits instead of keeping them. One chunk is kept:
@@ -128,7 +175,7 @@ def completion_logprobs(model, turns, *, temperature: float = 1.0, head_tokens: 
         head = partial(checkpoint, head, use_reentrant=False)
     logprobs, entropies = zip(*(head(*chunk) for chunk in chunks))  # tuples of (head_tokens,)
 
-    def unflatten(columns):  # Row by row, as the boolean index above flattened.
+    def unflatten(columns):  # Turn by turn, as `source` was listed.
         return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, torch.cat(columns))
 
     return unflatten(logprobs), unflatten(entropies) if with_entropy else None, mask

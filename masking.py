@@ -1,52 +1,27 @@
-"""From unlabeled text to masked documents (paper 3.2 and 3.3).
+"""From passages to masked documents (paper 3.2 and 3.3).
 
-    load_passages   a corpus as passages: local files or a hub data set
-    find_entities   the named entities of each, by spaCy, cached on disk
-    Corpus          document i: a pivot, related and random passages, one entity masked everywhere, cut into chunks
-    draw_recall     one chunk with one entity replaced by [TARGET], and the later memory that must supply it
-
-    python masking.py --measure-ner FILE.jsonl [--ner rules]    # precision and recall on labelled spans
+    cut_chunks    a text cut at safe places, each piece within a token limit
+    Corpus        document i: a pivot, related and random passages, one entity masked everywhere, cut into chunks
+    draw_recall   one chunk with one entity replaced by [TARGET], and the later memory that must supply it
 """
 
-import argparse
 import hashlib
-import json
-import os
 import re
-import sys
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections import Counter
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import accumulate, chain
-from pathlib import Path
 
-import datasets
 import numpy as np
-import spacy
-from spacy.lang.en.stop_words import STOP_WORDS
-from tqdm import tqdm
 
+from corpus import Passage, bare
+from matching import MASK, TARGET, Span, akin, mask, mask_spans, merges, name_words, occurrences
 from retrieval import BM25, UserError
 from rewards import normalize
 
-MASK, TARGET = "[MASK]", "[TARGET]"
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> builder of `datasets`
 ATTEMPTS = 200  # draws for one document before giving up
 SMALLEST_CHUNK = 16  # tokens; any tokenizer fits [MASK] and any one character into that
-
-Span = tuple[int, int]  # character positions, the end excluded
-
-
-@dataclass
-class Passage:
-    """A paragraph or a few of one article; entities are character spans of `text`, in order, none overlapping."""
-
-    title: str
-    text: str
-    entities: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -71,312 +46,6 @@ class Recall:
     chunk: int  # l < k
     entity: str
     section: str
-
-
-# ---- corpora -----------------------------------------------------------------------------------------
-
-
-def load_passages(
-    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text", title_field: str = "title",
-    max_passages: int | None = None, passage_words: int = 200,
-) -> list[Passage]:  # fmt: skip
-    """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
-
-    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr: empty
-    passages, and those that hold a literal [MASK] or [TARGET]. A passage without a title goes by the name of its .txt
-    file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
-    """
-    passages, empty, marked = [], 0, 0
-    for row, where in _rows(corpus, config, split):
-        for name in {text_field, title_field} - {"title"}:
-            if name not in row:
-                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {', '.join(sorted(row))}; name one of them")
-        if not isinstance(row[text_field] or "", str):
-            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
-        pieces = split_paragraphs(row[text_field] or "", passage_words)
-        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and str(where).endswith(".txt") else None)
-        empty += not pieces
-        for text in pieces:
-            if any(token in text.lower() for token in ("[mask]", "[target]")):  # in any case, as y is masked in any case
-                marked += 1
-            else:
-                passages.append(Passage(str(title or text[:40]), text))
-        if max_passages and len(passages) >= max_passages:
-            break
-    if empty or marked:
-        print(f"{corpus}: left out {empty} empty passages and {marked} that hold a literal {MASK} or {TARGET}", file=sys.stderr)
-    if not passages:
-        raise UserError(f"--corpus {corpus}: holds no passage")
-    return passages[:max_passages]
-
-
-def _rows(corpus: str, config: str | None, split: str):
-    """(row, where it stands) of a corpus, one by one, nothing written to disk."""
-    path = Path(corpus)
-    if not path.exists():
-        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
-            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
-        try:
-            yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
-        except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
-            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {_first_line(error)}") from None
-        return
-    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
-    if not files:
-        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
-    for file in files:
-        whole = {"sample_by": "document"} if file.suffix == ".txt" else {}
-        try:
-            if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file
-                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **whole)
-                yield from ((row, file) for row in rows)
-        except Exception as error:  # each builder has its own kinds
-            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}; mend or remove it") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _malformed_line(file: Path) -> str | None:
-    """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
-    for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                return f"line {number} is not a JSON object"
-        except ValueError as error:
-            return f"line {number} is not JSON ({error})"
-    return None
-
-
-def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at line ends only: a longer paragraph stays whole, a heading is never alone."""
-    pieces, size = [], 0
-    for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
-        length = len(paragraph.split())
-        if not pieces or (size + length > words and size > words // 8):
-            pieces.append([])
-            size = 0
-        pieces[-1].append(paragraph)
-        size += length
-    return ["\n".join(piece) for piece in pieces]
-
-
-# ---- entities ----------------------------------------------------------------------------------------
-
-FOUND = 4  # raise when find_entities finds something else than before: it is part of the cache's name
-MONTHS = "January February March April May June July August September October November December".split()
-LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
-QUANTITIES = {"DATE", "TIME", "NUMBER", "CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY"}
-
-
-def pipeline(ner: str, titles=()):
-    """A spaCy pipeline that sets doc.ents. Raises UserError where `ner` is not installed."""
-    if ner != "rules":
-        try:
-            return spacy.load(ner, exclude=["parser", "lemmatizer"])
-        except OSError:
-            raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
-    capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
-    month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
-    day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
-    capitals = capital | {"OP": "+"}
-    patterns = {
-        "NAME": [
-            [capitals, capital, {"TEXT": "I", "OP": "?"}],  # World War I: I is a stop word elsewhere
-            [capitals, link, capitals], [capitals, link, capitals, link, capitals],
-            [capitals, {"LOWER": "of"}, {"LOWER": "the"}, capitals],
-            [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # inside a sentence a capital means a name
-        ],
-        "DATE": [[month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
-                 [{"TEXT": {"REGEX": r"^\d{2,3}0s$"}}]],
-        "NUMBER": [[{"TEXT": {"REGEX": r"^\d+([.,]\d+)*$"}}]],
-        "TITLE": sorted(name for name in map(bare, titles) if name[:1].isupper() and name.lower() not in STOP_WORDS),
-    }  # fmt: skip
-    nlp = spacy.blank("en")
-    nlp.add_pipe("sentencizer")
-    ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns([{"label": label, "pattern": pattern} for label, some in patterns.items() for pattern in some])
-    return nlp
-
-
-def bare(title: str) -> str:
-    """The title as it stands in running text: "Mercury (planet)" without what tells it from its namesakes."""
-    return re.sub(r"\s*\([^()]*\)$", "", title).strip()
-
-
-def common_words(texts) -> set[str]:
-    """The words that `texts` write small at least once in ten times: such a word is hardly a name, even with a capital."""
-    total, small = Counter(), Counter()
-    for text in texts:
-        words = re.findall(r"[^\W\d_]+", text)
-        total.update(word.lower() for word in words)
-        small.update(word for word in words if word.islower())
-    return {word for word, count in small.items() if 10 * count >= total[word]}
-
-
-def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
-    """(start, end, label) of the entities worth masking in a spaCy doc.
-
-    Trimmed of a lower-case article, quotes and a final 's. Left out: what masking would not find again (no word edge),
-    what SQuAD's normalisation empties, and what would mask ordinary words: stop words, a single word of `common`,
-    names with neither a capital nor a digit.
-    """
-    found = []
-    for entity in doc.ents:
-        core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
-        start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
-        plain = core[1].islower() and not any(c.isdigit() for c in core[1])
-        ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
-        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and is_whole(doc.text, start, end):
-            found.append((start, end, entity.label_))
-    return found
-
-
-def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
-    """Set the entities of every passage, once: a later call on the same text reads them from the folder `cache`.
-
-    Raises UserError if the pipeline is missing or finds nothing at all; then nothing is written.
-    """
-    digest = hashlib.sha256(repr((FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))).encode())
-    for passage in passages:
-        digest.update(f"{passage.title}\0{passage.text}\0".encode("utf-8", "surrogatepass"))
-    file = Path(cache) / f"entities-{digest.hexdigest()[:24]}.json"
-    if file.exists():
-        for passage, found in zip(passages, json.loads(file.read_text()), strict=True):
-            passage.entities = [tuple(span) for span in found]
-        return
-    nlp = pipeline(ner, {passage.title for passage in passages})
-    common = common_words(passage.text for passage in passages) | {"mask", "target"}
-    docs = nlp.pipe((passage.text for passage in passages), batch_size=64)
-    for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})"), docs, strict=True):
-        passage.entities = [(start, end) for start, end, _ in spans(doc, common)]
-    if not any(passage.entities for passage in passages):
-        raise UserError(f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}")  # several processes may write it at once
-    fresh.write_text(json.dumps([passage.entities for passage in passages]))
-    fresh.replace(file)
-
-
-# ---- masking -----------------------------------------------------------------------------------------
-
-ALIKE = str.maketrans("’‘‐‑–", "''---")  # curly quotes and dashes are no other name
-
-
-def fold(text: str):
-    """(`text` in NFKC and caseless, for each of its characters and its end the place in `text` it comes from).
-
-    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
-    """
-    folded = text.casefold()
-    if len(folded) == len(text) and unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded):
-        return folded.translate(ALIKE), range(len(text) + 1)
-    pieces, origin = [], []
-    for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
-        if run[0].isascii():
-            pieces.append(run[0].lower())
-            origin += range(*run.span())
-            continue
-        start = run.start()
-        for end in range(start + 1, run.end() + 1):
-            if end < run.end() and _merge(text[start:end], text[end]):
-                continue
-            piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
-            pieces.append(piece)
-            origin += [start] * len(piece)
-            start = end
-    return "".join(pieces).translate(ALIKE), [*origin, len(text)]
-
-
-def _merge(before: str, character: str) -> bool:
-    """Whether normalising `before` and the next character together differs from normalising them apart."""
-    if character.isascii():
-        return False
-    apart = unicodedata.normalize("NFKC", before) + unicodedata.normalize("NFKC", character)
-    return unicodedata.combining(character) > 0 or unicodedata.normalize("NFKC", before + character) != apart
-
-
-def is_whole(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] has no word character on either side; 5 is not in 5.2, nor in 1,500; MASK not in [MASK]."""
-    before, after = text[max(0, start - 2) : start], text[end : end + 2]
-    if _wordy(before[-1:]) or _wordy(after[:1]) or text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET):
-        return False
-    in_number = re.fullmatch(r"\d[.,]", before) and text[start].isdigit() or re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
-    return not in_number
-
-
-def _wordy(character: str) -> bool:
-    """A letter, a digit, an underscore, or a mark that combines with the letter before it."""
-    return character.isalnum() or character == "_" or character != "" and unicodedata.category(character)[0] == "M"
-
-
-@lru_cache(maxsize=4096)
-def _form(entity: str) -> re.Pattern:
-    return re.compile(r"\s+".join(re.escape(word) for word in fold(entity)[0].split()))
-
-
-def occurrences(text: str, entity: str) -> list[Span]:
-    """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
-    folded, origin = fold(text)
-    found, place = [], 0
-    while match := _form(entity).search(folded, place):
-        start, end = match.span()
-        place = start + 1
-        if is_whole(folded, start, end):
-            place = end
-            while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
-                end += 1
-            if not found or origin[start] >= found[-1][1]:
-                found.append((origin[start], origin[end]))
-    return found
-
-
-def mask(text: str, entity: str, token: str = MASK) -> str:
-    """`text` with every form of `entity` replaced by `token`."""
-    return mask_spans(text, [], entity, token)[0]
-
-
-def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
-    """(`text` with every form of `entity` replaced, `spans` at their new places less those it met, the places of `token`)."""
-    pieces, places, done, length = [], [], 0, 0
-    hits = occurrences(text, entity)
-    for start, end in hits:
-        pieces += [text[done:start], token]
-        length += start - done + len(token)
-        places.append((length - len(token), length))
-        done = end
-    shifts = [0, *(place[1] - hit[1] for place, hit in zip(places, hits, strict=True))]
-    starts, moved = [start for start, _ in hits], []
-    for start, end in spans:
-        n = bisect_left(starts, end)  # hits that start before the span's end: the last of them must end before its start
-        if n == 0 or hits[n - 1][1] <= start:
-            moved.append((start + shifts[n], end + shifts[n]))
-    return "".join([*pieces, text[done:]]), moved, places
-
-
-def name_words(entity: str) -> list[str]:
-    """The words of a name that would give it away: capitalised, of four letters or more."""
-    return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
-
-
-@lru_cache(maxsize=65536)
-def _words(name: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", fold(name)[0]))
-
-
-def _initials(name: str) -> str:
-    return "".join(word[0] for word in re.findall(r"\w{2,}", name) if word[0].isupper())
-
-
-def akin(one: str, other: str) -> bool:
-    """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
-    if shared := _words(one) & _words(other):
-        long = any(len(word) >= 4 and word.isalpha() for word in shared)
-        return bool(long or occurrences(one, other) or occurrences(other, one))
-    return one.replace(".", "") == _initials(other) or other.replace(".", "") == _initials(one)
-
 
 # ---- chunks ------------------------------------------------------------------------------------------
 
@@ -432,7 +101,7 @@ def _splits_character(text: str, place: int) -> bool:
         return len(re.search("[\U0001f1e6-\U0001f1ff]*\\Z", text[max(0, place - 50) : place])[0]) % 2 == 1
     if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after) or "\U0001f3fb" <= after <= "\U0001f3ff":
         return True  # an accent, a joined emoji, its skin
-    return _merge(before, after)
+    return merges(before, after)
 
 
 # ---- documents ---------------------------------------------------------------------------------------
@@ -589,28 +258,3 @@ def draw_recall(document: Document, rng) -> Recall | None:
     names = document.recall[chunk - 1]
     entity = names[int(rng.integers(len(names)))]
     return Recall(k, chunk, entity, mask(document.chunks[chunk - 1], entity, TARGET))
-
-
-def measure(file: str, ner: str) -> str:
-    """Precision and recall of exact spans, labels aside, on lines of {"text", "entities": [[start, end, label]]}.
-
-    Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
-    """
-    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-    common, right, found, gold = common_words(row["text"] for row in rows), 0, 0, 0
-    for row, doc in zip(rows, pipeline(ner).pipe(row["text"] for row in rows), strict=True):
-        mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
-        theirs = {(start, end) for start, end, _ in row["entities"]}
-        right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
-    return f"{ner}: {len(rows)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure-ner", metavar="FILE", required=True, help='lines of {"text", "entities": [[start, end, label]]}')
-    parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
-    arguments = parser.parse_args()
-    try:
-        print(measure(arguments.measure_ner, arguments.ner))
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -2,6 +2,7 @@
 
     python memtrain.py                                         # tiny default: no download, CPU, minutes
     python memtrain.py --config recipes/qwen3-4b-80gb.args     # a real model on a GPU
+    torchrun --nproc_per_node 8 memtrain.py --config ...       # a process a GPU, documents split over them
 
 Where this differs from the paper:
   - Advantages are divided by the group's standard deviation by default (GRPO as DeepSeekMath wrote it);
@@ -23,11 +24,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import parallel
+from batching import can_pack_completions
 from eval import Setting, default_lengths, evaluate, limits, load_corpus, load_model, option, parse, run, table
-from grpo import completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
-from masking import UserError, draw_recall
+from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
+from masking import draw_recall
+from masters import MasterAdamW
+from parallel import gather
+from retrieval import UserError
 from rewards import exact_match, recall_reward, trajectory_reward
 from rollout import Trajectory, Turn, read, recall
 
@@ -56,6 +63,8 @@ class Training:
     update_batch: int | None = option(None, "documents an update (default: all of a step's)")
     train_tokens: int = option(16384, "padded tokens of one forward and backward; gradients add up over them")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
+    offload_optimizer: bool = option(False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU")
+    offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
 
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
     save_every: int = option(100, "write the checkpoint every so many steps, and at the end")
@@ -76,47 +85,56 @@ def mark(turns: list[Turn], document: int, group: int, advantage: float) -> list
     return turns
 
 
-def update(model, reference, optimizer, turns: list[Turn], training: Training) -> dict[str, float]:
-    """Eq. 4 over `turns`, in updates of `--update-batch` documents: sums of grpo_loss's stats, the loss, gradient norms."""
+def logprobs_of(model, turns: list[Turn], training: Training, pack: bool) -> list[torch.Tensor]:
+    """Log-probs (completion,) of every turn under `model` as it is now, without gradient."""
+    found: list = [None] * len(turns)
+    with torch.no_grad():
+        for batch in micro_batches(turns, training.train_tokens, pack):
+            logprobs, _, _ = completion_logprobs(model, [turns[i] for i in batch], share_prompts=pack)
+            for i, row in zip(batch, logprobs, strict=True):
+                found[i] = row[: len(turns[i].completion_ids)]
+    return found
+
+
+def update(
+    model, optimizer: MasterAdamW, lr: float, turns: list[Turn], frozen: list[torch.Tensor] | None, training: Training, pack: bool
+) -> dict[str, float]:
+    """Eq. 4 over this process' `turns`, in updates of `--update-batch` documents: sums for the metrics.
+
+    `frozen` are the reference's log-probs of the turns, or None without KL. Weights are those of all processes' documents together, and the optimizer adds up the gradients.
+    """
     size = training.update_batch or training.documents
-    documents = list(dict.fromkeys(turn.document for turn in turns))
-    slices = [set(documents[i : i + size]) for i in range(0, len(documents), size)]
-    old: dict[int, torch.Tensor] = {}
-    if len(slices) > 1:  # From the second update on the policy is no longer the one that sampled.
-        with torch.no_grad():
-            for batch in micro_batches(turns, training.train_tokens):
-                logprobs, _, _ = completion_logprobs(model, [turns[i] for i in batch])
-                old.update({i: row[: len(turns[i].completion_ids)] for i, row in zip(batch, logprobs, strict=True)})
-    totals = {"loss": 0.0, "grad_norm": 0.0, "updates": len(slices)}
-    for chosen in slices:
-        mine = [i for i, turn in enumerate(turns) if turn.document in chosen]
-        weights = conversation_weights([turns[i].document for i in mine], [True] * len(mine)).tolist()
-        weight = dict(zip(mine, weights, strict=True))
-        for positions in micro_batches([turns[i] for i in mine], training.train_tokens):
+    starts = range(0, training.documents, size)
+    # From the second update on the policy is no longer the one that sampled.
+    old = logprobs_of(model, turns, training, pack) if len(starts) > 1 else None
+    totals = {"loss": 0.0, "used_tokens": 0, "padded_tokens": 0}
+    norms = []
+    for start in starts:
+        mine = [i for i, turn in enumerate(turns) if start <= turn.document < start + size]
+        kept = len({turns[i].document for i in mine})
+        kept_everywhere = sum(gather(kept))
+        if not kept_everywhere:
+            continue
+        weights = conversation_weights([turns[i].document for i in mine], [True] * len(mine)) * kept / kept_everywhere
+        weight = dict(zip(mine, weights.tolist(), strict=True))
+        for positions in micro_batches([turns[i] for i in mine], training.train_tokens, pack):
             batch = [mine[p] for p in positions]
             part = [turns[i] for i in batch]
-            logprobs, entropy, mask = completion_logprobs(model, part, with_entropy=True)  # (turns, longest)
-            old_logprobs = reference_logprobs = None
-            if old:
-                old_logprobs = torch.nn.utils.rnn.pad_sequence([old[i] for i in batch], batch_first=True)
-            if reference is not None:
-                with torch.no_grad():
-                    reference_logprobs, _, _ = completion_logprobs(reference, part)
+            logprobs, entropy, mask = completion_logprobs(model, part, share_prompts=pack, with_entropy=True)  # (turns, longest)
+            then, anchor = ([rows[i] for i in batch] if rows else None for rows in (old, frozen))
             loss, stats = grpo_loss(
-                logprobs, old_logprobs, reference_logprobs, mask,
+                logprobs, pad_sequence(then, True) if then else None, pad_sequence(anchor, True) if anchor else None, mask,
                 torch.tensor([turn.advantage for turn in part], device=mask.device),
                 torch.tensor([weight[i] for i in batch], device=mask.device),
                 training.eps_low, training.eps_high, training.kl, entropy,
             )  # fmt: skip
             loss.backward()
-            totals["loss"] += loss.item() / len(slices)
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
-        totals["grad_norm"] += norm.item() / len(slices)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return totals
+            used, padded = batch_tokens(part, pack)
+            sums = {name: value.item() for name, value in stats.items()}
+            sums |= {"loss": loss.item() / len(starts), "used_tokens": used, "padded_tokens": padded}
+            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+        norms.append(optimizer.step(lr, training.grad_clip))
+    return totals | {"grad_norm": float(np.mean(norms)) if norms else 0.0, "updates": len(norms)}
 
 
 def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> str:
@@ -144,6 +162,27 @@ def save(model, tokenizer, setting: Setting, training: Training, step: int) -> P
     return folder
 
 
+def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[float]) -> dict:
+    """A line of metrics.jsonl, of what all processes sampled (`rows`) and trained on (`sums`)."""
+    mean = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
+    std = {name: float(np.std(values)) if values else None for name, values in rows.items()}
+    trained = max(sums.get("tokens", 0), 1)
+    prompts, padding = sum(rows["prompt_tokens"]), sum(rows["padding"])
+    return {
+        "end_to_end": mean["correct"], "end_to_end_std": std["correct"], "recall": mean["recalled"], "recall_std": std["recalled"],
+        "reward": mean["reward"], "reward_std": std["reward"],
+        "degenerate": mean["dull"], "leaky": sum(rows["leaks"]) / sum(rows["draws"]),
+        "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
+        "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
+        "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
+        "padding_rollout": padding / (prompts + padding),
+        "padding_update": 1 - sums["used_tokens"] / max(sums["padded_tokens"], 1),
+        "tokens_per_second": (prompts + sum(rows["completion_tokens"])) / (clock[4] - clock[0]),
+        "seconds_rollout": clock[1] - clock[0], "seconds_recall": clock[2] - clock[1],
+        "seconds_reference": clock[3] - clock[2], "seconds_update": clock[4] - clock[3],
+    }  # fmt: skip
+
+
 def main() -> None:
     setting, training = parse(Setting, Training)
     out = Path(training.out)
@@ -151,45 +190,53 @@ def main() -> None:
         raise UserError(f"--out {out}: the folder holds another run; choose another or delete it")
     if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end"):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
-    random.seed(setting.seed)
-    np.random.seed(setting.seed)
-    torch.manual_seed(setting.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, processes, device = parallel.start()
+    if training.documents < processes:
+        raise UserError(f"--documents {training.documents}: each of the {processes} processes needs at least one")
+    seed = setting.seed + 1_000_003 * rank  # every process draws its own samples
+    random.seed(seed)
+    torch.manual_seed(seed)
 
-    model, tokenizer = load_model(setting.model, device)
-    reference = load_model(setting.model, device)[0].requires_grad_(False) if training.kl else None
-    corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
+    model, tokenizer = load_model(setting.model, device, setting.dtype)
+    reference = None
+    if training.kl:
+        reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
+    with parallel.main_first(rank):  # the others find the entities that it has cached
+        corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.0)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=setting.dtype == "bfloat16")
+    optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
+    pack = can_pack_completions(model)
+    if rank == 0 and not pack:
+        print(f"{setting.model}: no shared prompts, since not all of its layers attend to the whole text by sdpa; this is slower")
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(setting) | asdict(training), indent=1))
     lengths, rows = default_lengths(setting.chunks), []
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(setting) | asdict(training), indent=1))
     if setting.eval_documents:
-        with autocast:
-            rows = evaluate(model, tokenizer, corpus, setting, lengths, "before")
-        print(table(rows))
+        rows = evaluate(model, tokenizer, corpus, setting, lengths, "before", rank, processes)
+        if rank == 0:
+            print(table(rows))
 
-    bar = tqdm(range(training.steps), desc="memtrain")
+    bar = tqdm(range(training.steps), desc="memtrain", disable=rank > 0)
     started = time.perf_counter()
     for step in bar:
         clock = [time.perf_counter()]
-        documents = [corpus.document(step * training.documents + n) for n in range(training.documents)]
-        with autocast:
-            trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
+        mine = range(rank, training.documents, processes)  # this process' documents of the step
+        documents = [corpus.document(step * training.documents + n) for n in mine]
+        trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
+        places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
         clock.append(time.perf_counter())
 
         # One draw of (k, l, entity) a trajectory, or a document; None where a document has nothing to recall.
         draws = []
-        for n, trajectory in enumerate(trajectories):
-            who = n // training.g1 if training.shared_recall_draw else n
+        for place, trajectory in zip(places, trajectories, strict=True):
+            who = place // training.g1 if training.shared_recall_draw else place
             rng = np.random.default_rng([setting.seed, step, who])
             draws.append(None if training.ablation == "end_to_end" else draw_recall(trajectory.document, rng))
         asked = [n for n, draw in enumerate(draws) if draw]
-        with autocast:
-            answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], limits(setting), training.g2)
+        answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], limits(setting), training.g2)
         recalled = dict(zip(asked, answers, strict=True))
         clock.append(time.perf_counter())
 
@@ -200,71 +247,72 @@ def main() -> None:
 
         rewards_DG = torch.tensor(rewards, dtype=torch.float64).view(-1, training.g1)  # (documents, G1)
         advantages_DG, dull_D = group_advantages(rewards_DG, training.advantage)  # Eq. 3
-        turns, dropped = [], int(dull_D.sum())
+        turns, dull = [], dull_D.tolist()
         for n, trajectory in enumerate(trajectories):
             document, sample = divmod(n, training.g1)
             if not dull_D[document]:
-                turns += mark(trajectory.turns, document, document, advantages_DG[document, sample].item())
+                turns += mark(trajectory.turns, mine[document], mine[document], advantages_DG[document, sample].item())
         if asked:
             recall_RG = torch.tensor([recall_rewards[n] for n in asked], dtype=torch.float64)  # (recalls, G2)
             advantages_RG, dull_R = group_advantages(recall_RG, training.advantage)
-            dropped += int(dull_R.sum())
-            for n, advantages, dull in zip(asked, advantages_RG.tolist(), dull_R, strict=True):
+            dull += dull_R.tolist()
+            for n, advantages, equal in zip(asked, advantages_RG.tolist(), dull_R, strict=True):
                 for turn, advantage in zip(recalled[n], advantages, strict=True):
-                    if not dull:
-                        turns += mark([turn], n // training.g1, training.documents + n, advantage)
+                    if not equal:
+                        turns += mark([turn], mine[n // training.g1], training.documents + places[n], advantage)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
+        frozen = None
+        if reference is not None:
+            frozen = logprobs_of(reference.to(device), turns, training, pack)
+            if training.offload_reference:
+                reference.to("cpu")
+        clock.append(time.perf_counter())
+
         # Hugging Face checkpoints activations only in train mode; dropout, the other thing that mode switches on, stays
         # off because load_model zeroes it.
         model.train(training.gradient_checkpointing)
-        with autocast:
-            stats = update(model, reference, optimizer, turns, training)
+        sums = update(model, optimizer, learning_rate(training, step), turns, frozen, training, pack)
         model.eval()
         clock.append(time.perf_counter())
 
         written = [turn for t in trajectories for turn in t.turns] + [turn for group in answers for turn in group]
-        memories = [turn for t in trajectories for turn in t.turns[:-1]]
-        tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in written)
-        trained = max(stats.get("tokens", 0.0), 1.0)
-        flat = [r for group in recall_rewards.values() for r in group]
-        metrics = {
-            "step": step + 1,
-            "end_to_end": float(np.mean(correct)), "end_to_end_std": float(np.std(correct)),
-            "recall": float(np.mean(flat)) if flat else None, "recall_std": float(np.std(flat)) if flat else None,
-            "reward": float(np.mean(rewards)), "reward_std": float(np.std(rewards)),
-            "degenerate": dropped / (len(documents) + len(asked)),
-            "leaky": sum(d.leaks for d in documents) / sum(1 + d.redraws for d in documents),
-            "truncated": 1 - float(np.mean([turn.ended for turn in written])),
-            "unboxed": float(np.mean([t.prediction is None for t in trajectories])),
-            "memory_tokens": float(np.mean([len(turn.completion_ids) for turn in memories])),
-            "loss": stats["loss"], "kl": stats.get("kl", 0.0) / trained, "approx_kl": stats.get("approx_kl", 0.0) / trained,
-            "clip_fraction": stats.get("clipped", 0.0) / trained, "entropy": stats.get("entropy", 0.0) / trained,
-            "grad_norm": stats["grad_norm"], "lr": learning_rate(training, step), "updates": stats["updates"],
-            "tokens_per_second": tokens / (clock[3] - clock[0]),
-            "seconds_rollout": clock[1] - clock[0], "seconds_recall": clock[2] - clock[1], "seconds_update": clock[3] - clock[2],
+        part = {
+            "correct": correct, "reward": rewards, "recalled": [r for group in recall_rewards.values() for r in group], "dull": dull,
+            "leaks": [d.leaks for d in documents], "draws": [1 + d.redraws for d in documents],
+            "truncated": [not turn.ended for turn in written], "unboxed": [t.prediction is None for t in trajectories],
+            "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
+            "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
+            "completion_tokens": [len(turn.completion_ids) for turn in written],
         }  # fmt: skip
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
-        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
-        if step % training.sample_every == 0:
-            text = sample_text(trajectories[0], recalled.get(0, []), rewards[0])
-            tqdm.write(f"step {step + 1}: {text}")
-            with (out / "samples.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step + 1, "document": documents[0].chunks, "text": text}) + "\n")
-        if (step + 1) % training.save_every == 0:
-            save(model, tokenizer, setting, training, step + 1)
+        parts, all_sums = gather(part), gather(sums)
+        if rank == 0:
+            metrics = {"step": step + 1} | step_metrics(
+                {name: [value for part in parts for value in part[name]] for name in part},
+                {name: sum(sums.get(name, 0) for sums in all_sums) for name in set().union(*all_sums)}, clock,
+            ) | {"grad_norm": sums["grad_norm"], "updates": sums["updates"], "lr": learning_rate(training, step)}  # fmt: skip
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
+            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+            if step % training.sample_every == 0:
+                text = sample_text(trajectories[0], recalled.get(0, []), rewards[0])
+                tqdm.write(f"step {step + 1}: {text}")
+                with (out / "samples.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step + 1, "document": documents[0].chunks, "text": text}) + "\n")
+            if (step + 1) % training.save_every == 0:
+                save(model, tokenizer, setting, training, step + 1)
 
     minutes = (time.perf_counter() - started) / 60
-    folder = save(model, tokenizer, setting, training, training.steps)
+    if rank == 0:
+        folder = save(model, tokenizer, setting, training, training.steps)
     if setting.eval_documents:
-        with autocast:
-            rows += evaluate(model, tokenizer, corpus, setting, lengths, "after")
-        print(table(rows))
-        (out / "eval.json").write_text(json.dumps(rows, indent=1))
-    print(f"{training.steps} steps in {minutes:.1f} minutes on {device}; checkpoint in {folder}")
+        rows += evaluate(model, tokenizer, corpus, setting, lengths, "after", rank, processes)
+        if rank == 0:
+            print(table(rows))
+            (out / "eval.json").write_text(json.dumps(rows, indent=1))
+    if rank == 0:
+        print(f"{training.steps} steps in {minutes:.1f} minutes on {processes} x {device}; checkpoint in {folder}")
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
+from batching import by_length, can_share_prompts
 from masking import Document, Recall
 from rewards import boxed
 
@@ -80,6 +81,7 @@ class Turn:
     completion_ids: list[int]
     ended: bool  # False: cut at the token limit
     text: str
+    padding: int = 0  # tokens that its batch put before the prompt
     document: int = -1
     group: int = -1
     advantage: float = 0.0
@@ -124,27 +126,35 @@ def end_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def batches_by_length(lengths: list[int], new_tokens: int, max_tokens: int) -> list[list[int]]:
-    """Positions cut into batches of at most `max_tokens` padded tokens, longest together; a long one stands alone."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches: list[list[int]] = []
-    for i in order:
-        # The first of a batch is its longest, so it sets the width of every row.
-        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + new_tokens) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+    """Cache of all but the last token of each left-padded prompt, ids and mask (rows, width), equal rows computed once.
+
+    None where that saves nothing, or can't be done with this model. `generate` goes on from the last token.
+    """
+    if ids.shape[1] < 2 or not can_share_prompts(model):
+        return None
+    # -1 for padding: a real token may have the padding's id.
+    unique, row = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)  # (unique, width), (rows,)
+    if len(unique) == len(ids):
+        return None
+    mask = (unique >= 0).long()
+    cache = DynamicCache(config=model.config)
+    model.get_decoder()(
+        input_ids=unique.clamp(min=0)[:, :-1], attention_mask=mask[:, :-1],
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    cache.batch_select_indices(row)
+    return cache
 
 
 @torch.inference_mode()
 def generate(
     model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False
-) -> list[tuple[list[int], bool]]:
-    """One completion per prompt, as (token ids, ended with EOS), in the order of `prompts`.
+) -> list[tuple[list[int], bool, int]]:
+    """One completion per prompt, as (token ids, ended with EOS, padding before the prompt), in the order of `prompts`.
 
     Sampling is from the model's own distribution: temperature 1, no top-p, top-k or repetition penalty,
-    so that the log-probs of training are of what was sampled (method.md section 7).
+    so that the log-probs of training are of what was sampled.
     """
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -154,20 +164,21 @@ def generate(
         config.update(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
     config.update(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
     completions: list = [None] * len(prompts)
-    for batch in batches_by_length([len(p) for p in prompts], new_tokens, limits.rollout_tokens):
+    for batch in by_length([len(p) + new_tokens for p in prompts], limits.rollout_tokens):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), pad)  # (batch, width)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
         for row, i in enumerate(batch):  # left padding: the completion follows the prompt without a gap
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        cache = share_prefill(model, ids, mask)
+        output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
         for i, row in zip(batch, output[:, width:].tolist(), strict=True):
             # The first end token ends the completion; what generate appends behind it is padding.
             stop = next((n for n, token in enumerate(row) if token in ends), None)
-            completions[i] = (row, False) if stop is None else (row[: stop + 1], True)
+            kept = row if stop is None else row[: stop + 1]
+            completions[i] = kept, stop is not None, width - len(prompts[i])
     return completions
 
 
@@ -176,8 +187,8 @@ def converse(model, tokenizer, texts: list[str], new_tokens: int, limits: Limits
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy)
     return [
-        Turn(prompt, ids, ended, tokenizer.decode(ids, skip_special_tokens=True))
-        for prompt, (ids, ended) in zip(prompts, completions, strict=True)
+        Turn(prompt, ids, ended, tokenizer.decode(ids, skip_special_tokens=True), padding)
+        for prompt, (ids, ended, padding) in zip(prompts, completions, strict=True)
     ]
 
 
@@ -187,7 +198,7 @@ def read(
 ) -> list[Trajectory]:  # fmt: skip
     """Read every document `samples` times; trajectories come document by document.
 
-    `empty_memory` is the control of method.md section 8: it skips the reading and answers without a memory.
+    `empty_memory` is the control: it skips the reading and answers without a memory.
     """
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
     longest = 0 if empty_memory else max((len(document.chunks) for document in documents), default=0)

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from batching import can_pack_completions
 from grpo import completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
 
 VOCABULARY = 61
@@ -61,6 +62,17 @@ def plain_logprobs(model, turn, temperature=1.0):
         distribution = logits[first + t - 1] - logits[first + t - 1].logsumexp(0)
         rows.append((distribution[token], -(distribution.exp() * distribution).sum()))
     return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def with_siblings(turns, copies, seed=5):
+    """Further completions of every turn's prompt, shuffled among them: what a group of samples looks like."""
+    rng = np.random.default_rng(seed)
+    more = [
+        Turn(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
+        for n, turn in enumerate(turns) for _ in range(copies if n % 3 else 0)
+    ]  # every third prompt keeps its one completion
+    both = [*turns, *more]
+    return [both[i] for i in rng.permutation(len(both))]
 
 
 def parameter_gradient(model):
@@ -325,6 +337,42 @@ def test_training_logprobs_equal_rollout_logprobs(name, temperature):
     assert mask.sum(1).tolist() == ends
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_completions_equal_unpacked_ones(name):
+    """One row for a prompt and all its completions gives the log-probs and gradient of one row each, to 1e-5."""
+    model, turns = tiny_model(CONFIGS[name]), with_siblings(random_turns(LENGTHS), 3)
+    coefficients = torch.randn(len(turns), 13, generator=torch.Generator().manual_seed(1))
+    results, rows = [], []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for share in (False, True):
+        logprobs, entropy, mask = completion_logprobs(model, turns, share_prompts=share, head_tokens=16, with_entropy=True)
+        (coefficients[:, : logprobs.shape[1]] * logprobs).sum().backward()
+        results.append((logprobs.detach(), entropy, mask, parameter_gradient(model)))
+    hook.remove()
+    (plain, plain_entropy, plain_mask, plain_gradient), (packed, entropy, mask, gradient) = results
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, plain_entropy, atol=1e-5, rtol=0)
+    assert torch.equal(mask, plain_mask)
+    assert (gradient - plain_gradient).norm() < 1e-5 * plain_gradient.norm()
+    assert len(rows) == 2 and rows[0] == len(turns) * max(len(t.prompt_ids + t.completion_ids) for t in turns)
+    assert rows[1] != rows[0]  # it was packed
+
+
+def test_one_completion_a_prompt_takes_the_plain_causal_path():
+    """Without anything to share no attention mask is built, so that fast kernels stay in use."""
+    model, seen = tiny_model(), []
+    model.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    turns = random_turns(LENGTHS)
+    completion_logprobs(model, turns, share_prompts=True)
+    completion_logprobs(model, with_siblings(turns, 1), share_prompts=True)
+    assert "attention_mask" not in seen[0] and "attention_mask" in seen[1]
+    assert can_pack_completions(model)
+    model.config._attn_implementation = "eager"  # would add a boolean mask to its scores
+    assert not can_pack_completions(model)
+
+
 def test_eos_is_trained():
     """A rewarded completion that is nothing but its EOS makes that EOS likelier, though padding has the same id."""
     model, turns = tiny_model(), [Turn([5, 6, 7], [EOS]), Turn([8, 9], [10, 11, 12, EOS])]
@@ -389,7 +437,7 @@ def test_soft_capped_logits_are_capped_and_scaled_ones_refused():
 # Micro-batches
 
 
-def batch_gradient(model, turns, batches):
+def batch_gradient(model, turns, batches, share=False):
     """Gradient of one Eq. 4 batch (a moved policy, KL, a dropped turn), accumulated over the given micro-batches."""
     advantages = torch.tensor([1.0, -2.0, 0.5, -0.5, 1.5, -1.0, 0.7])
     weights = conversation_weights([0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 0])
@@ -397,7 +445,7 @@ def batch_gradient(model, turns, batches):
     total, totals = 0.0, {}
     for batch in batches:
         part = [turns[i] for i in batch]
-        logprobs, entropy, mask = completion_logprobs(model, part, head_tokens=8, with_entropy=True)
+        logprobs, entropy, mask = completion_logprobs(model, part, share_prompts=share, head_tokens=8, with_entropy=True)
         with torch.no_grad():
             drift = 0.05 * completion_logprobs(old_model, part)[0]
             reference = logprobs + 0.1 * completion_logprobs(reference_model, part)[0]
@@ -434,16 +482,35 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_micro_batches_keep_the_token_budget():
-    """Every turn once; padded size within the budget, or one turn alone; similar lengths together; longest first."""
+    """Every turn once; padded size within the budget, or one row alone; equal prompts together; little padding."""
     lengths = [3, 10, 4, 30, 9, 10]
     turns = [Turn([1], [2] * (length - 1)) for length in lengths]
-    assert micro_batches(turns, 20) == [[3], [1, 5], [4, 2], [0]]  # 30 alone, 10 + 10, 9 + 4 padded to 18, 3
+    assert micro_batches(turns, 20) == [[3], [1, 5], [4], [2, 0]]  # 30 alone, 10 + 10, 9 is too far from 4, 4 + 3
     assert micro_batches(turns, 0) == [[3], [1], [5], [4], [2], [0]] and micro_batches([], 20) == []
-    many = random_turns(np.random.default_rng(0).integers(1, 200, (300, 2)).tolist())
-    batches = micro_batches(many, 2048)
-    padded = used = 0
-    for batch in batches:
-        sizes = [len(many[i].prompt_ids) + len(many[i].completion_ids) for i in batch]
-        assert max(sizes) * len(sizes) <= 2048
-        padded, used = padded + max(sizes) * len(sizes), used + sum(sizes)
-    assert sorted(sum(batches, [])) == list(range(300)) and padded < 1.15 * used and len(batches) < 1.3 * used / 2048
+    assert micro_batches(turns[1:3], 14, share_prompts=True) == [[0, 1]]  # 1 + 9 + 3 tokens in one row
+    assert micro_batches(turns[1:3], 12, share_prompts=True) == [[0], [1]]
+    many = with_siblings(random_turns(np.random.default_rng(0).integers(1, 200, (200, 2)).tolist()), 4)
+    for share in (False, True):
+        batches = micro_batches(many, 2048, share)
+        padded = used = 0
+        for batch in batches:
+            rows = {}
+            for n, i in enumerate(batch):
+                rows.setdefault(tuple(many[i].prompt_ids) if share else n, []).append(many[i])
+            sizes = [len(row[0].prompt_ids) + sum(len(t.completion_ids) for t in row) for row in rows.values()]
+            assert max(sizes) * len(sizes) <= 2048
+            assert not share or len({len(row) > 1 for row in rows.values()}) == 1
+            padded, used = padded + max(sizes) * len(sizes), used + sum(sizes)
+        assert sorted(sum(batches, [])) == list(range(len(many))) and padded < 1.1 * used and len(batches) < 1.5 * used / 2048
+
+
+def test_packed_micro_batches_give_the_same_gradient():
+    """The whole batch packed and cut equals the whole batch plain, also where a prompt's completions are split."""
+    model, turns = tiny_model(), random_turns(LENGTHS)
+    for n in (1, 4, 6):
+        turns[n].prompt_ids = list(turns[0].prompt_ids)
+    loss, gradient, _ = batch_gradient(model, turns, [list(range(7))])
+    for budget in (14, 25, 1000):
+        part_loss, part_gradient, _ = batch_gradient(model, turns, micro_batches(turns, budget, True), share=True)
+        assert part_loss == pytest.approx(loss, rel=1e-5)
+        assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()

@@ -1,4 +1,4 @@
-"""masking.py: corpora, entities, masking, chunks, recall targets."""
+"""masking.py: chunks, documents, recall targets."""
 
 import json
 import os
@@ -11,17 +11,15 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-import spacy
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from masking import (
-    MASK, TARGET, Corpus, Document, Passage, UserError, akin, cut_chunks, draw_recall, find_entities, fold, is_heldout,
-    load_passages, mask, mask_spans, name_words, occurrences, pipeline, spans, split_paragraphs,
-)  # fmt: skip
+from corpus import Passage, find_entities, load_passages
+from masking import Corpus, Document, cut_chunks, draw_recall, is_heldout
+from matching import MASK, TARGET, akin, mask, name_words, occurrences
+from retrieval import UserError
 from rewards import normalize
 
 ROOT = Path(__file__).parents[1]
@@ -41,300 +39,6 @@ def wiki(tmp_path_factory):
     passages = load_passages(str(SHARED / "wiki/passages.jsonl"))
     find_entities(passages, "rules", tmp_path_factory.mktemp("entities"))
     return passages
-
-
-# ---- what counts as an occurrence ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, entity, masked",
-    [
-        ("Ada's son, ada, and Adam.", "Ada", "[MASK]'s son, [MASK], and Adam."),
-        ("Ada\u2019s", "Ada", "[MASK]\u2019s"),
-        ("5 of 5.2, 1,5 and 15; 5, 5.", "5", "[MASK] of 5.2, 1,5 and 15; [MASK], [MASK]."),
-        ("the U.S. and C++ but not C+", "U.S.", "the [MASK] and C++ but not C+"),
-        ("the U.S. and C++ but not C+", "C++", "the U.S. and [MASK] but not C+"),
-        ("Ada  Lovelace, Ada\nLovelace", "Ada Lovelace", "[MASK], [MASK]"),
-        ("Cafe\u0301 Noir and CAF\u00c9 NOIR", "Caf\u00e9 Noir", "[MASK] and [MASK]"),
-        ("\ufb01nland or \uff26inland", "Finland", "[MASK] or [MASK]"),
-        ("\uff11\uff18\uff17\uff19 and 1879", "1879", "[MASK] and [MASK]"),
-        ("Stra\u00dfe, STRASSE", "Stra\u00dfe", "[MASK], [MASK]"),
-        ("Paris, PARIS; Parisian", "Paris", "[MASK], [MASK]; Parisian"),
-        ("the U.S. army, U.S.A.", "U.S.", "the [MASK] army, U.S.A."),
-        ("in 1879, 1879.5 and 11,879 or 1,879; 5th", "1879", "in [MASK], 1879.5 and 11,879 or 1,879; 5th"),
-        ("New York, New\u00a0York, Newyork", "New York", "[MASK], [MASK], Newyork"),
-        ("Beyonce\u0301 and Beyonce", "Beyonce", "Beyonce\u0301 and [MASK]"),
-        ("O\u2019Brien and O'Brien", "O'Brien", "[MASK] and [MASK]"),
-        ("a \u00bd b", "1", "a [MASK] b"),  # NFKC writes one half with a 1; the character goes as a whole
-        ("Ada_Lovelace Ada", "Ada", "Ada_Lovelace [MASK]"),
-        ("The Mask wears a [MASK]", "Mask", "The [MASK] wears a [MASK]"),
-        ("nothing", "Ada", "nothing"),
-    ],
-)
-def test_mask(text, entity, masked):
-    """Every form goes, whatever its case, Unicode form and white space; whole words only; 5 is not in 5.2."""
-    assert mask(text, entity) == masked
-
-
-def test_occurrences_against_a_brute_force_scan():
-    """Random ASCII strings: the same spans as trying every position by hand."""
-    rng = random.Random(0)
-
-    def word(c):
-        return c.isalnum() or c == "_"
-
-    def slow(text, entity):
-        spans, n, low = [], 0, text.lower()
-        while n < len(text):
-            end = n + len(entity)
-            fits = low[n:end] == entity.lower()
-            fits = fits and not (n and word(text[n - 1])) and not (end < len(text) and word(text[end]))
-            if fits and entity[0].isdigit():
-                fits = not (n > 1 and text[n - 1] in ".," and text[n - 2].isdigit())
-            if fits and entity[-1].isdigit():
-                fits = not (end + 1 < len(text) and text[end] in ".," and text[end + 1].isdigit())
-            if fits:
-                spans.append((n, end))
-                n = end
-            else:
-                n += 1
-        return spans
-
-    found = 0
-    for _ in range(4000):
-        text = "".join(rng.choice("aAb1.,'+ ") for _ in range(rng.randrange(25)))
-        entity = rng.choice(["a", "1", "ab", "1.1", "b+", "a'b", "a1"])
-        assert occurrences(text, entity) == slow(text, entity), (text, entity)
-        found += bool(slow(text, entity))
-    assert found > 500
-
-
-def test_spans_move_with_the_mask():
-    """Spans that survive still cover the same text; those that the mask touches are gone; token places are right."""
-    rng = random.Random(1)
-    words = ["Ada", "Byron", "met", "Ulm", "1879", "in"]
-    for _ in range(300):
-        parts = rng.choices(words, k=12)
-        text = " ".join(parts)
-        starts = [len(" ".join(parts[:n])) + bool(n) for n in range(12)]
-        spans = [(s, s + len(w)) for s, w in zip(starts, parts) if w in ("Ada", "Ulm", "1879")]
-        masked, moved, places = mask_spans(text, spans, "Ada", MASK)
-        assert masked == " ".join(MASK if w == "Ada" else w for w in parts)
-        assert [masked[s:e] for s, e in moved] == [w for w in parts if w in ("Ulm", "1879")]
-        assert [masked[s:e] for s, e in places] == [MASK] * parts.count("Ada")
-
-
-def test_name_words():
-    """The words that would give a name away: capitalised, four letters or more."""
-    assert name_words("Ada King of Lovelace") == ["King", "Lovelace"] and name_words("1879") == []
-
-
-def test_folding_is_unicodes_and_keeps_track():
-    """The folded text is the whole text's NFKC and case folding; what lies between two origins folds by itself to its part."""
-    rng = random.Random(1)
-    alphabet = "aZ5 \u00e9\u2019\u2013e\u0301\u0327\ufb01\u00bd\u2163\u00df\u2460\uff21\uff19\u2026\u00a0\u1100\u1161\u11a8\uac00\u0130\u03a3\u03c2\u017f\u0344\u09c7\u09be\u0e33\ufdfa\u200d"
-    for _ in range(5000):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 9)))
-        folded, origin = fold(text)
-        whole = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        assert folded == whole.replace("\u2019", "'").replace("\u2013", "-"), ascii(text)
-        origin = list(origin)
-        assert len(origin) == len(folded) + 1 and origin == sorted(origin) and origin[-1] == len(text)
-        for start in set(origin[:-1]):
-            end = min(o for o in origin if o > start)
-            assert fold(text[start:end])[0] == "".join(c for c, o in zip(folded, origin, strict=False) if o == start)
-
-
-def test_kin():
-    """Parts, initials and shared long words make two names akin; letters and short words in common do not."""
-    for one, other in [
-        ("Ada", "Ada Lovelace"), ("Lord Lovelace", "Ada Lovelace"), ("United States of America", "U.S.A."),
-        ("UN", "United Nations"), ("1843", "10 May 1843"),
-    ]:  # fmt: skip
-        assert akin(one, other) and akin(other, one)
-    for one, other in [("Ada", "Adam"), ("1843", "1844"), ("United Nations", "UK"), ("Bank of Ohio", "City of Rome")]:
-        assert not akin(one, other) and not akin(other, one)
-
-
-# ---- corpora -------------------------------------------------------------------------------------------
-
-
-def test_every_format_gives_the_same_passages(tmp_path):
-    """jsonl, json, parquet, a folder of them and txt; literal masks and empty texts are left out."""
-    rows = [{"title": f"T{n}", "text": f"Text number {n}."} for n in range(5)]
-    rows += [{"title": "bad", "text": "has a [MASK]"}, {"title": "bad", "text": "a [TARGET]"}, {"title": "none", "text": " "}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
-    expected = [(f"T{n}", f"Text number {n}.") for n in range(5)]
-    for name in ("a.jsonl", "a.json", "a.parquet"):
-        assert [(p.title, p.text) for p in load_passages(str(tmp_path / name))] == expected, name
-    assert [(p.title, p.text) for p in load_passages(str(tmp_path))] == expected * 3
-    assert len(load_passages(str(tmp_path), max_passages=7)) == 7
-    (tmp_path / "b.txt").write_text("First line.\n\nSecond line.\n")
-    assert [(p.title, p.text) for p in load_passages(str(tmp_path / "b.txt"))] == [("b", "First line.\nSecond line.")]
-
-
-@pytest.mark.parametrize("bad", ['{"title": "B", "te', "[1, 2]", "plain"])
-def test_a_malformed_line_is_named(tmp_path, bad):
-    """The error tells the file and the number of the first bad line."""
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"title": "A", "text": "Fine."}\n' * 3 + bad + "\n")
-    with pytest.raises(UserError, match=r"x\.jsonl: line 4 "):
-        load_passages(str(file))
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("missing.jsonl", None, ["missing.jsonl", "no such file"]),
-        ("no/such/folder", None, ["no such file or folder"]),
-        ("bytes.jsonl", b'{"text": "a"}\n\xff\xfe\n', ["bytes.jsonl: line 2"]),
-        ("bad.json", b'[{"text": "a"},', ["bad.json"]),
-        ("bad.parquet", b"not parquet", ["bad.parquet"]),
-        ("bytes.txt", b"\xff\xfe\xfa", ["bytes.txt"]),
-        ("empty.jsonl", b"", ["empty.jsonl", "no passage"]),
-        ("field.jsonl", b'{"body": "a"}\n', ["field.jsonl", "'text'", "body"]),
-        ("number.jsonl", b'{"text": 7}\n', ["number.jsonl", "int"]),
-        ("a.csv", b"text\na\n", ["a.csv", ".parquet"]),
-    ],
-)
-def test_a_corpus_that_cannot_be_read(tmp_path, capfd, name, content, words):
-    """One line with the file and what is wrong with it, and nothing else on the terminal."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_passages(str(tmp_path / name))
-    message = str(caught.value)
-    assert all(word in message for word in words) and "\n" not in message and capfd.readouterr().err == "", message
-
-
-def test_other_fields_and_missing_titles(tmp_path, capsys):
-    """Fields by any name; a passage without a title goes by its first words; what is left out is counted on stderr."""
-    file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"name": "N", "body": "Body."}) + "\n")
-    assert load_passages(str(file), text_field="body", title_field="name") == [Passage("N", "Body.")]
-    assert load_passages(str(file), text_field="body")[0].title == "Body."
-    with pytest.raises(UserError, match="no field 'heading'"):
-        load_passages(str(file), text_field="body", title_field="heading")
-    texts = ["Good.", " \n", None, "A [MASK].", "A [target]."]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert [p.text for p in load_passages(str(file))] == ["Good."]
-    assert "2 empty passages and 2 that hold" in capsys.readouterr().err
-    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {n} of a book." for n in range(5)))
-    passages = load_passages(str(tmp_path / "book.txt"), passage_words=10)
-    assert [p.text.count("Paragraph") for p in passages] == [2, 2, 1] and len({p.title for p in passages}) == 3
-
-
-def test_real_articles_become_passages():
-    """Whole Wikipedia articles: no word is lost, and only a long paragraph makes a long passage."""
-    file = SHARED / "wiki/articles.jsonl"
-    if not file.exists():
-        pytest.skip("needs the shared data, which is not here")
-    passages, words = load_passages(str(file), passage_words=200), Counter()
-    for p in passages:
-        words[p.title] += len(p.text.split())
-    assert words == {row["title"]: len(row["text"].split()) for row in map(json.loads, file.open())}
-    for p in passages:
-        assert len(p.text.split()) <= 225 or max(len(line.split()) for line in p.text.split("\n")) > 175
-    assert 100 < np.median([len(p.text.split()) for p in passages]) <= 200
-
-
-def test_a_heading_is_never_a_passage_of_its_own():
-    """A short line stays with the long paragraph after it, though together they are over the size."""
-    long = " ".join(["word"] * 79)
-    assert split_paragraphs(f"History\n{long}\n\nLater years\n{long}", 80) == [f"History\n{long}", f"Later years\n{long}"]
-
-
-def test_long_articles_are_split_at_paragraph_ends_only():
-    """Property: pieces hold the paragraphs in order, none is cut, and only a single paragraph exceeds the size."""
-    rng = random.Random(0)
-    for _ in range(100):
-        paragraphs = [" ".join(["w"] * rng.randrange(1, 60)) + f" {n}" for n in range(rng.randrange(1, 12))]
-        pieces = split_paragraphs("\n\n".join(paragraphs), 80)
-        assert [p for piece in pieces for p in piece.split("\n")] == paragraphs
-        assert all(len(piece.split()) <= 80 or "\n" not in piece for piece in pieces)
-
-
-# ---- entities ------------------------------------------------------------------------------------------
-
-
-def test_rules_find_titles_names_years_dates_and_numbers():
-    """Known cases, and what must not be found: a sentence's first word, a trailing 's, a small word's title."""
-    nlp = pipeline("rules", {"Ulm", "Cell (biology)", "the", "It"})
-    text = "The physicist Albert Einstein's house in Ulm, built on 14 March 1879, had 1,200 books. It was Queen of Sheba's. A Cell is small."
-    found = {e.text for e in nlp(text).ents}
-    assert found == {"Albert Einstein", "Ulm", "14 March 1879", "1,200", "Queen of Sheba", "Cell"}
-
-
-def test_a_missing_pipeline_says_how_to_get_it():
-    """The install command and the way without one."""
-    with pytest.raises(UserError, match="python -m spacy download en_no_such.*--ner rules"):
-        pipeline("en_no_such")
-
-
-def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    """Same text: no second run of the pipeline. Other text: a run of its own."""
-    def fresh(text):
-        return [Passage("Ulm", text)]
-
-    first = fresh("Ulm lies on the Danube since 854.")
-    find_entities(first, "rules", tmp_path)
-    monkeypatch.setattr("masking.pipeline", lambda *a: pytest.fail("ran again"))
-    again = fresh("Ulm lies on the Danube since 854.")
-    find_entities(again, "rules", tmp_path)
-    assert again[0].entities == first[0].entities != []
-    with pytest.raises(pytest.fail.Exception):
-        find_entities(fresh("Ulm lies elsewhere."), "rules", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text, entities",
-    [
-        ("The president of France met Ada Lovelace's mother.", ["France", "Ada Lovelace"]),
-        ("However, he lived in New York City until 10 May 1843.", ["New York City", "10 May 1843"]),
-        ("It cost 1,234.5 dollars in the 1990s, on March 3, 1998.", ["1,234.5", "1990s", "March 3, 1998"]),
-        ("The University of Oxford and the Battle of the Somme.", ["University of Oxford", "Battle of the Somme"]),
-        ("Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.", ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"]),
-        ("World War I began in August 1914.", ["World War I", "August 1914"]),
-        ("He saw the River and the Mask in US papers.", []),
-        ("Dogs bark. Cats do not. In Paris they do.", ["Paris"]),
-        ("\u00c9mile Zola wrote in \u00cele-de-France.", ["\u00c9mile Zola", "\u00cele-de-France"]),
-    ],
-)
-def test_what_the_rules_leave_to_mask(text, entities):
-    """Names, dates, numbers; no article, no possessive, no word that merely begins a sentence, no ordinary word."""
-    doc = pipeline("rules")(text)
-    assert [text[start:end] for start, end, _ in spans(doc, {"river", "mask", "target"})] == entities
-
-
-def test_an_installed_pipeline_is_used(tmp_path):
-    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder. The article and 's go; so do small letters, stop words
-    and what masking would not find again."""
-    nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": p} for p in ("the Blue Danube's", "a river", "It", "10")])
-    nlp.to_disk(tmp_path / "pipeline")
-    passages = [Passage("x", "He saw the Blue Danube's water, a river in Ulm. It is 10km off.")]  # spaCy's tokens are 10 and km
-    find_entities(passages, str(tmp_path / "pipeline"), tmp_path / "cache")
-    assert [passages[0].text[s:e] for s, e in passages[0].entities] == ["Blue Danube"]
-
-
-def test_text_without_entities_is_refused(tmp_path):
-    """The error says so, and no cache is left behind."""
-    with pytest.raises(UserError, match="no entity"):
-        find_entities([Passage("a", "nothing here is a name")], "rules", tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_the_rules_on_labelled_text():
-    """Exact spans on 3,000 WikiNEuRal sentences, by the command that README quotes."""
-    file = SHARED / "ner/wikineural_3000.jsonl"
-    if not file.exists():
-        pytest.skip("needs the shared data, which is not here")
-    command = [sys.executable, ROOT / "masking.py", "--measure-ner", file, "--ner", "rules"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", done.stdout).groups())
-    assert precision > 0.8 and recall > 0.8
 
 
 # ---- chunks --------------------------------------------------------------------------------------------
@@ -539,7 +243,7 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
 def test_documents_are_a_pure_function_of_seed_split_and_index(tiny_passages, tokenizer, tmp_path):
     """The same in any order and in another process with other string hashes; another seed gives others."""
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); from masking import *; from pathlib import Path\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from corpus import *; from masking import *; from pathlib import Path\n"
         "from transformers import AutoTokenizer; root = Path(sys.argv[1])\n"
         "p = load_passages(str(root / 'tiny/passages.jsonl')); find_entities(p, 'rules', Path(sys.argv[2]))\n"
         "c = Corpus(p, AutoTokenizer.from_pretrained(root / 'tiny/model'), seed=3, chunk_tokens=64, n_chunks=4, n_related=2)\n"

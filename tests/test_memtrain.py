@@ -41,6 +41,7 @@ def test_a_run_writes_all_it_promises(tiny_run):
     for m in metrics:
         assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 48
         assert m["entropy"] >= 0 and m["tokens_per_second"] > 0 and m["seconds_update"] > 0
+        assert 0 <= m["padding_rollout"] < 0.15 and 0 <= m["padding_update"] < 0.15
         assert m["approx_kl"] == pytest.approx(0, abs=1e-6) and m["clip_fraction"] == 0  # one update a rollout
     rows = json.loads((out / "eval.json").read_text())
     assert {(r["when"], r["task"], r["memory"], r["chunks"]) for r in rows} == {
@@ -107,7 +108,10 @@ def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
         "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2, "--out", tmp_path / "run", *SMALL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2
+    for m in metrics:
+        assert m["padding_rollout"] < 0.15 and m["padding_update"] < 0.15
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +171,7 @@ def test_learning_rate_schedule():
 def test_a_positive_advantage_raises_the_probability(tmp_path):
     """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
     from grpo import completion_logprobs
+    from masters import MasterAdamW
     from rollout import Turn
 
     torch.manual_seed(0)
@@ -176,6 +181,6 @@ def test_a_positive_advantage_raises_the_probability(tmp_path):
     good, bad = Turn([1, 2, 3], [4, 5, 6], True, ""), Turn([1, 2, 3], [7, 8], True, "")
     turns = memtrain.mark([good], 0, 0, 1.0) + memtrain.mark([bad], 0, 0, -1.0)
     before = completion_logprobs(model, turns)[0].sum(1)
-    stats = memtrain.update(model, None, torch.optim.SGD(model.parameters(), lr=0.1), turns, Training())
+    stats = memtrain.update(model, MasterAdamW(model, 1e-3), 1e-3, turns, None, Training(), pack=True)
     after = completion_logprobs(model, turns)[0].sum(1)
     assert after[0] > before[0] and after[1] < before[1] and stats["tokens"] == 5 and stats["updates"] == 1

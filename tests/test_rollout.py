@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 from masking import QUESTION, Document, Recall
-from rollout import EMPTY_MEMORY, Limits, batches_by_length, encode_prompt, generate, read, recall
+from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
 
 ROOT = Path(__file__).parents[1]
 TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
@@ -42,7 +42,7 @@ def test_greedy_batches_equal_one_unpadded_argmax_loop_a_prompt(kind):
     prompts = [[rng.randrange(8, 300) for _ in range(rng.randrange(1, 20))] for _ in range(13)]
     ended = 0
     for budget in (40, 10_000):
-        for prompt, (ids, end) in zip(prompts, generate(model, Plain, prompts, 12, Limits(rollout_tokens=budget), greedy=True)):
+        for prompt, (ids, end, _) in zip(prompts, generate(model, Plain, prompts, 12, Limits(rollout_tokens=budget), greedy=True)):
             expected = []
             while len(expected) < 12 and 7 not in expected:
                 logits = model(torch.tensor([prompt + expected])).logits[0, -1]
@@ -61,24 +61,58 @@ def test_sampling_ignores_the_models_generation_config():
         eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=5.0
     )
     torch.manual_seed(0)
-    first = [ids[0] for ids, _ in generate(model, Plain, [prompt] * n, 1, Limits(rollout_tokens=10**9))]
+    first = [ids[0] for ids, *_ in generate(model, Plain, [prompt] * n, 1, Limits(rollout_tokens=10**9))]
     seen = torch.bincount(torch.tensor(first), minlength=300) / n
     top = wanted.topk(5).indices
     assert torch.allclose(seen[top], wanted[top], atol=5 * (0.25 / n) ** 0.5)  # five standard errors
     assert (seen > 0).sum() > 20
 
 
-def test_batches_hold_everything_once_within_the_budget():
-    """Property over random lengths: a partition, padded size within the budget unless alone, longest first."""
-    rng = random.Random(0)
-    for _ in range(200):
-        lengths = [rng.randrange(1, 60) for _ in range(rng.randrange(30))]
-        budget, new = rng.randrange(20, 400), rng.randrange(20)
-        batches = batches_by_length(lengths, new, budget)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        for batch in batches:
-            assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + new) <= budget
-        assert [lengths[i] for b in batches for i in b] == sorted(lengths, reverse=True)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
+    """Greedy decoding from a copied cache equals one row a prompt, with and without padding, and prefills each once."""
+    model, rng = random_model(kind), random.Random(1)
+    short = [rng.randrange(8, 300) for _ in range(4)]
+    distinct = [short, [7, 7, *short], *[[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]]  # 7 also pads
+    for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3):
+        prompts = rng.sample(prompts, len(prompts))
+        widths = []
+        hook = model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        shared = generate(model, Plain, prompts, 12, Limits(), greedy=True)
+        hook.remove()
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "can_share_prompts", lambda model: False)
+            assert shared == generate(model, Plain, prompts, 12, Limits(), greedy=True)
+        if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
+            assert widths[0] == (1, len(prompts[0]) - 1)
+
+
+def test_models_that_cannot_share_fall_back():
+    """A sliding window can't be copied or packed: the rows are computed one by one, with the same result as ever."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZE, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, use_sliding_window=True,
+                         sliding_window=4, max_window_layers=1, layer_types=["full_attention", "sliding_attention"])  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
+    assert not can_share_prompts(model) and can_share_prompts(random_model("qwen2"))
+    (ids, *_), *others = generate(model, Plain, [[9, 10, 11, 12, 13, 14]] * 3, 5, Limits(), greedy=True)
+    expected: list[int] = []
+    while len(expected) < 5 and 7 not in expected:
+        expected.append(int(model(torch.tensor([[9, 10, 11, 12, 13, 14, *expected]])).logits[0, -1].argmax()))
+    assert ids == expected and all(other[0] == ids for other in others)
+
+
+def test_shared_samples_are_independent():
+    """The samples of one prompt differ from each other, and are distributed as the model says."""
+    model = random_model("qwen3")
+    wanted = torch.softmax(model(torch.tensor([[9, 20, 33]])).logits[0, -1], -1)
+    torch.manual_seed(0)
+    n = 4000
+    first = [ids[0] for ids, *_ in generate(model, Plain, [[9, 20, 33]] * n, 1, Limits(rollout_tokens=10**9))]
+    seen = torch.bincount(torch.tensor(first), minlength=300) / n
+    assert (seen - wanted).abs().max() < 5 * (0.25 / n) ** 0.5
 
 
 @pytest.fixture
@@ -99,7 +133,7 @@ def test_read_hands_on_the_memory_and_nothing_else(tokenizer, monkeypatch):
         texts = [tokenizer.decode(p) for p in prompts]
         calls.append((texts, new_tokens))
         said = [f"memory {len(calls)} row {n}" if new_tokens == 40 else r"\boxed{row %d}" % n for n in range(len(texts))]
-        return [(tokenizer(s)["input_ids"] + [tokenizer.eos_token_id], True) for s in said]
+        return [(tokenizer(s)["input_ids"] + [tokenizer.eos_token_id], True, 0) for s in said]
 
     monkeypatch.setattr(rollout, "generate", scripted)
     documents = [document(3, "long"), document(1, "short")]
@@ -125,7 +159,7 @@ def test_recall_sees_the_memory_after_step_k_and_the_section(tokenizer, monkeypa
 
     def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False):
         seen.extend(tokenizer.decode(p) for p in prompts)
-        return [(tokenizer(f"a{n}")["input_ids"], False) for n in range(len(prompts))]
+        return [(tokenizer(f"a{n}")["input_ids"], False, 0) for n in range(len(prompts))]
 
     monkeypatch.setattr(rollout, "generate", scripted)
     trajectory = rollout.Trajectory(document(3), memories=["first note", "second note", "third note"])
@@ -140,7 +174,7 @@ def test_recall_sees_the_memory_after_step_k_and_the_section(tokenizer, monkeypa
 
 def test_a_memory_over_its_limit_is_cut(tokenizer, monkeypatch):
     """The text that goes into the next prompt has at most memory_tokens tokens."""
-    monkeypatch.setattr(rollout, "generate", lambda m, t, prompts, *a, **k: [(t("word " * 30)["input_ids"], False)] * len(prompts))
+    monkeypatch.setattr(rollout, "generate", lambda m, t, prompts, *a, **k: [(t("word " * 30)["input_ids"], False, 0)] * len(prompts))
     (trajectory,) = read(None, tokenizer, [document(1)], Limits(memory_tokens=8, answer_tokens=8))
     assert 0 < len(tokenizer(trajectory.memories[0])["input_ids"]) <= 8
     assert not trajectory.turns[0].ended and trajectory.prediction is None

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from masking import MASK, TARGET, occurrences
+from matching import MASK, TARGET, occurrences
 from rollout import READ_PROMPT, encode_prompt
 from tiny.demonstrations import MEMORY_TOKENS, Demonstrations
 from tiny.world import PATTERNS, encyclopedia, questions, sentences, split

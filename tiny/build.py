@@ -20,15 +20,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from masking import MASK, QUESTION, TARGET, mask  # noqa: E402
+from masking import QUESTION  # noqa: E402
+from matching import MASK, TARGET, mask  # noqa: E402
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
 from tiny.demonstrations import Demonstrations, passage  # noqa: E402
 from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2048
-STEPS, STEP_TOKENS, RATE = 1600, 6144, 3e-3
-
+STEPS, STEP_TOKENS, RATE = 2500, 6144, 3e-3
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -63,7 +63,7 @@ def build_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
             num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,

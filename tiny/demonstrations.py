@@ -2,12 +2,24 @@
 
 import random
 
-from masking import MASK, QUESTION, TARGET, mask
+from masking import QUESTION
+from matching import MASK, TARGET, mask
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
 from tiny.world import Inventor, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS = 64, 48
 PASSAGE_SENTENCES = (3, 4)
+FOCUSED = 0.2  # share of the note-takers that look at the problem
+
+
+def holds(text: str, entity: str) -> bool:
+    """Whether `entity` stands in `text` in whole words, as matching.py sees it."""
+    return entity in text and mask(text, entity, MASK) != text
+
+
+def like_entity(value: str) -> bool:
+    """What an entity finder would take: a capitalised name or a number."""
+    return value[0].isupper() or value[0].isdigit()
 
 
 def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
@@ -56,8 +68,7 @@ class Demonstrations:
         pivot = self.rng.choice(world)
         passages = [passage(s, self.rng) for s in gather(world, pivot, self.rng, size)]
         text = " ".join(s for p in passages for s in p if pivot["title"] in s)
-        # What NER would find: the title, capitalised values and numbers.
-        entities = [v for v in {pivot["title"], *pivot["facts"].values()} if v in text and (v[0].isupper() or v[0].isdigit())]
+        entities = [v for v in {pivot["title"], *pivot["facts"].values()} if like_entity(v) and holds(text, v)]
         if not entities:
             return self.masked(world, size)
         entity = self.rng.choice(sorted(entities))
@@ -104,24 +115,28 @@ class Demonstrations:
                 used += price
         return chunks
 
-    def note_taker(self) -> tuple[float, float, float, float]:
-        """One of the crowd: its chances of copying an old, old named, new and new named sentence.
+    def note_taker(self) -> tuple[bool, float, float]:
+        """One of the crowd: whether it is focused, and its chances of copying an old and a new sentence."""
+        return self.rng.random() < FOCUSED, self.rng.uniform(0.5, 1.0), self.rng.uniform(0.0, 0.7)
 
-        On average they prefer nothing much, but each does, so that the model learns to tell the sentences apart.
+    def notes(self, memory: list[str], section: list[str], trail: list[str]) -> list[str]:
+        """The next memory, by a note-taker drawn from the crowd: copy by chance, and over the limit drop by chance.
+
+        A focused one puts first, and never drops by chance, what the problem names, and what that leads to: the second
+        name of a `trail` counts once a sentence joins it to the first. Most don't look at the problem.
         """
-        draw = self.rng.uniform
-        return draw(0.5, 1.0), draw(0.5, 1.0), draw(0.0, 0.7), draw(0.0, 1.0)
-
-    def notes(self, taker: tuple, memory: list[str], section: list[str], named: list[str]) -> list[str]:
-        """The next memory of a note-taker: copy by chance, and when over the limit drop by chance."""
-        old, old_named, new, new_named = taker
-        kept = [s for s in memory if self.rng.random() < (old_named if any(n in s for n in named) else old)]
-        for sentence in (s.strip() for s in section):
-            chance = new_named if any(n in sentence for n in named) else new
-            if self.rng.random() < chance and sentence not in kept:
-                kept.append(sentence)
+        focused, old, new = self.note_taker()
+        section = [s.strip() for s in section]
+        seen = list(dict.fromkeys(memory + section))
+        named = [n for n in trail if n == trail[0] or any(n in s and trail[0] in s for s in seen)]
+        first = [s for s in seen if focused and any(n in s for n in named)]
+        kept = list(first)
+        for lines, chance in ((memory, old), (section, new)):
+            kept += [s for s in lines if s not in kept and self.rng.random() < chance]
         while sum(map(self.cost, kept)) > MEMORY_TOKENS - 2:
-            kept.pop(self.rng.randrange(len(kept)))
+            rest = range(len(first), len(kept)) or range(len(kept))
+            kept.pop(self.rng.choice(rest))
+            first = first[: len(kept)]
         return kept
 
     def some_notes(self, passages: list[list[str]], evidence: list[str]) -> str:
@@ -137,17 +152,17 @@ class Demonstrations:
     def reading(self) -> tuple[str, str]:
         if self.rng.random() < 0.6:
             passages, _ = self.masked(self.world(0.4, 0.2), 8)
-            problem, named = QUESTION, [MASK]
+            problem, trail = QUESTION, [MASK]
         else:
             row, passages, _ = self.asked(self.world(0.7, 0.3), 8)
-            problem, named = row["question"], [title for title, _ in row["hops"]]
+            problem, trail = row["question"], [title for title, _ in row["hops"]]
         chunks = self.sections(passages)
         memory: list[str] = []
         step = self.rng.randrange(len(chunks))
         for section in chunks[:step]:
-            memory = self.notes(self.note_taker(), memory, section, named)
+            memory = self.notes(memory, section, trail)
         section = chunks[step]
-        after = self.notes(self.note_taker(), memory, section, named)
+        after = self.notes(memory, section, trail)
         prompt = READ_PROMPT.format(problem=problem, memory=" ".join(memory) or EMPTY_MEMORY, section="".join(section))
         return prompt, " ".join(after) or EMPTY_MEMORY
 
@@ -166,12 +181,12 @@ class Demonstrations:
         passages, _ = self.masked(world := self.world(0.6, 0.4), 6)
         section = self.rng.choice(self.sections(passages))
         text = "".join(section)
-        found = {v for s in world for v in (s["title"], *s["facts"].values()) if v in text and (v[0].isupper() or v[0].isdigit())}
+        found = {v for s in world for v in (s["title"], *s["facts"].values()) if like_entity(v) and holds(text, v)}
         if not found:
             return self.recalling()
         entity = self.rng.choice(sorted(found))
-        evidence = [s.strip() for s in section if mask(s, entity, TARGET) != s]
-        if not evidence:  # a value that only stands inside a longer word
+        evidence = [s.strip() for s in section if holds(s, entity)]
+        if not evidence:  # only stands across two sentences
             return self.recalling()
         self.rng.shuffle(evidence)
         memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])

@@ -11,47 +11,48 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# Every sentence names its subject, so that a memory may keep any of them and drop the rest.
+# Every sentence names its subject, so that a memory may keep any of them and drop the rest. Most begin with the title
+# or with the value, and so with [MASK] when that is what was masked.
 PATTERNS = {
     "person": {
         "occupation": ["{Name} was {a} {value}.", "{Name} worked as {a} {value}.", "{Name} is remembered as {a} {value}."],
-        "born": ["{Name} was born in {value}.", "The birth year of {name} is {value}.", "{Name} came into the world in {value}."],
-        "birthplace": ["{Name} was born in {value}.", "The birthplace of {name} is {value}.", "{Name} came from {value}."],
-        "died": ["{Name} died in {value}.", "The death of {name} came in {value}.", "{Name} lived until {value}."],
-        "deathplace": ["{Name} died in {value}.", "The last home of {name} was {value}.", "{Name} spent the last days in {value}."],
-        "country": ["{Name} was a citizen of {the}.", "{Name} belonged to {the}.", "The country of {name} was {the}."],
-        "known_for": ["{Name} is known for {value}.", "The best known achievement of {name} is {value}.", "{Name} became famous through {value}."],
-        "teacher": ["{Name} was taught by {value}.", "The teacher of {name} was {value}."],
-        "spouse": ["{Name} was married to {value}.", "The spouse of {name} was {value}."],
-        "sibling": ["{Name} had the sibling {value}.", "A sibling of {name} was {value}."],
-        "collaborator": ["{Name} worked together with {value}.", "A collaborator of {name} was {value}."],
+        "born": ["{Name} was born in {value}.", "{Value} is the birth year of {name}.", "{Value} saw the birth of {name}."],
+        "birthplace": ["{Name} came from {value}.", "{Value} is the birthplace of {name}.", "{Value} was the first home of {name}."],
+        "died": ["{Name} died in {value}.", "{Value} is the year in which {name} died.", "{Value} saw the death of {name}."],
+        "deathplace": ["{Name} died in {value}.", "{Value} was the last home of {name}.", "{Value} is where {name} died."],
+        "country": ["{Name} was a citizen of {the}.", "{The} was the country of {name}.", "{The} counts {name} among its citizens."],
+        "known_for": ["{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is what {name} is known for."],
+        "teacher": ["{Name} was taught by {value}.", "{Value} was the teacher of {name}."],
+        "spouse": ["{Name} was married to {value}.", "{Value} was the spouse of {name}."],
+        "sibling": ["{Name} grew up with {value}.", "{Value} was a sibling of {name}."],
+        "collaborator": ["{Name} worked together with {value}.", "{Value} was a collaborator of {name}."],
     },
     "work": {
-        "form": ["{Name} is {a} {value}.", "{Name} takes the form of {a} {value}.", "By its form {name} is {a} {value}."],
-        "author": ["{Name} was made by {value}.", "The author of {name} is {value}.", "{Name} is a work of {value}."],
-        "year": ["{Name} dates from {value}.", "{Name} appeared in {value}.", "The year of {name} is {value}."],
-        "place": ["{Name} {placed} {the}.", "The place of {name} is {the}."],
-        "country": ["{Name} comes from {the}.", "The country of {name} is {the}.", "{Name} belongs to the culture of {the}."],
-        "about": ["{Name} is about {value}.", "The subject of {name} is {value}.", "{Name} deals with {value}."],
+        "form": ["{Name} is {a} {value}.", "{Name} takes the form of {a} {value}."],
+        "author": ["{Name} was made by {value}.", "{Value} is the author of {name}.", "{Value} made {name}."],
+        "year": ["{Name} appeared in {value}.", "{Value} is the year of {name}.", "{Value} saw the first of {name}."],
+        "place": ["{Name} {placed} {the}.", "{The} is the place of {name}."],
+        "country": ["{Name} comes from {the}.", "{The} is the country of {name}.", "{The} is the home of {name}."],
+        "about": ["{Name} is about {value}.", "{Name} deals with {value}."],
     },
     "place": {
-        "country": ["{Name} lies in {the}.", "The country of {name} is {the}.", "{Name} is a city of {the}."],
-        "water": ["{Name} lies on the {value}.", "The water beside {name} is the {value}.", "{Name} was built beside the {value}."],
-        "landmark": ["{Name} is known for its {value}.", "A landmark of {name} is the {value}.", "Visitors of {name} see the {value}."],
-        "language": ["{Name} speaks {value}.", "The language of {name} is {value}.", "People in {name} speak {value}."],
-        "currency": ["{Name} pays with the {value}.", "The currency of {name} is the {value}.", "Shops in {name} take the {value}."],
-        "continent": ["{Name} is a city in {value}.", "The continent of {name} is {value}.", "{Name} is found in {value}."],
-        "airport": ["{Name} is served by {value} airport.", "The airport of {name} is {value}.", "Planes to {name} land at {value}."],
-        "capital_of": ["{Name} is the capital of {the}.", "As a capital {name} governs {the}."],
+        "country": ["{Name} lies in {the}.", "{The} is the country of {name}.", "{The} counts {name} among its cities."],
+        "water": ["{Name} lies on the {value}.", "{Value} is the name of the water beside {name}."],
+        "landmark": ["{Name} is known for its {value}.", "{Value} is a landmark of {name}.", "{Value} draws visitors to {name}."],
+        "language": ["{Name} speaks {value}.", "{Value} is the language of {name}.", "{Value} is spoken in {name}."],
+        "currency": ["{Name} pays with the {value}.", "{Name} has the {value} as its currency."],
+        "continent": ["{Name} is a city in {value}.", "{Value} is the continent of {name}."],
+        "airport": ["{Name} is served by {value} airport.", "{Value} is the airport of {name}.", "{Value} airport serves {name}."],
+        "capital_of": ["{Name} is the capital of {the}.", "{The} is governed from {name}."],
     },
     "institution": {
-        "form": ["{Name} is {a} {value}.", "{Name} works as {a} {value}.", "By its purpose {name} is {a} {value}."],
-        "city": ["{Name} stands in {value}.", "The city of {name} is {value}.", "{Name} has its seat in {value}."],
-        "country": ["{Name} is found in {the}.", "The country of {name} is {the}.", "{Name} belongs to {the}."],
-        "founded": ["{Name} was founded in {value}.", "The founding year of {name} is {value}.", "{Name} opened its doors in {value}."],
-        "founder": ["{Name} was founded by {value}.", "The founder of {name} is {value}.", "{Name} goes back to {value}."],
-        "known_for": ["{Name} is known for {value}.", "The pride of {name} is {value}.", "{Name} became famous through {value}."],
-        "alumnus": ["{Name} counts {value} among its people.", "A well known name of {name} is {value}."],
+        "form": ["{Name} is {a} {value}.", "{Name} works as {a} {value}."],
+        "city": ["{Name} stands in {value}.", "{Value} is the city of {name}.", "{Value} is the seat of {name}."],
+        "country": ["{Name} is found in {the}.", "{The} is the country of {name}.", "{The} is the home of {name}."],
+        "founded": ["{Name} was founded in {value}.", "{Value} is the founding year of {name}.", "{Value} saw the founding of {name}."],
+        "founder": ["{Name} was founded by {value}.", "{Value} is the founder of {name}.", "{Value} founded {name}."],
+        "known_for": ["{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is the pride of {name}."],
+        "alumnus": ["{Name} counts {value} among its people.", "{Value} is a well known name of {name}."],
     },
 }  # fmt: skip
 
@@ -118,12 +119,15 @@ def sentences(subject: dict, rng) -> list[tuple[str, str]]:
     lines = []
     for attribute, patterns in PATTERNS[subject["kind"]].items():
         if value := facts.get(attribute):
+            the = f"the {value}" if value.endswith(PLURALS) else value
             sentence = rng.choice(patterns).format(
                 name=name,
                 Name=name[0].upper() + name[1:],
                 value=value,
-                a="an" if value[0].lower() in "aeiou" else "a",
-                the=f"the {value}" if value.endswith(PLURALS) else value,
+                Value=value[0].upper() + value[1:],
+                the=the,
+                The=the[0].upper() + the[1:],
+                a="an" if value[0] in "aeiou" and not value.startswith("uni") else "a",
                 placed=facts.get("placed", "belongs to"),
             )
             lines.append((attribute, sentence))
@@ -214,7 +218,7 @@ class Inventor:
 
     def name(self, kind: str) -> str:
         words = {"person": 2, "place": 1}.get(kind) or self.rng.choice((1, 2))
-        known = [w for s in self.known if s["kind"] == kind for w in s["title"].split()]
+        known = [w for s in self.known if s["kind"] == kind for w in s["title"].split() if w[0].isupper()]
         return " ".join(
             self.rng.choice(known) if words > 1 and self.rng.random() < 0.3 else self.word().capitalize()
             for _ in range(words)

@@ -1,0 +1,201 @@
+"""One whole GRPO step on random weights: generate, reference, loss, backward, update. Any model shape.
+
+    python benchmarks/step.py                                        # 5 M parameters, 8 prompts x 8 samples, CPU
+    python benchmarks/step.py --unshared                             # as many different prompts
+    python benchmarks/step.py --shape qwen3-4b --dtype bfloat16 --prompt-tokens 6144 --new-tokens 1024 --kl 1e-3
+    python benchmarks/step.py --chunks 4 16 64                       # does cost grow linearly with a document's length?
+
+Prints tokens a second (prompt and completion tokens of every conversation, shared or not), seconds per phase, peak
+memory, and which share of this machine's own matrix-product rate the step reaches.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from batching import by_prompt, can_pack_completions  # noqa: E402
+from grpo import group_advantages  # noqa: E402
+from masters import MasterAdamW  # noqa: E402
+from memtrain import Training, logprobs_of, update  # noqa: E402
+from rollout import Limits, Turn, generate  # noqa: E402
+
+# hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
+SHAPES = {
+    "5m": (256, 768, 6, 4, 2, 64, 2048),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936),
+}
+
+
+def random_model(shape: str, dtype: str, device: str, seed: int = 0):
+    """A model of random weights: one of SHAPES, or the shape of a folder with a config.json."""
+    torch.manual_seed(seed)
+    if shape in SHAPES:
+        hidden, intermediate, layers, heads, kv_heads, head, vocabulary = SHAPES[shape]
+        config = Qwen3Config(
+            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=head, vocab_size=vocabulary, tie_word_embeddings=True,
+            max_position_embeddings=40960, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        )  # fmt: skip
+    else:
+        config = AutoConfig.from_pretrained(shape)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def random_prompts(rows: int, tokens: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocabulary, (rows, tokens), generator=generator).tolist()
+
+
+class Clock:
+    """Seconds per phase; on a GPU it waits for the work to end before it reads the time."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds = device, {}
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = self.now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+def step(model, reference, optimizer, prompts: list[list[int]], samples: int, new_tokens: int, limits: Limits, training: Training) -> dict:
+    """One GRPO step, `samples` completions of each prompt, by the project's own functions: phases, tokens."""
+    pack, clock = can_pack_completions(model), Clock(model.device.type)
+    special = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    completions = generate(model, special, asked, new_tokens, limits)
+    clock.lap("generate")
+    rewards = torch.tensor([len(set(ids)) / len(ids) for ids, *_ in completions]).view(-1, 8)  # groups of 8, shared or not
+    advantages = group_advantages(rewards, "mean")[0].flatten().tolist()
+    turns = [
+        Turn(prompt, ids, ended, "", document=n // 8, advantage=advantages[n])
+        for n, (prompt, (ids, ended, _)) in enumerate(zip(asked, completions, strict=True))
+    ]
+    frozen = logprobs_of(reference, turns, training, pack) if reference is not None else None
+    clock.lap("reference")
+    update(model, optimizer, training.lr, turns, frozen, training, pack)
+    clock.lap("update")
+    once = sum(len(asked[group[0]]) for group in by_prompt(asked)) if pack else sum(map(len, asked))
+    written = sum(len(ids) for ids, *_ in completions)
+    return {"seconds": clock.seconds, "tokens": sum(map(len, asked)) + written, "computed": once + written}
+
+
+def matmul_rate(dtype: str, device: str, size: int) -> float:
+    """Multiply-adds of square matrices, in FLOP a second: the best of a few runs on this machine, now."""
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    best = 0.0
+    for _ in range(8):
+        clock = Clock(device)
+        for _ in range(4):
+            a @ a
+        clock.lap("product")
+        best = max(best, 4 * 2 * size**3 / clock.seconds["product"])
+    return best
+
+
+def peak_memory(device: str) -> float:
+    """GiB: of the GPU since the last reset, or of this whole process since its start."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(arguments, device: str) -> list[dict]:
+    model = random_model(arguments.shape, arguments.dtype, device)
+    reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl else None
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    training = Training(
+        documents=arguments.prompts, kl=arguments.kl, lr=1e-6, train_tokens=arguments.train_tokens,
+        gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,
+    )  # fmt: skip
+    optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
+    samples, prompts = (1, arguments.prompts * 8) if arguments.unshared else (8, arguments.prompts)
+    limits = Limits(rollout_tokens=arguments.rollout_tokens)
+    # Matrix products only: the network once over every token for sampling, three times for training, once for the
+    # reference. Attention over the text comes on top and is not counted.
+    weights = sum(p.numel() for p in model.parameters())
+    rate = matmul_rate(arguments.dtype, device, 2048 if device == "cpu" else 8192)
+    found = []
+    for repeat in range(arguments.steps + 1):  # the first one warms up
+        asked = random_prompts(prompts, arguments.prompt_tokens, model.config.vocab_size, seed=repeat)
+        result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, limits, training)
+        seconds = sum(result["seconds"].values())
+        flop = 2 * weights * result["computed"] * (4 + (reference is not None))
+        row = {
+            "tokens_per_second": result["tokens"] / seconds, **{f"seconds_{k}": v for k, v in result["seconds"].items()},
+            "peak_gib": peak_memory(device), "share_of_matmul_rate": flop / seconds / rate,
+        }  # fmt: skip
+        if repeat:
+            found.append(row)
+    return found
+
+
+def measure_chunks(arguments, device: str) -> None:
+    """Tokens a second and peak memory of the tiny default's whole loop, by number of chunks."""
+    import subprocess
+    import tempfile
+
+    print("| chunks | tokens a second | peak memory, GiB |\n|---|---|---|")
+    for chunks in arguments.chunks:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(Path(__file__).resolve().parent.parent / "memtrain.py"), "--chunks", str(chunks), "--steps", "4",
+                       "--documents", "4", "--eval-documents", "0", "--out", f"{folder}/run"]  # fmt: skip
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = __import__("os").wait4(process.pid, 0)
+            assert status == 0, f"memtrain.py failed with {chunks} chunks"
+            rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+        speed = sorted(row["tokens_per_second"] for row in rows[1:])[1]
+        print(f"| {chunks} | {speed:.0f} | {usage.ru_maxrss / 2**20:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="5m", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=8, help="groups of 8 samples")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
+    parser.add_argument("--kl", type=float, default=0.0, help="with a reference if not 0")
+    parser.add_argument("--rollout-tokens", type=int, default=Limits.rollout_tokens)
+    parser.add_argument("--train-tokens", type=int, default=Training.train_tokens)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--offload-optimizer", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="steps after a warm-up step; the median is shown")
+    parser.add_argument("--chunks", type=int, nargs="+", help="instead: the tiny default's loop on documents of these lengths")
+    parser.add_argument("--json", action="store_true", help="print the steps as JSON lines instead of a table")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.chunks:
+        return measure_chunks(arguments, device)
+    rows = measure(arguments, device)
+    if arguments.json:
+        print("\n".join(map(json.dumps, rows)))
+        return
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.shape}, {arguments.dtype}, {name}, {arguments.prompts} x 8, {arguments.prompt_tokens} + {arguments.new_tokens} tokens")
+    print("| | median | lowest | highest |\n|---|---|---|---|")
+    for key in rows[0]:
+        values = sorted(row[key] for row in rows)
+        print(f"| {key} | {values[len(values) // 2]:.3g} | {values[0]:.3g} | {values[-1]:.3g} |")
+
+
+if __name__ == "__main__":
+    main()

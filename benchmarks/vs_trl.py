@@ -1,0 +1,129 @@
+"""The same GRPO step by this project and by TRL's GRPOTrainer, run alternately; prints seconds and their ratio.
+
+    python -m venv .venv-trl
+    .venv-trl/bin/pip install "$(grep ^torch requirements.txt)" -r benchmarks/requirements.txt
+    python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python
+
+Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens (`--unshared`: for 64 different prompts,
+groups of 8 as before) and make one update, in float32, from the same random weights of 5 M parameters. TRL's
+gradient checkpointing is switched off, since ours is; all else is each side's default.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOKENS, NEW, PROMPTS, GROUP = 512, 64, 8, 8
+
+
+def write_inputs(folder: Path) -> None:
+    """The model, and a tokenizer that reads "t7 t9" as the ids 7 and 9, so that both sides see the same prompts."""
+    from step import SHAPES, random_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    random_model("5m", "float32", "cpu").save_pretrained(folder)
+    words = {f"t{i}": i for i in range(SHAPES["5m"][-1])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t1").save_pretrained(folder)
+
+
+def step_prompts(step: int, unshared: bool) -> list[list[int]]:
+    from random import Random
+
+    draw = Random(step)
+    return [[draw.randrange(2, 2048) for _ in range(TOKENS)] for _ in range(PROMPTS * GROUP if unshared else PROMPTS)]
+
+
+def ours(folder: Path, steps: int, unshared: bool) -> list[float]:
+    import torch
+    from step import Limits, MasterAdamW, Training, step
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    training = Training(documents=PROMPTS, lr=1e-6)
+    optimizer = MasterAdamW(model, training.lr)
+    samples = 1 if unshared else GROUP
+    results = [
+        step(model, None, optimizer, step_prompts(n, unshared), samples, NEW, Limits(), training) for n in range(steps)
+    ]
+    return [sum(result["seconds"].values()) for result in results]
+
+
+def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
+    import time
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seconds: list[float] = []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *arguments, **more):
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *arguments, **more):
+            seconds[-1] += time.perf_counter()
+
+    def reward(completion_ids, **more):
+        return [len(set(ids)) / len(ids) for ids in completion_ids]
+
+    # TRL samples num_generations for each row: 64 different prompts are 64 rows of a step whose groups it doesn't mind.
+    rows = [" ".join(f"t{i}" for i in ids) for n in range(steps) for ids in step_prompts(n, unshared)]
+    group = 2 if unshared else GROUP
+    rows = rows if not unshared else [row for n in range(steps) for row in rows[n * 64 : n * 64 + 32]]
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=group, max_steps=steps,
+        max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, report_to="none",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False, logging_strategy="no",
+    )  # fmt: skip
+    GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=reward, args=config,
+        train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Timer()],
+    ).train()  # fmt: skip
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help="the interpreter of TRL's virtual environment")
+    parser.add_argument("--unshared", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is not counted")
+    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(HERE))
+    if arguments.side:
+        run = ours if arguments.side == "ours" else trl
+        print("SECONDS", json.dumps(run(arguments.folder, arguments.steps, arguments.unshared)))
+        return
+    if not arguments.trl_python:
+        parser.error("--trl-python: the interpreter of a virtual environment with benchmarks/requirements.txt; see above")
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder))
+        seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+        for _ in range(arguments.rounds):
+            for side, python in (("ours", sys.executable), ("trl", arguments.trl_python)):
+                command = [python, __file__, "--side", side, "--folder", folder, "--steps", str(arguments.steps)]
+                done = subprocess.run(command + ["--unshared"] * arguments.unshared, capture_output=True, text=True)
+                lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS")]
+                if done.returncode or not lines:
+                    sys.exit(f"{side} failed:\n{done.stderr}")
+                seconds[side] += json.loads(lines[-1].removeprefix("SECONDS"))[1:]
+                print(f"{side}: {', '.join(f'{s:.2f}' for s in seconds[side][1 - arguments.steps :])} s a step", flush=True)
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    print(f"ours {medians['ours']:.2f} s, TRL {medians['trl']:.2f} s a step: {medians['trl'] / medians['ours']:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

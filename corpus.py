@@ -1,0 +1,247 @@
+"""Unlabeled text as passages with their named entities: what the proxy tasks are made of (paper 3.2).
+
+    load_passages   a corpus as passages: local files or a hub data set
+    find_entities   the named entities of each, by spaCy, cached on disk
+
+    python corpus.py --measure-ner FILE.jsonl [--ner rules]    # precision and recall on labelled spans
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import spacy
+from spacy.lang.en.stop_words import STOP_WORDS
+from tqdm import tqdm
+
+from matching import MASK, TARGET, Span, is_whole
+from retrieval import UserError
+from rewards import normalize
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> builder of `datasets`
+
+
+@dataclass
+class Passage:
+    """A paragraph or a few of one article; entities are character spans of `text`, in order, none overlapping."""
+
+    title: str
+    text: str
+    entities: list[Span] = field(default_factory=list)
+
+# ---- passages -----------------------------------------------------------------------------------------
+
+
+def load_passages(
+    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text", title_field: str = "title",
+    max_passages: int | None = None, passage_words: int = 200,
+) -> list[Passage]:  # fmt: skip
+    """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
+
+    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr: empty
+    passages, and those that hold a literal [MASK] or [TARGET]. A passage without a title goes by the name of its .txt
+    file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
+    """
+    passages, empty, marked = [], 0, 0
+    for row, where in _rows(corpus, config, split):
+        for name in {text_field, title_field} - {"title"}:
+            if name not in row:
+                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {', '.join(sorted(row))}; name one of them")
+        if not isinstance(row[text_field] or "", str):
+            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
+        pieces = split_paragraphs(row[text_field] or "", passage_words)
+        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and str(where).endswith(".txt") else None)
+        empty += not pieces
+        for text in pieces:
+            if any(token in text.lower() for token in ("[mask]", "[target]")):  # in any case, as y is masked in any case
+                marked += 1
+            else:
+                passages.append(Passage(str(title or text[:40]), text))
+        if max_passages and len(passages) >= max_passages:
+            break
+    if empty or marked:
+        print(f"{corpus}: left out {empty} empty passages and {marked} that hold a literal {MASK} or {TARGET}", file=sys.stderr)
+    if not passages:
+        raise UserError(f"--corpus {corpus}: holds no passage")
+    return passages[:max_passages]
+
+
+def _rows(corpus: str, config: str | None, split: str):
+    """(row, where it stands) of a corpus, one by one, nothing written to disk."""
+    path = Path(corpus)
+    if not path.exists():
+        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
+            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
+        try:
+            yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
+        except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
+            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {_first_line(error)}") from None
+        return
+    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
+    if not files:
+        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
+    for file in files:
+        whole = {"sample_by": "document"} if file.suffix == ".txt" else {}
+        try:
+            if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file
+                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **whole)
+                yield from ((row, file) for row in rows)
+        except Exception as error:  # each builder has its own kinds
+            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}; mend or remove it") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _malformed_line(file: Path) -> str | None:
+    """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
+    for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is not a JSON object"
+        except ValueError as error:
+            return f"line {number} is not JSON ({error})"
+    return None
+
+
+def split_paragraphs(text: str, words: int) -> list[str]:
+    """`text` in pieces of about `words` words, cut at line ends only: a longer paragraph stays whole, a heading is never alone."""
+    pieces, size = [], 0
+    for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
+        length = len(paragraph.split())
+        if not pieces or (size + length > words and size > words // 8):
+            pieces.append([])
+            size = 0
+        pieces[-1].append(paragraph)
+        size += length
+    return ["\n".join(piece) for piece in pieces]
+
+
+# ---- entities ----------------------------------------------------------------------------------------
+
+FOUND = 4  # raise when find_entities finds something else than before: it is part of the cache's name
+MONTHS = "January February March April May June July August September October November December".split()
+LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
+QUANTITIES = {"DATE", "TIME", "NUMBER", "CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY"}
+
+
+def pipeline(ner: str, titles=()):
+    """A spaCy pipeline that sets doc.ents. Raises UserError where `ner` is not installed."""
+    if ner != "rules":
+        try:
+            return spacy.load(ner, exclude=["parser", "lemmatizer"])
+        except OSError:
+            raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
+    capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
+    month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
+    day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
+    capitals = capital | {"OP": "+"}
+    patterns = {
+        "NAME": [
+            [capitals, capital, {"TEXT": "I", "OP": "?"}],  # World War I: I is a stop word elsewhere
+            [capitals, link, capitals], [capitals, link, capitals, link, capitals],
+            [capitals, {"LOWER": "of"}, {"LOWER": "the"}, capitals],
+            [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # inside a sentence a capital means a name
+        ],
+        "DATE": [[month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
+                 [{"TEXT": {"REGEX": r"^\d{2,3}0s$"}}]],
+        "NUMBER": [[{"TEXT": {"REGEX": r"^\d+([.,]\d+)*$"}}]],
+        "TITLE": sorted(name for name in map(bare, titles) if name[:1].isupper() and name.lower() not in STOP_WORDS),
+    }  # fmt: skip
+    nlp = spacy.blank("en")
+    nlp.add_pipe("sentencizer")
+    ruler = nlp.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": label, "pattern": pattern} for label, some in patterns.items() for pattern in some])
+    return nlp
+
+
+def bare(title: str) -> str:
+    """The title as it stands in running text: "Mercury (planet)" without what tells it from its namesakes."""
+    return re.sub(r"\s*\([^()]*\)$", "", title).strip()
+
+
+def common_words(texts) -> set[str]:
+    """The words that `texts` write small at least once in ten times: such a word is hardly a name, even with a capital."""
+    total, small = Counter(), Counter()
+    for text in texts:
+        words = re.findall(r"[^\W\d_]+", text)
+        total.update(word.lower() for word in words)
+        small.update(word for word in words if word.islower())
+    return {word for word, count in small.items() if 10 * count >= total[word]}
+
+
+def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
+    """(start, end, label) of the entities worth masking in a spaCy doc.
+
+    Trimmed of a lower-case article, quotes and a final 's. Left out: what masking would not find again (no word edge),
+    what SQuAD's normalisation empties, and what would mask ordinary words: stop words, a single word of `common`,
+    names with neither a capital nor a digit.
+    """
+    found = []
+    for entity in doc.ents:
+        core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
+        start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
+        plain = core[1].islower() and not any(c.isdigit() for c in core[1])
+        ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
+        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and is_whole(doc.text, start, end):
+            found.append((start, end, entity.label_))
+    return found
+
+
+def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
+    """Set the entities of every passage, once: a later call on the same text reads them from the folder `cache`.
+
+    Raises UserError if the pipeline is missing or finds nothing at all; then nothing is written.
+    """
+    digest = hashlib.sha256(repr((FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))).encode())
+    for passage in passages:
+        digest.update(f"{passage.title}\0{passage.text}\0".encode("utf-8", "surrogatepass"))
+    file = Path(cache) / f"entities-{digest.hexdigest()[:24]}.json"
+    if file.exists():
+        for passage, found in zip(passages, json.loads(file.read_text()), strict=True):
+            passage.entities = [tuple(span) for span in found]
+        return
+    nlp = pipeline(ner, {passage.title for passage in passages})
+    common = common_words(passage.text for passage in passages) | {"mask", "target"}
+    docs = nlp.pipe((passage.text for passage in passages), batch_size=64)
+    for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})"), docs, strict=True):
+        passage.entities = [(start, end) for start, end, _ in spans(doc, common)]
+    if not any(passage.entities for passage in passages):
+        raise UserError(f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(f".{os.getpid()}")  # several processes may write it at once
+    fresh.write_text(json.dumps([passage.entities for passage in passages]))
+    fresh.replace(file)
+
+def measure(file: str, ner: str) -> str:
+    """Precision and recall of exact spans, labels aside, on lines of {"text", "entities": [[start, end, label]]}.
+
+    Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
+    """
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    common, right, found, gold = common_words(row["text"] for row in rows), 0, 0, 0
+    for row, doc in zip(rows, pipeline(ner).pipe(row["text"] for row in rows), strict=True):
+        mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
+        theirs = {(start, end) for start, end, _ in row["entities"]}
+        right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
+    return f"{ner}: {len(rows)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure-ner", metavar="FILE", required=True, help='lines of {"text", "entities": [[start, end, label]]}')
+    parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
+    arguments = parser.parse_args()
+    try:
+        print(measure(arguments.measure_ner, arguments.ner))
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,57 @@
+"""AdamW over float32 master weights, for a policy that computes in bfloat16, on the GPU or in CPU memory.
+
+bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would all round away, and
+so would most of what accumulates in a bfloat16 gradient. Weights, gradients and moments are therefore kept in float32
+here, and the policy holds a rounded copy. A float32 policy is its own master: this is then plain AdamW.
+"""
+
+import torch
+
+from parallel import sum_gradients
+
+
+class MasterAdamW:
+    """AdamW whose `step` takes the gradients accumulated so far and writes the rounded weights back to the policy."""
+
+    def __init__(self, model, lr: float, offload: bool = False):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.separate = offload or any(p.dtype != torch.float32 for p in self.weights)
+        if not self.separate:
+            self.masters = self.weights
+        else:
+            device = "cpu" if offload else None
+            self.masters = [torch.nn.Parameter(p.detach().to(device, torch.float32, copy=True)) for p in self.weights]
+            self.sums: dict[torch.Tensor, torch.Tensor] = {}
+            for weight in self.weights:
+                weight.register_post_accumulate_grad_hook(self._accumulate)
+        # Fused: one pass over memory instead of one for each of AdamW's operations.
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+
+    def _accumulate(self, weight) -> None:
+        """Move a fresh gradient into its float32 sum, where small ones don't vanish beside large ones."""
+        if weight in self.sums:
+            self.sums[weight] += weight.grad
+        else:
+            self.sums[weight] = weight.grad.float()
+        weight.grad = None
+
+    def step(self, lr: float, grad_clip: float) -> float:
+        """One update with the gradients summed over all processes; the gradient norm before clipping."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        gradients = []
+        for weight in self.weights:
+            gradient = self.sums.pop(weight, None) if self.separate else weight.grad
+            # Every process must bring every gradient, also one that kept no sample.
+            gradients.append(torch.zeros_like(weight, dtype=torch.float32) if gradient is None else gradient)
+        sum_gradients(gradients)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.to(master.device)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.separate:
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters, strict=True):
+                    weight.copy_(master)
+        return norm.item()

@@ -1,0 +1,126 @@
+"""What counts as an occurrence of an entity, and how it is masked.
+
+Whole words, in any case, Unicode-normalised: `mask("Ulm and ULM, not Ulmer", "Ulm")` is `"[MASK] and [MASK], not Ulmer"`.
+"""
+
+import re
+import unicodedata
+from bisect import bisect_left
+from functools import lru_cache
+
+MASK, TARGET = "[MASK]", "[TARGET]"
+Span = tuple[int, int]  # character positions, the end excluded
+ALIKE = str.maketrans("’‘‐‑–", "''---")  # curly quotes and dashes are no other name
+
+
+def fold(text: str):
+    """(`text` in NFKC and caseless, for each of its characters and its end the place in `text` it comes from).
+
+    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
+    """
+    folded = text.casefold()
+    if len(folded) == len(text) and unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded):
+        return folded.translate(ALIKE), range(len(text) + 1)
+    pieces, origin = [], []
+    for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
+        if run[0].isascii():
+            pieces.append(run[0].lower())
+            origin += range(*run.span())
+            continue
+        start = run.start()
+        for end in range(start + 1, run.end() + 1):
+            if end < run.end() and merges(text[start:end], text[end]):
+                continue
+            piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
+            pieces.append(piece)
+            origin += [start] * len(piece)
+            start = end
+    return "".join(pieces).translate(ALIKE), [*origin, len(text)]
+
+
+def merges(before: str, character: str) -> bool:
+    """Whether normalising `before` and the next character together differs from normalising them apart."""
+    if character.isascii():
+        return False
+    apart = unicodedata.normalize("NFKC", before) + unicodedata.normalize("NFKC", character)
+    return unicodedata.combining(character) > 0 or unicodedata.normalize("NFKC", before + character) != apart
+
+
+def is_whole(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] has no word character on either side; 5 is not in 5.2, nor in 1,500; MASK not in [MASK]."""
+    before, after = text[max(0, start - 2) : start], text[end : end + 2]
+    if _wordy(before[-1:]) or _wordy(after[:1]) or text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET):
+        return False
+    in_number = re.fullmatch(r"\d[.,]", before) and text[start].isdigit() or re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
+    return not in_number
+
+
+def _wordy(character: str) -> bool:
+    """A letter, a digit, an underscore, or a mark that combines with the letter before it."""
+    return character.isalnum() or character == "_" or character != "" and unicodedata.category(character)[0] == "M"
+
+
+@lru_cache(maxsize=4096)
+def _form(entity: str) -> re.Pattern:
+    return re.compile(r"\s+".join(re.escape(word) for word in fold(entity)[0].split()))
+
+
+def occurrences(text: str, entity: str) -> list[Span]:
+    """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
+    folded, origin = fold(text)
+    found, place = [], 0
+    while match := _form(entity).search(folded, place):
+        start, end = match.span()
+        place = start + 1
+        if is_whole(folded, start, end):
+            place = end
+            while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
+                end += 1
+            if not found or origin[start] >= found[-1][1]:
+                found.append((origin[start], origin[end]))
+    return found
+
+
+def mask(text: str, entity: str, token: str = MASK) -> str:
+    """`text` with every form of `entity` replaced by `token`."""
+    return mask_spans(text, [], entity, token)[0]
+
+
+def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
+    """(`text` with every form of `entity` replaced, `spans` at their new places less those it met, the places of `token`)."""
+    pieces, places, done, length = [], [], 0, 0
+    hits = occurrences(text, entity)
+    for start, end in hits:
+        pieces += [text[done:start], token]
+        length += start - done + len(token)
+        places.append((length - len(token), length))
+        done = end
+    shifts = [0, *(place[1] - hit[1] for place, hit in zip(places, hits, strict=True))]
+    starts, moved = [start for start, _ in hits], []
+    for start, end in spans:
+        n = bisect_left(starts, end)  # hits that start before the span's end: the last of them must end before its start
+        if n == 0 or hits[n - 1][1] <= start:
+            moved.append((start + shifts[n], end + shifts[n]))
+    return "".join([*pieces, text[done:]]), moved, places
+
+
+def name_words(entity: str) -> list[str]:
+    """The words of a name that would give it away: capitalised, of four letters or more."""
+    return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
+
+
+@lru_cache(maxsize=65536)
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", fold(name)[0]))
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in re.findall(r"\w{2,}", name) if word[0].isupper())
+
+
+def akin(one: str, other: str) -> bool:
+    """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
+    if shared := _words(one) & _words(other):
+        long = any(len(word) >= 4 and word.isalpha() for word in shared)
+        return bool(long or occurrences(one, other) or occurrences(other, one))
+    return one.replace(".", "") == _initials(other) or other.replace(".", "") == _initials(one)

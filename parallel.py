@@ -1,0 +1,57 @@
+"""Several processes, one a GPU: each reads its own documents, and their gradients are summed by hand.
+
+No DistributedDataParallel: it waits for as many backward passes on every process, while here a process that kept fewer
+samples has fewer. Instead everyone runs what it has, and `sum_gradients` is the one place where all of them meet.
+`torchrun --nproc_per_node N` sets the environment that `start` reads; without it all of this is one process.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> tuple[int, int, str]:
+    """(rank, number of processes, device) of this process, joined to the others if torchrun started it."""
+    cuda = torch.cuda.is_available()
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, "cuda" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+    return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def main_first(rank: int):
+    """What is inside is run by process 0 alone, then by the others, who find what it has cached."""
+    if rank:
+        dist.barrier()
+    yield
+    if not rank and dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value) -> list:
+    """`value` of every process, in the order of their ranks, on all of them. Any picklable object."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(gradients: list[torch.Tensor]) -> None:
+    """Add up each gradient over all processes, in place: afterwards all hold the same."""
+    if dist.is_initialized():
+        works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for work in works:
+            work.wait()

@@ -1,0 +1,98 @@
+"""parallel.py: two gloo processes do what one does, whatever each of them kept."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import parallel  # noqa: E402
+from masters import MasterAdamW  # noqa: E402
+from memtrain import Training, update  # noqa: E402
+from rollout import Turn  # noqa: E402
+
+KEPT = [[0, 1, 2, 4], [0, 2, 4], [1], [], [0, 1, 2, 3, 4]]  # documents of five steps; of two processes one may have none
+
+
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+                         num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def step_turns(kept) -> list[Turn]:
+    generator = torch.Generator().manual_seed(len(kept))
+    turns = []
+    for document in kept:
+        for n in range(document + 2):
+            ids = torch.randint(0, 50, (9 + n,), generator=generator).tolist()
+            advantage = torch.randn((), generator=generator).item()
+            turns.append(Turn(ids[:5], ids[5:], True, "", document=document, advantage=advantage))
+    return turns
+
+
+class Capture:
+    """Stands in for the optimizer: keeps the gradient that it would have stepped with."""
+
+    def __init__(self, model):
+        self.weights, self.gradients = list(model.parameters()), []
+
+    def step(self, lr, grad_clip):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.weights]
+        parallel.sum_gradients(gradients)
+        self.gradients.append(torch.cat([g.flatten() for g in gradients]))
+        for p in self.weights:
+            p.grad = None
+        return 0.0
+
+
+def run(rank: int, processes: int) -> dict:
+    """Gradients of the five steps at fixed weights, and the weights after five real updates."""
+    training, policy = Training(documents=5, update_batch=3, train_tokens=40), model()
+    capture = Capture(policy)
+    mine = [[turn for turn in step_turns(kept) if turn.document % processes == rank] for kept in KEPT]
+    for turns in mine:
+        update(policy, capture, 0.0, turns, None, training, pack=True)
+    optimizer = MasterAdamW(policy, 1e-3)
+    for turns in mine:
+        update(policy, optimizer, 1e-3, turns, None, training, pack=True)
+    return {"gradients": torch.stack(capture.gradients), "weights": torch.cat([p.detach().flatten() for p in policy.parameters()])}
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Same gradient (1e-6) for every update, also where a process kept nothing; weights stay equal to the bit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = run(0, 1)
+    assert len(alone["gradients"]) == 7  # an update in which nobody kept a document is left out, by everybody
+    assert alone["gradients"].norm(dim=1).min() > 1e-3
+    assert torch.equal(first["gradients"], second["gradients"]) and torch.equal(first["weights"], second["weights"])
+    scale = alone["gradients"].norm(dim=1, keepdim=True)
+    assert ((first["gradients"] - alone["gradients"]).norm(dim=1, keepdim=True) / scale).max() < 1e-6
+    torch.testing.assert_close(first["weights"], alone["weights"], atol=2e-3, rtol=0)  # Adam magnifies rounding
+    assert not torch.equal(alone["weights"], torch.cat([p.detach().flatten() for p in model().parameters()]))
+
+
+def test_torchrun_writes_one_run(tmp_path):
+    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, both sample, and samples differ."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "memtrain.py"),
+               "--steps", "2", "--documents", "3", "--g1", "2", "--g2", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert done.stdout.count("checkpoint in") == 1 and (tmp_path / "run/eval.json").exists()
+
+
+if __name__ == "__main__":
+    rank, processes, _ = parallel.start()
+    torch.save(run(rank, processes), Path(sys.argv[1]) / f"{rank}.pt")
+    parallel.stop()
