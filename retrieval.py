@@ -1,16 +1,57 @@
-"""Passages for a query. BM25 over an in-memory inverted index; knows nothing of agents."""
+"""Passages for a query, from three retrievers that answer alike; knows nothing of agents.
 
+    retriever = open_retriever("bm25", "passages.jsonl")                            # words, in memory
+    retriever = open_retriever("dense", "passages.jsonl", model="intfloat/e5-base-v2")    # any encoder of the hub
+    retriever = open_retriever("http://127.0.0.1:8000/retrieve")                    # a server of Search-R1's protocol
+    retriever.search(["who wrote Emma?"], 3)    # -> [[{"title", "text", "score"}, ... best first], ... one a query]
+
+BM25 and Dense are indices over texts, which answer with positions; Local puts the passages to the positions; Http asks
+a server, and this one is such a server:
+
+    python retrieval.py serve --corpus passages.jsonl [--retriever dense --model NAME] [--port 8000]
+"""
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import math
+import os
 import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
 from array import array
 from collections import Counter
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 WORD = re.compile(r"\w+")
 
 
 class UserError(Exception):
     """A mistake of the user's: one line saying what, where and what to do. The mains print it and exit with 2."""
+
+
+def best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k greatest of `scores` (n,), greatest first; equal scores by position."""
+    some = np.arange(len(scores))
+    if 0 < k < len(scores):  # all that tie with the k-th stay in, or equal scores would come in no fixed order
+        some = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return some[np.argsort(-scores[some], kind="stable")][:k]
+
+
+# ---- by words ----------------------------------------------------------------------------------------
 
 
 class BM25:
@@ -20,24 +61,27 @@ class BM25:
     built, so a search only adds up the postings of its terms. Postings of term t lie at starts[t]:starts[t + 1].
     """
 
-    def __init__(self, texts: list[str], k1: float = 1.5, b: float = 0.75):
+    def __init__(self, texts, k1: float = 1.5, b: float = 0.75):
         self.terms = {}  # term -> id
-        term_ids, passages, counts, lengths = array("i"), array("i"), array("i"), array("i")
-        for passage, text in enumerate(texts):
-            words = WORD.findall(text.lower())
-            lengths.append(len(words))
-            for term, count in Counter(words).items():
-                term_ids.append(self.terms.setdefault(term, len(self.terms)))
-                passages.append(passage)
-                counts.append(count)
-        term_ids, passages, counts, lengths = (np.array(a, np.int32) for a in (term_ids, passages, counts, lengths))
+        term_ids, counts, distinct, lengths = array("i"), array("i"), array("i"), array("i")
+        for text in tqdm(texts, desc="BM25 index", unit=" passages", delay=5):
+            words = Counter(WORD.findall(text.lower()))
+            lengths.append(words.total())
+            distinct.append(len(words))
+            term_ids.extend([self.terms.setdefault(term, len(self.terms)) for term in words])
+            counts.extend(words.values())
+        term_ids, counts, distinct, lengths = (np.asarray(a, np.int32) for a in (term_ids, counts, distinct, lengths))
         self.size = len(lengths)
         frequency = np.bincount(term_ids, minlength=len(self.terms))  # (terms,): in how many passages
         idf = np.log1p((self.size - frequency + 0.5) / (frequency + 0.5))
         norm = k1 * (1 - b + b * lengths / max(lengths.sum() / max(self.size, 1), 1e-9))
         by_term = np.argsort(term_ids, kind="stable")  # stable: within a term, passages stay in order
-        term_ids, self.postings, counts = term_ids[by_term], passages[by_term], counts[by_term]
-        self.weights = (idf[term_ids] * counts * (k1 + 1) / (counts + norm[self.postings])).astype(np.float32)
+        self.postings = np.repeat(np.arange(self.size, dtype=np.int32), distinct)[by_term]
+        self.weights = np.empty(len(by_term), np.float32)
+        for start in range(0, len(by_term), 1 << 22):  # in blocks: float64 for all postings at once is gigabytes
+            block = slice(start, start + (1 << 22))
+            count = counts[by_term[block]]
+            self.weights[block] = idf[term_ids[by_term[block]]] * count * (k1 + 1) / (count + norm[self.postings[block]])
         self.starts = np.concatenate([[0], np.cumsum(frequency)])
 
     def search(self, queries: list[str], k: int) -> list[list[tuple[int, float]]]:
@@ -55,7 +99,417 @@ class BM25:
                 span = slice(self.starts[term], self.starts[term + 1])
                 scores[self.postings[span]] += count * self.weights[span]  # a passage stands once in a term's postings
         found = np.flatnonzero(scores)
-        if 0 < k < len(found):  # all that tie with the k-th stay in, or equal scores would come in no fixed order
-            found = found[scores[found] >= np.partition(scores[found], -k)[-k]]
-        best = found[np.argsort(-scores[found], kind="stable")][:k]
-        return [(int(passage), float(scores[passage])) for passage in best]
+        found = found[best(scores[found], k)]
+        return [(int(passage), float(scores[passage])) for passage in found]
+
+    def save(self, file: str | Path) -> None:
+        """Write the index as one .npz without pickles; whoever reads `file` meanwhile sees the old one or the whole new one."""
+        terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)  # a term is \w+, so no newline is in one
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        with fresh.open("wb") as out:  # given a name, savez would append .npz to it
+            np.savez(out, size=self.size, terms=terms, starts=self.starts, postings=self.postings, weights=self.weights)
+        fresh.replace(file)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "BM25":
+        """The index that `save` wrote. Raises UserError if there is none, or if it is damaged."""
+        index = cls([])
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                index.size = int(saved["size"])
+                index.starts, index.postings, index.weights = saved["starts"], saved["postings"], saved["weights"]
+                words = saved["terms"].tobytes().decode()
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file}: not a BM25 index ({error}); remove it, and it will be built again") from None
+        index.terms = {term: n for n, term in enumerate(words.split("\n") if words else [])}
+        ends = {len(index.postings), len(index.weights), int(index.starts[-1])}
+        if len(ends) > 1 or len(index.starts) != len(index.terms) + 1 or (index.postings >= index.size).any():
+            raise UserError(f"{file}: not a BM25 index (its parts don't fit); remove it, and it will be built again")
+        return index
+
+
+# ---- by meaning --------------------------------------------------------------------------------------
+
+
+class Dense:
+    """Cosine similarity of embeddings: the mean of an encoder's last hidden states over the attention mask (as E5 pools).
+
+    `model` is a folder or hub name for AutoModel. `prefixes` puts "query: " and "passage: " before the texts, which
+    E5 models need; None: if the model's name says e5. The matrix, (texts, width) of `dtype`, is made once, under a name
+    made of model and texts in the folder `index`, and read from disk as searches need it. Raises UserError.
+    """
+
+    def __init__(self, texts: list[str], model: str, index: str | Path, prefixes: bool | None = None, dtype: str = "float16"):
+        import torch  # here, as whoever searches by words or over HTTP should not wait for them
+        from transformers import AutoModel, AutoTokenizer
+
+        e5 = re.search(r"(?<![a-z0-9])e5(?![a-z0-9])", Path(model).name.lower())
+        self.prefixes = bool(e5) if prefixes is None else prefixes
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(self.device).eval()
+        except Exception as error:  # the name, the network, the files: all the user's to mend
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--model {model}: no encoder that AutoModel can load ({why})") from None
+        self.longest = min(512, self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
+        shape = (len(texts), self.model.config.hidden_size)
+        # a model folder may be trained further under the same name: its files' sizes and times are part of the name
+        stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*")) if f.is_file()]
+        file = Path(index) / f"dense-{digest((model, stamp, self.prefixes, dtype, self.longest), texts)}.npy"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = file.with_suffix(f".{os.getpid()}")
+            try:
+                matrix = np.lib.format.open_memmap(fresh, "w+", dtype, shape)
+                self._encode("passage: ", texts, matrix, progress=f"embeddings ({Path(model).name})")
+                matrix.flush()
+                fresh.replace(file)
+            finally:
+                fresh.unlink(missing_ok=True)
+        self.matrix = np.load(file, mmap_mode="r")
+
+    def _encode(self, prefix: str, texts: list[str], out: np.ndarray, progress: str | None = None, batch: int = 64) -> None:
+        """Write the unit vector of texts[n] to out[n]; texts of similar length share a batch, for little padding."""
+        import torch
+
+        order = np.argsort([-len(text) for text in texts], kind="stable")  # longest first: if memory is short, it shows at once
+        for start in tqdm(range(0, len(order), batch), desc=progress, disable=progress is None):
+            some = order[start : start + batch]
+            lines = [(prefix if self.prefixes else "") + texts[n] for n in some]
+            lines = [line.encode("utf-8", "replace").decode() for line in lines]  # tokenizers refuse half a surrogate pair
+            tokens = self.tokenizer(lines, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+            tokens = tokens.to(self.device)
+            with torch.inference_mode():
+                hidden = self.model(**tokens).last_hidden_state  # (batch, tokens, width)
+                mask = tokens["attention_mask"].unsqueeze(-1)  # (batch, tokens, 1)
+                mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, width)
+                out[some] = torch.nn.functional.normalize(mean).cpu().numpy()
+
+    def search(self, queries: list[str], k: int, block: int = 1 << 16) -> list[list[tuple[int, float]]]:
+        """For each query its k nearest texts, [(index, cosine), ...], best first; equal scores by index.
+
+        Every text is compared, `block` rows at a time, so that the matrix may be larger than memory.
+        """
+        vectors = np.empty((len(queries), self.matrix.shape[1]), np.float32)
+        self._encode("query: ", queries, vectors)
+        rows, scores = [[] for _ in queries], [[] for _ in queries]
+        for start in range(0, len(self.matrix), block):
+            for n, row in enumerate(vectors @ self.matrix[start : start + block].astype(np.float32).T):  # (queries, block)
+                near = best(row, k)
+                rows[n].extend((start + near).tolist())
+                scores[n].extend(row[near].tolist())
+        return [[(rows[n][i], scores[n][i]) for i in best(np.array(scores[n]), k)] for n in range(len(queries))]
+
+
+# ---- passages ----------------------------------------------------------------------------------------
+
+
+def contents(passage: dict) -> str:
+    """What is indexed and what goes over the wire: the title in quotes on a line of its own, then the text (Search-R1)."""
+    return '"{}"\n{}'.format(passage["title"].replace("\n", " "), passage["text"])
+
+
+def split_contents(whole: str) -> dict:
+    """{"title", "text"} of what `contents` made. A single line without quotes is a text without a title."""
+    title, newline, text = whole.partition("\n")
+    quoted = len(title) > 1 and title[0] == title[-1] == '"'
+    if not newline and not quoted:
+        return {"title": "", "text": whole}
+    return {"title": title[1:-1] if quoted else title, "text": text}
+
+
+def read_passages(file: str | Path) -> list[dict]:
+    """The passages of a .jsonl, a line {"title", "text"} each, or {"contents"} as Search-R1's corpora have it.
+
+    Raises UserError with the line's number.
+    """
+    passages = []
+    try:
+        with Path(file).open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                row = split_contents(row["contents"]) if isinstance(row, dict) and "contents" in row else row
+                title, text = row.get("title", ""), row["text"]
+                if not isinstance(title, str) or not isinstance(text, str):
+                    raise TypeError
+                passages.append({"title": title, "text": text})
+    except OSError as error:
+        raise UserError(f"--corpus {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--corpus {file}: line {number} is not JSON ({error})") from None
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f'--corpus {file}: line {number} is not {{"title": "...", "text": "..."}}') from None
+    if not passages:
+        raise UserError(f"--corpus {file}: holds no passage")
+    return passages
+
+
+def digest(settings: tuple, texts) -> str:
+    """A name for what is made of these texts with these settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for text in texts:
+        digest.update(f"{text}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:24]
+
+
+class Local:
+    """The passages of an index: position n of `index` is passages[n], a dict {"title", "text"}."""
+
+    def __init__(self, index: BM25 | Dense, passages: list[dict]):
+        self.index, self.passages = index, passages
+
+    def search(self, queries: list[str], k: int) -> list[list[dict]]:
+        """For each query at most k passages {"title", "text", "score"}, best first."""
+        return [[self.passages[n] | {"score": score} for n, score in found] for found in self.index.search(queries, k)]
+
+
+BM25_FORMAT = 1  # raise when BM25 counts words or writes its file differently: it is part of the file's name
+
+
+def open_retriever(
+    retriever: str, corpus: str | Path | None = None, model: str | None = None, index: str | Path = "runs/index",
+    prefixes: bool | None = None,
+) -> "Local | Http":  # fmt: skip
+    """`bm25` or `dense` over the .jsonl `corpus`, or the URL of a server. Indices are kept in the folder `index`.
+
+    `model` and `prefixes` are Dense's. Raises UserError.
+    """
+    if "://" in retriever:
+        return Http(retriever)
+    if retriever not in ("bm25", "dense"):
+        raise UserError(f"--retriever {retriever}: neither bm25 nor dense, nor the http://... of a server")
+    if not corpus or (retriever == "dense" and not model):
+        raise UserError(f"--retriever {retriever} needs --corpus FILE.jsonl" + " and --model NAME" * (retriever == "dense"))
+    passages = read_passages(corpus)
+    try:
+        if retriever == "dense":
+            return Local(Dense([contents(passage) for passage in passages], model, index, prefixes), passages)
+        file = Path(index) / f"bm25-{digest((BM25_FORMAT,), map(contents, passages))}.npz"
+        if file.exists():
+            return Local(BM25.load(file), passages)
+        bm25 = BM25(map(contents, passages))
+        bm25.save(file)
+        return Local(bm25, passages)
+    except OSError as error:
+        raise UserError(f"--index {index}: {error.strerror or error}; name a folder that can be written") from None
+
+
+# ---- over HTTP ---------------------------------------------------------------------------------------
+
+MAX_BODY, MAX_QUERIES, MAX_TOPK = 1 << 20, 1024, 100  # what one request may hold: bytes, queries, passages a query
+
+
+class Http:
+    """A server that speaks Search-R1's protocol (MEM1's too; search_r1/search/retrieval_server.py there).
+
+    `timeout` in seconds for each wait on the socket. A server that is away, too slow or answers 5xx is asked `tries`
+    times, after pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds.
+    """
+
+    def __init__(self, url: str, timeout: float = 30, tries: int = 4, pause: float = 0.5):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+        except ValueError:  # an impossible port or address
+            known = False
+        if not known:
+            raise UserError(f"--retriever {url}: not a URL like http://127.0.0.1:8000/retrieve")
+        self.url = url if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/retrieve"))
+        self.timeout, self.tries, self.pause = timeout, tries, pause
+        # a proxy set in the environment would look for 127.0.0.1 on its own machine
+        direct = [urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else []
+        self.opener = urllib.request.build_opener(*direct)
+
+    def search(self, queries: list[str], k: int) -> list[list[dict]]:
+        """For each query at most k passages {"title", "text", "score"}, best first. Raises UserError, never gives up silently."""
+        found = []
+        for start in range(0, len(queries), 256):  # servers refuse bodies that are too large
+            some = list(queries[start : start + 256])
+            body = json.dumps({"queries": some, "topk": k, "return_scores": True})  # its server breaks without the scores
+            found += self._parse(self._post(body.encode()), len(some), k)
+        return found
+
+    def _post(self, body: bytes) -> bytes:
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        for attempt in range(self.tries):
+            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                with self.opener.open(request, timeout=self.timeout) as reply:
+                    return reply.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    why = f"answered {error.code}: {error.read(500).decode(errors='replace').strip() or error.reason}"
+                if error.code < 500:
+                    raise UserError(f"{self.url} {why}") from None
+            except (OSError, HTTPException) as error:  # refused, reset, timed out, cut short
+                why = f"could not be reached: {getattr(error, 'reason', None) or error or type(error).__name__}"
+        raise UserError(
+            f"{self.url} {why} ({self.tries} tries); see that the server runs there and is well, or start one with "
+            "`python retrieval.py serve --corpus FILE.jsonl`"
+        )
+
+    def _parse(self, reply: bytes, n: int, k: int) -> list[list[dict]]:
+        found = []
+        try:
+            result = json.loads(reply)["result"]
+            if not isinstance(result, list) or len(result) != n:
+                raise ValueError(f"result is no list of {n}, one for each query")
+            for hits in result:
+                if not isinstance(hits, list) or len(hits) > k:
+                    raise ValueError(f"the result of a query is no list of at most {k}")
+                found.append([split_contents(hit["document"]["contents"]) | {"score": hit["score"]} for hit in hits])
+                for score in (passage["score"] for passage in found[-1]):
+                    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                        raise ValueError(f"{score!r} is no score")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"no field {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{self.url} does not answer as a Search-R1 server should: {why}; is this its URL?") from None
+        return found
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_request(body: bytes) -> tuple[list[str], int, bool]:
+    """(queries, topk, return_scores) of a request, with Search-R1's defaults: 3 passages, no scores. Raises ValueError."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ValueError('the body is not an object {"queries": [...], "topk": 3, "return_scores": true}')
+    queries, k, scores = request.get("queries"), request.get("topk"), request.get("return_scores", False)
+    if not isinstance(queries, list) or len(queries) > MAX_QUERIES or not all(isinstance(query, str) for query in queries):
+        raise ValueError(f"queries must be a list of at most {MAX_QUERIES} strings")
+    k = 3 if k is None else k
+    if type(k) is not int or not 1 <= k <= MAX_TOPK:  # a bool is an int too
+        raise ValueError(f"topk must be a whole number from 1 to {MAX_TOPK}")
+    if not isinstance(scores, bool):
+        raise ValueError("return_scores must be true or false")
+    return queries, k, scores
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 10  # seconds for each wait on the socket
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/retrieve":
+            return self.refuse(404, f"no such path; POST to http://{self.headers.get('Host', 'HOST')}/retrieve")
+        if not re.fullmatch(r"[0-9]{1,15}", length):
+            return self.refuse(400 if length else 411, "the request needs a Content-Length")
+        if int(length) > MAX_BODY:
+            return self.refuse(413, f"the body has {length} bytes, at most {MAX_BODY} are read; send fewer queries at once")
+        try:
+            queries, k, scores = read_request(self.rfile.read(int(length)))
+        except TimeoutError:
+            return self.refuse(408, f"the body did not come within {self.timeout} seconds")
+        except ValueError as error:
+            return self.refuse(400, str(error))
+        try:
+            with self.server.searching:
+                found = self.server.retriever.search(queries, k)
+        except Exception:
+            traceback.print_exc()
+            return self.refuse(500, "the search failed; the server's log says why")
+        documents = [[{"contents": contents(passage)} for passage in hits] for hits in found]
+        if scores:
+            pairs = (zip(*both, strict=True) for both in zip(documents, found, strict=True))
+            documents = [[{"document": document, "score": hit["score"]} for document, hit in some] for some in pairs]
+        self.answer(200, {"result": documents})
+
+    def do_GET(self) -> None:
+        known = self.path == "/retrieve"
+        self.refuse(405 if known else 404, "POST only" if known else "no such path; POST to /retrieve")
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def answer(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if status == 405:
+            self.send_header("Allow", "POST")
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Answer {"error": reason}, then read what the client still sends: closing on it would destroy the answer."""
+        self.answer(status, {"error": reason})
+        self.connection.shutdown(1)  # SHUT_WR: the answer is complete
+        self.connection.settimeout(1)
+        end = time.monotonic() + self.timeout
+        try:
+            while self.connection.recv(1 << 16) and time.monotonic() < end:
+                pass
+        except OSError:
+            pass
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection, but one search at a time: fast tokenizers break when threads share them, and on a
+    large corpus each search holds a score for every passage."""
+
+    request_queue_size, daemon_threads = 1024, True
+
+    def __init__(self, host: str, port: int):
+        self.retriever, self.searching = None, threading.Lock()
+        super().__init__((host, port), Handler, bind_and_activate=False)
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # that a client hangs up is no error of ours
+            super().handle_error(request, client_address)
+
+
+def serve(a: argparse.Namespace) -> None:
+    """Answer POST /retrieve until SIGINT or SIGTERM. Raises UserError for a bad corpus or a port that is taken."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with Server(a.host, a.port) as server:
+        try:
+            server.server_bind()  # before the corpus is read: a taken port should not cost minutes
+            server.retriever = open_retriever(a.retriever, a.corpus, a.model, a.index, a.prefixes)
+            server.server_activate()
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--host {a.host} --port {a.port}: {why}; stop what runs there, or name another port") from None
+        host, port = server.server_address[:2]
+        print(f"serving {len(server.retriever.passages)} passages at http://{host}:{port}/retrieve", flush=True)
+        try:
+            server.serve_forever()
+        finally:
+            server.searching.acquire(timeout=10)  # a thread inside torch while Python shuts down would abort it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser("serve", help="answer Search-R1's protocol over a corpus")
+    command.add_argument("--corpus", required=True, metavar="FILE.jsonl", help='lines of {"title", "text"}, or of {"contents"}')
+    command.add_argument("--retriever", default="bm25", choices=["bm25", "dense"])
+    command.add_argument("--model", help="dense: folder or hub name of an encoder, such as intfloat/e5-base-v2")
+    command.add_argument("--prefixes", action=argparse.BooleanOptionalAction,
+                         help='dense: put "query: " and "passage: " before the texts; by default if the model\'s name says e5')  # fmt: skip
+    command.add_argument("--index", default="runs/index", help="folder that keeps the indices (%(default)s)")
+    command.add_argument("--host", default="127.0.0.1", help="%(default)s: this machine only; there is no password")
+    command.add_argument("--port", type=int, default=8000, help="%(default)s; 0 for any that is free")
+    serve(parser.parse_args())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
