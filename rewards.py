@@ -7,6 +7,7 @@ as numbers, because stripping punctuation turns 1.5 into 15.
 
 import re
 import string
+from collections import Counter
 from decimal import Decimal
 
 NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -50,6 +51,35 @@ def exact_match(prediction: str | None, answers: list[str]) -> bool:
         if (both_numbers or same_text) and numbers(prediction) == numbers(answer):
             return True
     return False
+
+
+def f1_score(prediction: str | None, answers: list[str]) -> float:
+    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words.
+
+    It lacks the guard for numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
+    """
+    predicted, best = Counter(normalize(prediction or "").split()), 0.0
+    for answer in answers:
+        gold = Counter(normalize(answer).split())
+        if common := (predicted & gold).total():
+            best = max(best, 2 * common / (predicted.total() + gold.total()))
+    return best
+
+
+def substring_match(prediction: str | None, answers: list[str]) -> bool:
+    """True if the normalised words of one of `answers` stand in a row within `prediction`, never the other way round."""
+    golds = [normalize(answer) for answer in answers]
+    return any(gold and f" {gold} " in f" {normalize(prediction or '')} " for gold in golds)
+
+
+def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
+    """Mean exact match of a prediction that answers len(answers) questions in their order, with ";" between (MEM1).
+
+    A missing answer is wrong, and so is a last one with more behind it:
+    `objective_scores("Ulm; 1879", [["Ulm"], ["1879"]])` is 1.0, of "Ulm" 0.5, of "1879; Ulm" 0.0.
+    """
+    given = (prediction or "").split(";", len(answers) - 1)
+    return sum(exact_match(one, golds) for one, golds in zip(given, answers)) / len(answers)
 
 
 def recall_reward(completion: str, entity: str) -> float:

@@ -1,0 +1,352 @@
+"""Questions people asked: long-text QA for the reading agent, search QA for the searching one (paper 4.2 and 4.3).
+
+    load_questions    records of HotpotQA, 2WikiMultihopQA or MuSiQue in one form
+    Pool              passages to fill a long text with
+    long_document     one question's gold paragraphs hidden in a text of any length, cut into chunks
+    memagent_documents  the same from MemAgent's published files, which bring their text along
+    load_search       questions and answers without text: FlashRAG's fields, NQ-open, HotpotQA, MuSiQue
+    objectives        n questions asked as one
+
+MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs stand at the same places in every
+sample of a length. Here each question has places of its own.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from masking import Document, cut_chunks
+from matching import Span
+from retrieval import UserError
+from rewards import normalize
+
+Paragraph = tuple[str, str]  # (title, text)
+TOLERANCE = 0.05  # of the wanted number of tokens
+
+
+@dataclass
+class Question:
+    """A question, what answers it, and the paragraphs that came with it."""
+
+    id: str
+    question: str
+    answers: list[str]  # any one of them is right
+    gold: list[Paragraph]  # what the answer follows from
+    other: list[Paragraph]  # distractors
+
+
+@dataclass
+class LongDocument(Document):
+    """A Document about a real question: `title` is the question's id, nothing is masked, nothing is there to recall."""
+
+    gold: str = ""  # the gold paragraphs alone: the memory of an oracle; "" where the source doesn't tell
+
+# ---- records -----------------------------------------------------------------------------------------
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Questions of a .jsonl file or a .json list in the layout of HotpotQA, 2WikiMultihopQA or MuSiQue.
+
+    Raises UserError naming the file, the record and what it lacks.
+    """
+    questions = []
+    for record, where in _records(Path(path)):
+        if "context" in record:
+            gold, other = _from_context(record, where)
+        elif "paragraphs" in record:
+            gold, other = _from_paragraphs(record, where)
+        else:
+            raise UserError(f"{where}: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has {', '.join(record)}")
+        id = str(record.get("_id", record.get("id", len(questions))))
+        questions.append(Question(id, _text(record, "question", where), _answers(record, where), gold, other))
+    return questions
+
+
+def _records(path: Path) -> Iterator[tuple[dict, str]]:
+    """(record, "file: line 3") of a .jsonl file or of a .json list; which of them it is, its first character tells."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    if text.lstrip()[:1] == "[":
+        try:
+            records = [(record, f"{path}: record {n}") for n, record in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error})") from None
+    else:
+        records = []
+        for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON allows U+2028 inside a text
+            try:
+                records += [(json.loads(line), f"{path}: line {n}")] if line.strip() else []
+            except ValueError as error:
+                raise UserError(f"{path}: line {n} is not JSON ({error})") from None
+    if not records:
+        raise UserError(f"{path}: holds no record")
+    for record, where in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
+        yield record, where
+
+
+def _text(record: dict, field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: " + (f"field {field!r} holds no text" if field in record else f"no field {field!r}"))
+    return _unquote(value.strip())
+
+
+def _unquote(text: str) -> str:
+    """`'"Who said ""I am""?"'` is `'Who said "I am"?'`: some published sets kept the quotes of a CSV file."""
+    if re.fullmatch(r'"([^"]|"")+"', text) and '""' in text[1:-1]:
+        return text[1:-1].replace('""', '"')
+    return text
+
+
+def _answers(record: dict, where: str) -> list[str]:
+    """The gold answers, each once, of whichever field the set has them in."""
+    field = next((name for name in ("golden_answers", "answers", "answer") if name in record), "answer")
+    found, aliases = record.get(field), record.get("answer_aliases") or []
+    found = (found if isinstance(found, list) else [found]) + (aliases if isinstance(aliases, list) else [aliases])
+    answers = dict.fromkeys(_unquote(a.strip()) for a in found if isinstance(a, str) and a.strip())
+    if not answers:
+        raise UserError(f"{where}: no answer in field {field!r}")
+    return list(answers)
+
+
+def _from_context(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
+    """(gold, other) of HotpotQA's layout: context [[title, [sentence]]], supporting_facts [[title, sentence number]].
+
+    Where two paragraphs have a gold title, both are gold: the facts don't tell which is meant.
+    """
+    try:
+        paragraphs = dict.fromkeys((" ".join(title.split()), _join(sentences)) for title, sentences in record["context"])
+        titles = dict.fromkeys(" ".join(title.split()) for title, _ in record.get("supporting_facts") or [])
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{where}: 'context' is not [[title, [sentence, ...]], ...] or 'supporting_facts' not [[title, number], ...]") from None
+    gold = [(title, text) for wanted in titles for title, text in paragraphs if title == wanted and text]
+    if missing := titles.keys() - {title for title, _ in gold}:
+        raise UserError(f"{where}: 'context' has no text for the supporting fact {sorted(missing)[0]!r}")
+    if not gold:
+        raise UserError(f"{where}: no 'supporting_facts', so no gold paragraph")
+    return gold, [(title, text) for title, text in paragraphs if title not in titles and text]
+
+
+def _join(sentences: list[str]) -> str:
+    """One text; HotpotQA's sentences begin with their space, 2WikiMultihopQA's don't."""
+    text = ""
+    for sentence in filter(None, sentences):
+        text += sentence if not text or text[-1].isspace() or sentence[0].isspace() else f" {sentence}"
+    return text.strip()
+
+
+def _from_paragraphs(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
+    """(gold, other) of MuSiQue's layout: paragraphs [{title, paragraph_text, is_supporting}]."""
+    if record.get("answerable") is False:
+        raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
+    gold, other = {}, {}  # as sets that keep their order
+    try:
+        for paragraph in record["paragraphs"]:
+            title, text = " ".join(paragraph["title"].split()), paragraph["paragraph_text"].strip()
+            (gold if paragraph["is_supporting"] else other)[title, text] = True
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{where}: a paragraph of 'paragraphs' lacks 'title', 'paragraph_text' or 'is_supporting'") from None
+    if not all(text for _, text in gold) or not gold:
+        raise UserError(f"{where}: " + ("a supporting paragraph is empty" if gold else "no paragraph with 'is_supporting' true"))
+    return list(gold), [(title, text) for title, text in other if text and (title, text) not in gold]
+
+
+def subject(question: Question) -> str:
+    """The gold title that the question names, where it begins to look; its id where it names none.
+
+    Not the first supporting fact: facts come in the order of the paragraphs, not in that of the reasoning.
+    """
+    return max((title for title, _ in question.gold if title in question.question), key=len, default=question.id)
+
+
+def split_of(key: str) -> str:
+    """Which of "train" (0.6), "dev" (0.1) and "test" (0.3) a subject or an id belongs to: its own hash tells."""
+    # Salted, because masking.is_heldout takes the lowest hashes of bare titles: unsalted, all of those would be "train".
+    digest = hashlib.sha256(b"question:" + key.encode("utf-8", "surrogatepass")).digest()
+    share = int.from_bytes(digest[:4]) / 2**32
+    return "train" if share < 0.6 else "dev" if share < 0.7 else "test"
+
+
+# ---- long texts --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Measured:
+    """A paragraph, what it costs as one document of a long text, and the keys that tell whether two are the same."""
+
+    title: str
+    text: str
+    tokens: int
+    title_key: str
+    text_key: str
+
+
+def measure(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
+    """`paragraphs` with their costs and keys, in one call of the tokenizer; empty ones are left out."""
+    paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
+    texts = [_document(1, title, text) for title, text in paragraphs]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [
+        Measured(title, text, len(tokens), normalize(unicodedata.normalize("NFKC", title)), "".join(text.split()))
+        for (title, text), tokens in zip(paragraphs, encoded, strict=True)
+    ]
+
+
+def _document(number: int, title: str, text: str) -> str:
+    return f"Document {number}: {title}\n{text}\n\n"
+
+
+class Pool:
+    """Passages to fill long texts with, measured once by `tokenizer`; build it once for all lengths."""
+
+    def __init__(self, paragraphs: Iterable[Paragraph], tokenizer):
+        self.tokenizer = tokenizer
+        self.passages = measure(paragraphs, tokenizer)
+
+
+def long_documents(questions: list[Question], pool: Pool, **how) -> list[LongDocument]:
+    """long_document() of every question, its index being its place in the list."""
+    return [long_document(question, index, pool, **how) for index, question in enumerate(questions)]
+
+
+def long_document(
+    question: Question, index: int, pool: Pool, *, seed: int, chunk_tokens: int, target_tokens: int | None = None,
+    documents: int | None = None,
+) -> LongDocument:  # fmt: skip
+    """The gold paragraphs among numbered documents: `documents` of them, or `target_tokens` tokens within 5 %.
+
+    A pure function of its arguments, random by (seed, index) alone. Filler is first the question's own distractors, then
+    the pool; none of it repeats a text, none from the pool has a gold title. The chunks joined are the text. With one seed
+    and index, a longer text keeps the relative order of a shorter one's documents.
+    Raises UserError for a pool that is too small and for gold paragraphs that are too long.
+    """
+    if (target_tokens is None) == (documents is None):
+        raise ValueError("give either target_tokens or documents")
+    rng = np.random.default_rng([seed, index])
+    gold, own = measure(question.gold, pool.tokenizer), measure(question.other, pool.tokenizer)
+    passages, first = gold + own + pool.passages, len(gold) + len(own)
+    places = rng.random(len(passages))  # drawn for all of them, so that each keeps its place at every length
+    order = [*range(len(gold), first), *(first + rng.permutation(len(pool.passages))).tolist()]
+    gold_titles, texts, filler = {passage.title_key for passage in gold}, {passage.text_key for passage in gold}, []
+    for n in order:
+        # A pool's other passage of a gold title may answer the question too; a distractor is labelled as not doing so.
+        if passages[n].text_key not in texts and (n < first or passages[n].title_key not in gold_titles):
+            texts.add(passages[n].text_key)
+            filler.append(n)
+    if documents is not None:
+        taken = [*range(len(gold)), *filler[: max(0, documents - len(gold))]]
+        text, headings = _numbered(passages, taken, places)
+        fits = len(taken) == documents
+    else:
+        budget = target_tokens
+        for _ in range(4):  # with most tokenizers the costs add up at once; with the others the sum is put right
+            taken = _fill(passages, len(gold), filler, budget)
+            text, headings = _numbered(passages, taken, places)
+            length = _count(text, pool.tokenizer)
+            if fits := abs(length - target_tokens) <= TOLERANCE * target_tokens:
+                break
+            budget += target_tokens - length
+    if not fits:
+        wanted = f"{documents} documents" if documents is not None else f"{target_tokens} tokens"
+        remedy = "bring a larger pool" if len(taken) > len(gold) or not filler else "ask for a longer text"
+        raise UserError(
+            f"question {question.id}: {wanted} wanted, but its {len(gold)} gold paragraphs with what fits of {len(filler)} "
+            f"passages make {len(taken)} documents, {_count(text, pool.tokenizer)} tokens; {remedy}"
+        )
+    chunks = cut_chunks(text, headings, pool.tokenizer, chunk_tokens)
+    oracle = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in gold)
+    return LongDocument(index, question.id, question.question, question.answers, chunks, [[] for _ in chunks], gold=oracle)
+
+
+def _count(text: str, tokenizer) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _fill(passages: list[Measured], n_gold: int, filler: list[int], budget: float) -> list[int]:
+    """The gold passages and, in order, each one of `filler` that still fits, until `budget` tokens are all but used."""
+    taken, used, left = list(range(n_gold)), sum(passage.tokens for passage in passages[:n_gold]), []
+    for n in filler:
+        if used >= 0.99 * budget:
+            break
+        cost = passages[n].tokens + len(str(len(taken) + 1)) - 1  # measured with a number of one digit
+        if used + cost <= budget:
+            taken.append(n)
+            used += cost
+        else:
+            left.append(n)
+    for n in left:  # a short text can end with a gap that no passage fits: rather too long than too short
+        if used < (1 - TOLERANCE) * budget and used + passages[n].tokens < (1 + TOLERANCE) * budget:
+            taken.append(n)
+            used += passages[n].tokens
+    return taken
+
+
+def _numbered(passages: list[Measured], taken: list[int], places: np.ndarray) -> tuple[str, list[Span]]:
+    """(the passages `taken` as one text in the order of their places, spans in which it must not be cut).
+
+    A heading and the first character below it are such a span: a chunk that ended between them would lose the title.
+    """
+    texts, headings, offset = [], [], 0
+    for number, n in enumerate(sorted(taken, key=lambda n: places[n]), 1):
+        document = _document(number, passages[n].title, passages[n].text)
+        headings.append((offset, offset + len(document) - len(passages[n].text) - 1))
+        texts.append(document)
+        offset += len(document)
+    return "".join(texts).rstrip("\n"), headings
+
+
+def memagent_documents(path: str | Path, tokenizer, *, chunk_tokens: int) -> Iterator[LongDocument]:
+    """MemAgent's files (arXiv 2507.02259), one document at a time, with the text they bring.
+
+    Evaluation: a .json list of {context, input, answers, index}. Training: .parquet with the columns context, extra_info
+    {question, index} and reward_model {ground_truth}. Raises UserError naming the file, the record and what it lacks.
+    """
+    path = Path(path)
+    for index, (record, where) in enumerate(_parquet(path) if path.suffix == ".parquet" else _records(path)):
+        if "input" in record:
+            question, answers, number = _text(record, "input", where), _answers(record, where), record.get("index")
+        else:
+            extra, reward = (record[name] if isinstance(record.get(name), dict) else {} for name in ("extra_info", "reward_model"))
+            question, number = _text(extra, "question", f"{where}, extra_info"), extra.get("index")
+            answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
+        _text(record, "context", where)
+        chunks = cut_chunks(record["context"], [], tokenizer, chunk_tokens)
+        yield LongDocument(index, str(index if number is None else number), question, answers, chunks, [[] for _ in chunks])
+
+
+def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
+    """(row, "file: row 3") of a .parquet file."""
+    try:
+        for n, row in enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
+            yield row, f"{path}: row {n}"
+    except Exception as error:  # each kind of damage has its own
+        raise UserError(f"{path}: is no readable .parquet file ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+# ---- questions without text --------------------------------------------------------------------------
+
+
+def load_search(path: str | Path) -> list[tuple[str, list[str]]]:
+    """(question, answers) of a .jsonl file or .json list with the fields question and golden_answers, answers or answer."""
+    return [(_text(record, "question", where), _answers(record, where)) for record, where in _records(Path(path))]
+
+
+def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str, list[list[str]]]]:
+    """Every `n` questions in a row as one, joined by "; ", with the answers to each in that order (MEM1, arXiv 2506.15841).
+
+    What remains at the end is dropped: objectives([(q1, a1), (q2, a2), (q3, a3)]) is [("q1; q2", [a1, a2])].
+    """
+    groups = [items[start : start + n] for start in range(0, len(items) - n + 1, n)]
+    return [("; ".join(question for question, _ in group), [answers for _, answers in group]) for group in groups]
