@@ -243,7 +243,7 @@ def digest(settings: tuple, texts) -> str:
     """A name for what is made of these texts with these settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for text in texts:
-        digest.update(f"{text}\0".encode("utf-8", "surrogatepass"))
+        digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:24]
 
 
