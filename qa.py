@@ -287,10 +287,14 @@ def _fill(passages: list[Measured], n_gold: int, filler: list[int], budget: floa
             used += cost
         else:
             left.append(n)
-    for n in left:  # a short text can end with a gap that no passage fits: rather too long than too short
-        if used < (1 - TOLERANCE) * budget and used + passages[n].tokens < (1 + TOLERANCE) * budget:
-            taken.append(n)
-            used += passages[n].tokens
+    if left and used < 0.98 * budget:
+        # A short text can end in a gap that nothing fits: perhaps one too many, or a longer last one, comes nearer.
+        choices = [(budget - used, taken)]
+        for kept in [taken] if len(taken) == n_gold else [taken, taken[:-1]]:
+            gap = budget - used + sum(passages[n].tokens for n in taken[len(kept) :])
+            best = min(left, key=lambda n: abs(passages[n].tokens - gap))
+            choices.append((abs(passages[best].tokens - gap), [*kept, best]))
+        taken = min(choices, key=lambda choice: choice[0])[1]
     return taken
 
 
