@@ -288,12 +288,12 @@ def _fill(passages: list[Measured], n_gold: int, filler: list[int], budget: floa
         else:
             left.append(n)
     if left and used < 0.98 * budget:
-        # A short text can end in a gap that nothing fits: perhaps one too many, or a longer last one, comes nearer.
+        # A short text can end in a gap that nothing fits: one too many may come nearer, or one in another's place.
         choices = [(budget - used, taken)]
-        for kept in [taken] if len(taken) == n_gold else [taken, taken[:-1]]:
-            gap = budget - used + sum(passages[n].tokens for n in taken[len(kept) :])
+        for out in [None, *taken[n_gold:]]:
+            gap = budget - used + (0 if out is None else passages[out].tokens)
             best = min(left, key=lambda n: abs(passages[n].tokens - gap))
-            choices.append((abs(passages[best].tokens - gap), [*kept, best]))
+            choices.append((abs(passages[best].tokens - gap), [n for n in taken if n != out] + [best]))
         taken = min(choices, key=lambda choice: choice[0])[1]
     return taken
 
