@@ -18,7 +18,6 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -399,12 +398,10 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             traceback.print_exc()
             return self.refuse(500, "the search failed; the server's log says why")
-        result = [[{"contents": contents(hit)} for hit in hits] for hits in found]
         if scores:
-            result = [
-                [{"document": document, "score": hit["score"]} for document, hit in zip(*both, strict=True)]
-                for both in zip(result, found, strict=True)
-            ]
+            result = [[{"document": {"contents": contents(hit)}, "score": hit["score"]} for hit in hits] for hits in found]
+        else:
+            result = [[{"contents": contents(hit)} for hit in hits] for hits in found]
         self.answer(200, {"result": result})
 
     def do_GET(self) -> None:
@@ -425,7 +422,6 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, reason: str) -> None:
         """Answer {"error": reason}, then read what the client still sends: closing on it would destroy the answer."""
         self.answer(status, {"error": reason})
-        self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(1)
         end = time.monotonic() + self.timeout
         while self.connection.recv(1 << 16) and time.monotonic() < end:
