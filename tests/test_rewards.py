@@ -4,11 +4,14 @@ import json
 import random
 import re
 import string
+from decimal import Decimal
+from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from rewards import boxed, exact_match, normalize, recall_reward, trajectory_reward
+from rewards import boxed, exact_match, f1_score, normalize, objective_scores, recall_reward, substring_match, trajectory_reward
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -96,6 +99,155 @@ def test_normalisation_against_a_written_out_squad_scorer():
                 continue  # re's \b and white-space splitting differ on exotic characters
             assert normalize(answer) == " ".join(words)
             assert exact_match(answer, [answer]) is bool(words)
+
+
+@lru_cache(maxsize=None)
+def squad_words(text):
+    """The words that the SQuAD v1.1 script compares, step by step: small letters, no punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return tuple(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad_exact(prediction, golds):
+    return any(squad_words(prediction) == squad_words(gold) for gold in golds)
+
+
+def squad_f1(prediction, golds):
+    scores = []
+    for gold in golds:
+        left, right, shared = squad_words(prediction), list(squad_words(gold)), 0
+        for word in left:
+            if word in right:
+                right.remove(word)
+                shared += 1
+        precision, recall = shared / max(len(left), 1), shared / max(len(squad_words(gold)), 1)
+        scores.append(2 * precision * recall / (precision + recall) if shared else 0.0)
+    return max(scores)
+
+
+def digits(text):
+    """The numbers of a text as the guard reads them, with no use of its expression: by hand, character by character."""
+    found, n = [], 0
+    while n < len(text):
+        if not text[n].isdecimal():
+            n += 1
+            continue
+        start = n
+        while n < len(text) and text[n].isdecimal():
+            n += 1
+        while text[n : n + 1] == "," and text[n + 1 : n + 4].isdecimal() and len(text[n + 1 : n + 4]) == 3:
+            n += 4
+        if text[n : n + 1] == "." and text[n + 1 : n + 2].isdecimal():
+            n += 1
+            while n < len(text) and text[n].isdecimal():
+                n += 1
+        before = text[start - 2 : start - 1] if start > 1 else ""
+        minus = start > 0 and text[start - 1] in "-\u2212" and not (before.isalnum() or before == "_")
+        found.append((-1 if minus else 1) * Decimal(text[start:n].replace(",", "")))
+    return found
+
+
+@lru_cache(maxsize=None)
+def answer_pairs():
+    """(prediction, golds) of the shared question sets: every two answers to one question, and answers to others."""
+    fields = {"nq_open_dev_3610": "answer", "bamboogle_125": "golden_answers", "popqa_1000": "golden_answers",
+              "triviaqa_1000": "golden_answers", "hotpotqa_dev_distractor_200": "answer"}  # fmt: skip
+    rng, pairs = random.Random(0), []
+    for name, field in fields.items():
+        path = SHARED / f"qa/{name}.jsonl"
+        if not path.exists():
+            pytest.skip("needs the shared question sets, which are not here")
+        rows = [json.loads(line)[field] for line in path.read_text().split("\n") if line]
+        rows = [row if isinstance(row, list) else [row] for row in rows]
+        for row in rows:
+            pairs += [(a, [a]) for a in row] + [p for a, b in combinations(row, 2) for p in ((a, [b]), (b, [a]))]
+            pairs += [(rng.choice(rng.choice(rows)), row) for _ in range(10)]
+    return pairs
+
+
+def test_exact_match_and_f1_against_a_written_out_squad_scorer():
+    """On all pairs of real answers F1 is SQuAD's, and exact match too, but where the guard for numbers says otherwise.
+
+    The guard: what SQuAD takes for equal is right only if both have the same numbers, and two plain numbers are
+    right if they are equal as numbers. What has no words is never right.
+    """
+    guarded = matched = partial = 0
+    for prediction, golds in answer_pairs():
+        f1 = f1_score(prediction, golds)
+        assert abs(f1 - squad_f1(prediction, golds)) < 1e-12, (prediction, golds)
+        partial += 0 < f1 < 1
+        same, plain = exact_match(prediction, golds), squad_exact(prediction, golds)
+        matched += same
+        if same != plain:
+            guarded += 1
+            equal = [gold for gold in golds if squad_words(gold) == squad_words(prediction)]
+            if plain:
+                assert all(digits(gold) != digits(prediction) or not squad_words(gold) for gold in equal), (prediction, golds)
+            else:
+                number = re.compile(r"[-\u2212]?[\d,.]+")
+                assert any(digits(g) == digits(prediction) and number.fullmatch(g.strip()) for g in golds), (prediction, golds)
+                assert number.fullmatch(prediction.strip())
+    assert matched > 5000 and partial > 5000 and 0 < guarded < 0.001 * matched, (matched, partial, guarded)
+
+
+@pytest.mark.parametrize(
+    "prediction, golds, f1, inside",
+    [
+        ("Paris", ["Paris"], 1.0, True),
+        ("the city of Paris", ["Paris"], 0.5, True),
+        ("Paris", ["the city of Paris"], 0.5, False),  # MemAgent's scripts count this direction too
+        ("Parisian", ["Paris"], 0.0, False),
+        ("New, York!", ["new york city", "York"], 0.8, True),
+        ("York New", ["New York"], 1.0, False),
+        ("yes yes yes", ["yes"], 0.5, True),
+        ("no", ["yes", "NO."], 1.0, True),
+        ("", ["the"], 0.0, False),
+        ("", [""], 0.0, False),
+        ("anything", ["the", "!"], 0.0, False),
+        ("the", ["the"], 0.0, False),
+        ("Paris", [], 0.0, False),
+        (None, ["Paris"], 0.0, False),
+    ],
+)
+def test_f1_and_substring(prediction, golds, f1, inside):
+    """The best of several golds; the gold's whole words inside the prediction only; nothing is never right."""
+    assert abs(f1_score(prediction, golds) - f1) < 1e-12 and substring_match(prediction, golds) is inside
+
+
+def test_substring_against_a_scan_of_the_words():
+    """On every fourth pair of real answers: some gold's words stand at some place of the prediction's words."""
+    found = 0
+    for prediction, golds in answer_pairs()[::4]:
+        words, lists = squad_words(prediction), [squad_words(gold) for gold in golds]
+        slow = any(gold and words[n : n + len(gold)] == gold for gold in lists for n in range(len(words)))
+        assert substring_match(prediction, golds) is slow, (prediction, golds)
+        found += slow and not squad_exact(prediction, golds)
+    assert found > 500
+
+
+@pytest.mark.parametrize(
+    "prediction, score",
+    [
+        ("Ulm; 1879", 1.0),
+        ("the Ulm;1879;", 1.0),
+        ("Ulm", 0.5),
+        ("Ulm;", 0.5),
+        ("; 1879", 0.5),
+        ("1879; Ulm", 0.0),
+        ("Ulm; 1879; Bern", 0.5),
+        ("Ulm 1879", 0.0),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_two_objectives(prediction, score):
+    """Answers count in their order; a missing one is wrong, a guess too many spoils the last."""
+    assert objective_scores(prediction, [["Ulm", "Ulm, Germany"], ["1879"]]) == score
+
+
+def test_one_objective_is_exact_match():
+    """One question's answer is not split, and of four right answers each is worth a quarter."""
+    assert objective_scores("Rock; Paper", [["rock paper"]]) == 1.0 and objective_scores("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
 
 
 def test_rewards_of_eq_1_and_eq_2():
