@@ -131,7 +131,7 @@ def _from_context(record: dict, where: str) -> tuple[list[Paragraph], list[Parag
         paragraphs = dict.fromkeys((" ".join(title.split()), _join(sentences)) for title, sentences in record["context"])
         titles = dict.fromkeys(" ".join(title.split()) for title, _ in record.get("supporting_facts") or [])
     except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{where}: 'context' is not [[title, [sentence, ...]], ...] or 'supporting_facts' not [[title, number], ...]") from None
+        raise UserError(f"{where}: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]") from None
     gold = [(title, text) for wanted in titles for title, text in paragraphs if title == wanted and text]
     if missing := titles.keys() - {title for title, _ in gold}:
         raise UserError(f"{where}: 'context' has no text for the supporting fact {sorted(missing)[0]!r}")
@@ -337,7 +337,8 @@ def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
         for n, row in enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
             yield row, f"{path}: row {n}"
     except Exception as error:  # each kind of damage has its own
-        raise UserError(f"{path}: is no readable .parquet file ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is no readable .parquet file ({reason})") from None
 
 # ---- questions without text --------------------------------------------------------------------------
 
