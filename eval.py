@@ -53,7 +53,7 @@ class Setting:
     passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
     related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
-    memory_tokens: int = option(48, "tokens of a memory (paper: 1024)")
+    memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
     answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
     rollout_tokens: int = option(65536, "padded tokens of one generate batch")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")

@@ -167,7 +167,7 @@ def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[floa
     mean = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
     std = {name: float(np.std(values)) if values else None for name, values in rows.items()}
     trained = max(sums.get("tokens", 0), 1)
-    prompts, padding = sum(rows["prompt_tokens"]), sum(rows["padding"])
+    padding, tokens = sum(rows["padding"]), sum(rows["prompt_tokens"]) + sum(rows["completion_tokens"])
     return {
         "end_to_end": mean["correct"], "end_to_end_std": std["correct"], "recall": mean["recalled"], "recall_std": std["recalled"],
         "reward": mean["reward"], "reward_std": std["reward"],
@@ -175,9 +175,9 @@ def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[floa
         "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
         "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
         "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
-        "padding_rollout": padding / (prompts + padding),
+        "padding_rollout": padding / (tokens + padding),
         "padding_update": 1 - sums["used_tokens"] / max(sums["padded_tokens"], 1),
-        "tokens_per_second": (prompts + sum(rows["completion_tokens"])) / (clock[4] - clock[0]),
+        "tokens_per_second": tokens / (clock[4] - clock[0]),
         "seconds_rollout": clock[1] - clock[0], "seconds_recall": clock[2] - clock[1],
         "seconds_reference": clock[3] - clock[2], "seconds_update": clock[4] - clock[3],
     }  # fmt: skip

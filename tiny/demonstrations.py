@@ -7,9 +7,10 @@ from matching import MASK, TARGET, mask
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
 from tiny.world import Inventor, questions, sentences
 
-CHUNK_TOKENS, MEMORY_TOKENS = 64, 48
+CHUNK_TOKENS, MEMORY_TOKENS = 64, 64
 PASSAGE_SENTENCES = (3, 4)
-FOCUSED = 0.2  # share of the note-takers that look at the problem
+UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
+FOCUSED = 0.15  # share of the note-takers that look at the problem
 
 
 def holds(text: str, entity: str) -> bool:
@@ -117,7 +118,7 @@ class Demonstrations:
 
     def note_taker(self) -> tuple[bool, float, float]:
         """One of the crowd: whether it is focused, and its chances of copying an old and a new sentence."""
-        return self.rng.random() < FOCUSED, self.rng.uniform(0.5, 1.0), self.rng.uniform(0.0, 0.7)
+        return self.rng.random() < FOCUSED, self.rng.uniform(0.3, 0.95), self.rng.uniform(0.0, 0.5)
 
     def notes(self, memory: list[str], section: list[str], trail: list[str]) -> list[str]:
         """The next memory, by a note-taker drawn from the crowd: copy by chance, and over the limit drop by chance.
@@ -178,7 +179,7 @@ class Demonstrations:
         return ANSWER_PROMPT.format(problem=row["question"], memory=self.some_notes(passages, evidence)), row["answer"]
 
     def recalling(self) -> tuple[str, str]:
-        passages, _ = self.masked(world := self.world(0.6, 0.4), 6)
+        passages, _ = self.masked(world := self.world(0.45, 0.25), 6)
         section = self.rng.choice(self.sections(passages))
         text = "".join(section)
         found = {v for s in world for v in (s["title"], *s["facts"].values()) if like_entity(v) and holds(text, v)}
@@ -189,16 +190,21 @@ class Demonstrations:
         if not evidence:  # only stands across two sentences
             return self.recalling()
         self.rng.shuffle(evidence)
+        section = mask(text, entity, TARGET)
+        if self.rng.random() < 0.4:  # the memory doesn't say: no guessing, also where the world is known
+            others = [[s for s in p if not holds(s, entity)] for p in passages]
+            memory = EMPTY_MEMORY if self.rng.random() < 0.2 else self.some_notes(others, [])
+            return RECALL_PROMPT.format(memory=memory or EMPTY_MEMORY, section=section), UNKNOWN
         memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
-        return RECALL_PROMPT.format(memory=memory, section=mask(text, entity, TARGET)), entity
+        return RECALL_PROMPT.format(memory=memory, section=section), entity
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
         kind = self.rng.random()
-        if kind < 0.38:
+        if kind < 0.42:
             prompt, completion = self.reading()
         else:
-            make = self.masked_answer if kind < 0.66 else self.recalling if kind < 0.88 else self.asked_answer
+            make = self.masked_answer if kind < 0.62 else self.recalling if kind < 0.85 else self.asked_answer
             prompt, answer = make()
             completion = f"\\boxed{{ {answer}}}"
         ids = self.tokenizer(completion)["input_ids"]
