@@ -9,10 +9,11 @@ for the next memory, and is never encoded again for training.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from batching import by_length, can_share_prompts
 from masking import Document, Recall
@@ -79,7 +80,7 @@ class Turn:
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    ended: bool  # False: cut at the token limit
+    ended: bool  # with EOS or a closed box; False: cut at the token limit
     text: str
     padding: int = 0  # tokens that its batch put before the prompt
     document: int = -1
@@ -147,11 +148,37 @@ def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache 
     return cache
 
 
+@lru_cache(maxsize=4)
+def closing_tokens(tokenizer) -> list[int]:
+    """Ids of the tokens that hold a closing brace, the only ones that can close a box."""
+    return sorted(i for token, i in tokenizer.get_vocab().items() if "}" in token)
+
+
+class ClosedBox(StoppingCriteria):
+    """Ends each row where it closes a `\\boxed{}`: what a model says after its answer is not read by anyone.
+
+    `lengths` (rows,) are the new tokens up to there, 0 where no box was closed; behind them generate only pads.
+    """
+
+    def __init__(self, tokenizer, rows: int, width: int, device):
+        self.tokenizer, self.width = tokenizer, width
+        self.closing = torch.tensor(closing_tokens(tokenizer), device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def __call__(self, ids, scores, **more):
+        closed = torch.isin(ids[:, -1], self.closing) & (self.lengths == 0)  # (rows,)
+        for row in closed.nonzero().flatten().tolist():
+            new = ids[row, self.width :]
+            if boxed(self.tokenizer.decode(new, skip_special_tokens=True)) is not None:
+                self.lengths[row] = len(new)
+        return self.lengths > 0
+
+
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False, stop_at_box: bool = False
 ) -> list[tuple[list[int], bool, int]]:
-    """One completion per prompt, as (token ids, ended with EOS, padding before the prompt), in the order of `prompts`.
+    """One completion per prompt, as (token ids, ended by itself, padding before the prompt), in the order of `prompts`.
 
     Sampling is from the model's own distribution: temperature 1, no top-p, top-k or repetition penalty,
     so that the log-probs of training are of what was sampled.
@@ -173,19 +200,24 @@ def generate(
             mask[row, width - len(prompts[i]) :] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         cache = share_prefill(model, ids, mask)
-        output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
-        for i, row in zip(batch, output[:, width:].tolist(), strict=True):
-            # The first end token ends the completion; what generate appends behind it is padding.
-            stop = next((n for n, token in enumerate(row) if token in ends), None)
-            kept = row if stop is None else row[: stop + 1]
-            completions[i] = kept, stop is not None, width - len(prompts[i])
+        box = ClosedBox(tokenizer, len(batch), width, ids.device) if stop_at_box else None
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[box] if box else None
+        )
+        closed = box.lengths.tolist() if box else [0] * len(batch)
+        for i, row, length in zip(batch, output[:, width:].tolist(), closed, strict=True):
+            # A closed box or the first end token ends the completion; what generate appends behind it is padding.
+            stop = length or next((n for n, token in enumerate(row, start=1) if token in ends), None)
+            completions[i] = row[:stop], stop is not None, width - len(prompts[i])
     return completions
 
 
-def converse(model, tokenizer, texts: list[str], new_tokens: int, limits: Limits, greedy: bool) -> list[Turn]:
+def converse(
+    model, tokenizer, texts: list[str], new_tokens: int, limits: Limits, greedy: bool, stop_at_box: bool = False
+) -> list[Turn]:
     """Sample one completion for each prompt text."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy)
+    completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy, stop_at_box)
     return [
         Turn(prompt, ids, ended, tokenizer.decode(ids, skip_special_tokens=True), padding)
         for prompt, (ids, ended, padding) in zip(prompts, completions, strict=True)
@@ -221,9 +253,8 @@ def read(
         ANSWER_PROMPT.format(problem=t.document.question, memory=t.memories[-1] if t.memories else EMPTY_MEMORY)
         for t in trajectories
     ]
-    for trajectory, turn in zip(
-        trajectories, converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy), strict=True
-    ):
+    answers = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, stop_at_box=True)
+    for trajectory, turn in zip(trajectories, answers, strict=True):
         trajectory.turns.append(turn)
         trajectory.prediction = boxed(turn.text)
     return trajectories
@@ -241,5 +272,5 @@ def recall(
         for trajectory, draw in draws
         for _ in range(samples)
     ]
-    turns = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy)
+    turns = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, stop_at_box=True)
     return [turns[i * samples : (i + 1) * samples] for i in range(len(draws))]

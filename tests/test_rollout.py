@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import rewards
 import rollout
 from masking import QUESTION, Document, Recall
 from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
@@ -120,6 +121,37 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "tiny/model")
 
 
+def test_an_answer_ends_where_its_box_closes(tokenizer):
+    """Each completion is the shortest prefix of the unstopped one in which a box is closed, whatever the others do."""
+    torch.manual_seed(0)
+    size = SIZE | {"vocab_size": len(tokenizer)}
+    model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5)).eval()
+    brace, rng = tokenizer.convert_tokens_to_ids("}"), random.Random(0)
+    with torch.no_grad():  # braces often: the head's bias towards them is a large common direction
+        model.lm_head.weight[brace] *= 6
+    prompts = [[rng.randrange(8, 300) for _ in range(rng.randrange(2, 9))] for _ in range(40)]
+    opened = [*prompts, *[p + tokenizer(r" \boxed{")["input_ids"] for p in prompts]]  # a box of the prompt doesn't count
+    torch.manual_seed(1)
+    stopped = 0
+    box = tokenizer(r"\boxed{")["input_ids"]
+    free = generate(model, tokenizer, opened, 20, Limits(), greedy=True)
+    held = generate(model, tokenizer, opened, 20, Limits(), greedy=True, stop_at_box=True)
+    assert [h[0] for h in held] == [f[0][: len(h[0])] for f, h in zip(free, held)]
+    for (ids, end, _), (whole, whole_end, _) in zip(held, free):
+        prefixes = [n for n in range(1, len(whole) + 1) if rewards.boxed(tokenizer.decode(whole[:n], skip_special_tokens=True)) is not None]
+        assert len(ids) == (prefixes[0] if prefixes else len(whole)) and end == (bool(prefixes) or whole_end)
+        stopped += bool(prefixes)
+    # The random model hardly ever writes a box, so one is scripted: the criterion alone, on rows that do.
+    rows = [box + [20, brace, 21], [20, brace, 20, 20, 20][: len(box) + 3], box + [20, 21, brace]]
+    width = max(map(len, rows))
+    criterion, ended = rollout.ClosedBox(tokenizer, len(rows), 2, "cpu"), []
+    grid = torch.tensor([[5, 6, *row, *[0] * (width - len(row))] for row in rows])
+    for n in range(3, grid.shape[1] + 1):
+        ended.append(criterion(grid[:, :n], None).tolist())
+    assert criterion.lengths.tolist() == [len(box) + 2, 0, len(box) + 3]
+    assert ended[-1] == [True, False, True] and ended[len(box) + 1] == [True, False, False] and not any(ended[len(box)])
+
+
 def document(n: int, name: str = "d") -> Document:
     chunks = [f"Chunk {i} of {name}. " for i in range(n)]
     return Document(index=0, title=name, question=f"Who is it in {name}?", answers=["SECRET"], chunks=chunks, recall=[[] for _ in chunks])
@@ -129,7 +161,7 @@ def test_read_hands_on_the_memory_and_nothing_else(tokenizer, monkeypatch):
     """Each prompt holds the question, the memory just written and its own chunk; the answer step holds no chunk."""
     calls = []
 
-    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False):
+    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False, stop_at_box=False):
         texts = [tokenizer.decode(p) for p in prompts]
         calls.append((texts, new_tokens))
         said = [f"memory {len(calls)} row {n}" if new_tokens == 40 else r"\boxed{row %d}" % n for n in range(len(texts))]
@@ -157,7 +189,7 @@ def test_recall_sees_the_memory_after_step_k_and_the_section(tokenizer, monkeypa
     """G2 answers a draw, from memory m_k and the masked chunk; the control sees no memory."""
     seen = []
 
-    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False):
+    def scripted(model, tokenizer, prompts, new_tokens, limits, greedy=False, stop_at_box=False):
         seen.extend(tokenizer.decode(p) for p in prompts)
         return [(tokenizer(f"a{n}")["input_ids"], False, 0) for n in range(len(prompts))]
 
