@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from corpus import find_entities, load_passages
 from masking import QUESTION, Corpus, draw_recall
 from parallel import gather
-from retrieval import UserError
-from rewards import boxed, exact_match
-from rollout import Limits, prompt_overhead, read, recall
+from qa import LongQA, Pool, SearchQA, load_questions, load_search, objectives, split_questions, subject
+from retrieval import UserError, open_retriever
+from rewards import boxed, exact_match, f1_score, objective_scores, substring_match
+from rollout import EMPTY_MEMORY, Limits, answer, cut, prompt_overhead, read, recall, search
 
 HERE = Path(__file__).parent
 
@@ -39,6 +40,16 @@ class Setting:
     model: str = option(str(HERE / "tiny/model"), "model folder or hub name")
     dtype: str = option("float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"])
     seed: int = option(0, "documents, sampling and everything else random follow from it")
+
+    task: str = option("memtrain", "memtrain (masked documents), longqa (questions in long texts) or searchqa", choices=["memtrain", "longqa", "searchqa"])
+    questions: str = option(str(HERE / "tiny/questions.jsonl"), "longqa, searchqa: questions to train on, in the layout of HotpotQA, 2Wiki, MuSiQue or FlashRAG")
+    eval_questions: str | None = option(None, "questions to evaluate on (default: those of --questions whose subject's hash says test)")
+    eval_split: str = option("test", "without --eval-questions: test, or dev to choose settings by", choices=["dev", "test"])
+    objectives: int = option(2, "searchqa: questions asked as one (paper: 2)")
+    searches: int = option(6, "searchqa: most searches of an episode (paper: 6)")
+    result_tokens: int = option(192, "searchqa: tokens of a search result (paper: 1024)")
+    retriever: str = option("bm25", "searchqa: bm25 or dense over the corpus, or the http://... of a Search-R1 server")
+    encoder: str | None = option(None, "searchqa: model of the dense retriever")
 
     corpus: str = option(str(HERE / "tiny/passages.jsonl"), "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set")
     corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
@@ -62,6 +73,9 @@ class Setting:
 @dataclass
 class Evaluation:
     lengths: list[int] | None = field(default=None, metadata={"help": "numbers of chunks (default: trained length x 1/2, 1, 2, 4, 8)"})
+    controls: list[str] = field(default_factory=lambda: ["empty"], metadata={"help": "longqa: empty, full, oracle; searchqa: empty"})
+    against: list[str] = field(default_factory=list, metadata={"help": "further models, on the same questions: differences with a paired bootstrap"})
+    plot: str | None = option(None, "where to write a plot of accuracy by length (needs matplotlib)")
     out: str | None = option(None, "where the rows go as JSON (default: eval.json in the model's folder if that is local)")
 
 
@@ -107,16 +121,8 @@ def load_model(name: str, device: str, dtype: str = "float32"):
 
 
 def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
-    """The documents of `setting`. Raises UserError where a conversation can't fit the model's window."""
-    question = len(tokenizer(QUESTION)["input_ids"])
-    written = max(setting.memory_tokens, setting.answer_tokens)
-    needed = prompt_overhead(tokenizer) + question + setting.chunk_tokens + setting.memory_tokens + written
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and needed > window:
-        raise UserError(
-            f"--chunk-tokens {setting.chunk_tokens}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
-            f"{setting.answer_tokens} need a window of {needed} tokens, {setting.model} has {window}; make them smaller"
-        )
+    """The masked documents of `setting`."""
+    check_window(setting, model, tokenizer)
     passages = load_passages(
         setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
         max_passages=setting.max_passages,
@@ -129,8 +135,55 @@ def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
     )  # fmt: skip
 
 
+def check_window(setting: Setting, model, tokenizer) -> None:
+    """Raises UserError where a conversation can't fit the model's window."""
+    question = len(tokenizer(QUESTION)["input_ids"])
+    if setting.task == "searchqa":  # the last query stands beside its result
+        shown, written = setting.result_tokens + setting.memory_tokens, setting.memory_tokens + setting.answer_tokens
+    else:
+        shown, written = setting.chunk_tokens, max(setting.memory_tokens, setting.answer_tokens)
+    needed = prompt_overhead(tokenizer) + question + shown + setting.memory_tokens + written
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and needed > window:
+        raise UserError(
+            f"--chunk-tokens {setting.chunk_tokens}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
+            f"{setting.answer_tokens} need a window of {needed} tokens, {setting.model} has {window}; make them smaller"
+        )
+
+
+def load_source(setting: Setting, model, tokenizer, cache: Path):
+    """What `--task` trains and evaluates on, as something with `document(index, split, chunks)`."""
+    if setting.task == "memtrain":
+        return load_corpus(setting, model, tokenizer, cache)
+    check_window(setting, model, tokenizer)
+    if setting.task == "longqa":
+        train = load_questions(setting.questions)
+        other = load_questions(setting.eval_questions) if setting.eval_questions else None
+        questions = split_questions(train, other, subject)
+        passages = load_passages(setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
+                                 max_passages=setting.max_passages)  # fmt: skip
+        pool = Pool([(passage.title, passage.text) for passage in passages], tokenizer)
+        source = LongQA(questions, pool, seed=setting.seed, chunk_tokens=setting.chunk_tokens, chunks=setting.chunks)
+    else:
+        train = load_search(setting.questions)
+        other = load_search(setting.eval_questions) if setting.eval_questions else None
+        # The split is by question here: a file of FlashRAG's fields doesn't name its subjects.
+        questions = split_questions(train, other, lambda item: item[0])
+        source = SearchQA({name: objectives(items, setting.objectives) for name, items in questions.items()}, setting.seed)
+    for name in ("train", setting.eval_split):
+        if not source.questions[name]:
+            raise UserError(f"--questions {setting.questions}: no question is left for {name!r}; bring more, or --eval-questions")
+    return source
+
+
 def limits(setting: Setting) -> Limits:
-    return Limits(setting.memory_tokens, setting.answer_tokens, setting.rollout_tokens)
+    return Limits(setting.memory_tokens, setting.answer_tokens, setting.rollout_tokens, setting.result_tokens, setting.searches)
+
+
+def score(prediction: str | None, document) -> float:
+    """Exact match, 0 or 1; of several objectives their mean."""
+    several = bool(document.answers) and isinstance(document.answers[0], list)
+    return objective_scores(prediction, document.answers) if several else float(exact_match(prediction, document.answers))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -190,10 +243,73 @@ def evaluate(
     return rows
 
 
+def evaluate_questions(
+    model, tokenizer, source, setting: Setting, lengths: list[int], when: str, rank: int = 0, processes: int = 1,
+    retriever=None, controls: tuple[str, ...] = ("kept", "empty"),
+) -> list[dict]:  # fmt: skip
+    """Greedy exact match, F1 and substring match on `eval_documents` questions: longqa at each length, searchqa once.
+
+    controls: "kept" is the agent itself; the others answer in one step, from "empty" memory, from the "full" text as far
+    as the window allows, from the "oracle" memory, which is the gold paragraphs. One row each; `scores` are per question,
+    in an order that is the same for every model.
+    """
+    indices, found = range(setting.eval_documents)[rank::processes], {}
+    shown = f"evaluation {when}" if rank == 0 else None
+    for length in lengths if setting.task == "longqa" else [setting.objectives]:
+        documents = [source.document(i, setting.eval_split, length) for i in indices]
+        for control in controls:
+            if control == "kept" and setting.task == "searchqa":
+                predictions = [t.prediction for t in search(model, tokenizer, documents, retriever, limits(setting), greedy=True, progress=shown)]
+            elif control == "kept":
+                predictions = [t.prediction for t in read(model, tokenizer, documents, limits(setting), greedy=True, progress=shown)]
+            else:
+                memories = [control_memory(control, document, model, tokenizer, setting) for document in documents]
+                predictions = [boxed(turn.text) for turn in answer(model, tokenizer, documents, memories, limits(setting), greedy=True)]
+            rows = [
+                (score(p, d), f1_score(p, d.answers), substring_match(p, d.answers)) if setting.task == "longqa" else (score(p, d), 0.0, 0.0)
+                for p, d in zip(predictions, documents, strict=True)
+            ]
+            found[length, control] = dict(zip(indices, rows, strict=True))
+    parts, rows = gather(found), []
+    for length, control in found:
+        scores = [value for _, value in sorted(item for part in parts for item in part[length, control].items())]
+        exact, f1, substring = np.mean(scores, axis=0).tolist()
+        low, high = wilson(exact * len(scores), len(scores))
+        more = {"f1": f1, "substring": substring} if setting.task == "longqa" else {}
+        rows.append(
+            {"when": when, "task": setting.task, "chunks": length, "memory": control, "n": len(scores), "accuracy": exact, "low": low,
+             "high": high, **more, "scores": [one[0] for one in scores]}
+        )  # fmt: skip
+    return rows
+
+
+def control_memory(control: str, document, model, tokenizer, setting: Setting) -> str:
+    """What stands in for the memory in a control that doesn't read."""
+    if control == "empty":
+        return EMPTY_MEMORY
+    if setting.task == "searchqa":
+        raise UserError(f"--controls {control}: search questions come without a text; use empty")
+    if control == "oracle":
+        return document.gold or EMPTY_MEMORY
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    question = len(tokenizer(document.question)["input_ids"])
+    return cut(tokenizer, "".join(document.chunks), window - prompt_overhead(tokenizer) - question - setting.answer_tokens)
+
+
+def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
+    difference = np.asarray(second) - np.asarray(first)  # (questions,)
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)  # (draws,)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a markdown table: a line per task and memory, a column per number of chunks."""
     lengths = sorted({row["chunks"] for row in rows})
-    lines = ["| | memory | " + " | ".join(f"{c} chunks" for c in lengths) + " |", "|---|---|" + "---|" * len(lengths)]
+    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+    lines = ["| | memory | " + " | ".join(f"{c} {unit}" for c in lengths) + " |", "|---|---|" + "---|" * len(lengths)]
     for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
         task, when, memory = key
         cells = []
@@ -209,21 +325,59 @@ def default_lengths(trained: int) -> list[int]:
     return sorted({max(1, trained // 2), trained, 2 * trained, 4 * trained, 8 * trained})
 
 
+def plot(rows: list[dict], file: str) -> None:
+    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key in dict.fromkeys((row["when"], row["task"], row["memory"]) for row in rows):
+        mine = sorted((row for row in rows if (row["when"], row["task"], row["memory"]) == key), key=lambda row: row["chunks"])
+        x, y = [row["chunks"] for row in mine], [row["accuracy"] for row in mine]
+        spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
+        axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=" ".join(key), linestyle="-" if key[2] == "kept" else "--")
+    axes.set(xscale="log", ylim=(0, 1), xlabel="chunks", ylabel="accuracy, greedy")
+    axes.set_xticks(x, labels=map(str, x))
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
 def main() -> None:
     setting, _ = parse(Setting, Evaluation)
     trained, saved = Path(setting.model).parent / "config.json", {}  # of the run that wrote this checkpoint
     if trained.is_file():
         saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
+    if bad := [control for control in evaluation.controls if control not in ("empty", "full", "oracle")]:
+        raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(setting.model, device, setting.dtype)
     folder = Path(setting.model)
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
-    corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
-    rows = evaluate(model, tokenizer, corpus, setting, evaluation.lengths or default_lengths(setting.chunks), "now")
+    retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
+    lengths, rows = evaluation.lengths or default_lengths(setting.chunks), []
+    for name in (setting.model, *evaluation.against):
+        model, tokenizer = load_model(name, device, setting.dtype)
+        source = load_source(setting, model, tokenizer, out.parent / ".entities")
+        when = name if evaluation.against else "now"
+        if setting.task == "memtrain":
+            rows += evaluate(model, tokenizer, source, setting, lengths, when)
+        else:
+            controls = ("kept", *evaluation.controls)
+            rows += evaluate_questions(model, tokenizer, source, setting, lengths, when, retriever=retriever, controls=controls)
     print(table(rows))
+    for row in rows:
+        first = next(r for r in rows if all(r[k] == row[k] for k in ("task", "chunks", "memory")))
+        if first is not row and "scores" in row:
+            mean, low, high = paired_bootstrap(first["scores"], row["scores"])
+            print(f"{row['when']} - {first['when']}, {row['memory']}, {row['chunks']}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     print(f"95 % intervals; n = {setting.eval_documents} a length; rows in {out}")
     out.write_text(json.dumps(rows, indent=1))
+    if evaluation.plot:
+        plot(rows, evaluation.plot)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python memtrain.py                                         # tiny default: no download, CPU, minutes
     python memtrain.py --config recipes/qwen3-4b-80gb.args     # a real model on a GPU
+    python memtrain.py --task longqa --model runs/X/checkpoint # what it is for: task training from there
     torchrun --nproc_per_node 8 memtrain.py --config ...       # a process a GPU, documents split over them
 
 Where this differs from the paper:
@@ -29,14 +30,14 @@ from tqdm import tqdm
 
 import parallel
 from batching import can_pack_completions
-from eval import Setting, default_lengths, evaluate, limits, load_corpus, load_model, option, parse, run, table
+from eval import Setting, default_lengths, evaluate, evaluate_questions, limits, load_model, load_source, option, parse, run, score, table
 from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
 from masking import draw_recall
 from masters import MasterAdamW
 from parallel import gather
-from retrieval import UserError
-from rewards import exact_match, recall_reward, trajectory_reward
-from rollout import Trajectory, Turn, read, recall
+from retrieval import UserError, open_retriever
+from rewards import recall_reward, trajectory_reward
+from rollout import Trajectory, Turn, read, recall, search
 
 
 @dataclass
@@ -139,7 +140,7 @@ def update(
 
 def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> str:
     """One trajectory as a person would read it: what it kept after each chunk, and what it answered."""
-    lines = [f"y = {trajectory.document.answers[0]!r}, answered {trajectory.prediction!r}, R^E = {reward:.2f}"]
+    lines = [f"{trajectory.document.question} y = {trajectory.document.answers}, answered {trajectory.prediction!r}, R^E = {reward:.2f}"]
     lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
     lines += [f"  recall: {turn.text.strip()}" for turn in recalled[:2]]
     return "\n".join(lines)
@@ -153,7 +154,7 @@ def save(model, tokenizer, setting: Setting, training: Training, step: int) -> P
     tokenizer.save_pretrained(fresh)
     (fresh / "README.md").write_text(
         f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{setting.model}` after {step} steps of MemTrain (arXiv 2606.03197) on `{setting.corpus}`: it reads a text "
+        f"`{setting.model}` after {step} steps of {setting.task} (arXiv 2606.03197) on `{setting.corpus}`: it reads a text "
         f"chunk by chunk ({setting.chunk_tokens} tokens) and keeps a memory of up to {setting.memory_tokens} tokens.\n"
         "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
     )
@@ -188,7 +189,7 @@ def main() -> None:
     out = Path(training.out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder holds another run; choose another or delete it")
-    if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end"):
+    if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end" and setting.task == "memtrain"):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
     rank, processes, device = parallel.start()
     if training.documents < processes:
@@ -201,8 +202,10 @@ def main() -> None:
     reference = None
     if training.kl:
         reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
-    with parallel.main_first(rank):  # the others find the entities that it has cached
-        corpus = load_corpus(setting, model, tokenizer, out.parent / ".entities")
+    with parallel.main_first(rank):  # the others find what it has cached
+        corpus = load_source(setting, model, tokenizer, out.parent / ".entities")
+        retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
+    recalls = setting.task == "memtrain" and training.ablation != "end_to_end"
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
@@ -211,11 +214,12 @@ def main() -> None:
         print(f"{setting.model}: no shared prompts, since not all of its layers attend to the whole text by sdpa; this is slower")
 
     lengths, rows = default_lengths(setting.chunks), []
+    measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(setting) | asdict(training), indent=1))
     if setting.eval_documents:
-        rows = evaluate(model, tokenizer, corpus, setting, lengths, "before", rank, processes)
+        rows = measure(model, tokenizer, corpus, setting, lengths, "before", rank, processes, **more)
         if rank == 0:
             print(table(rows))
 
@@ -225,7 +229,15 @@ def main() -> None:
         clock = [time.perf_counter()]
         mine = range(rank, training.documents, processes)  # this process' documents of the step
         documents = [corpus.document(step * training.documents + n) for n in mine]
-        trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
+        if retriever:
+            try:
+                trajectories = search(model, tokenizer, documents, retriever, limits(setting), samples=training.g1)
+            except UserError:  # the server is gone for good: keep what was learned
+                if rank == 0:
+                    save(model, tokenizer, setting, training, step)
+                raise
+        else:
+            trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
         places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
         clock.append(time.perf_counter())
 
@@ -234,14 +246,14 @@ def main() -> None:
         for place, trajectory in zip(places, trajectories, strict=True):
             who = place // training.g1 if training.shared_recall_draw else place
             rng = np.random.default_rng([setting.seed, step, who])
-            draws.append(None if training.ablation == "end_to_end" else draw_recall(trajectory.document, rng))
+            draws.append(draw_recall(trajectory.document, rng) if recalls else None)
         asked = [n for n, draw in enumerate(draws) if draw]
         answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], limits(setting), training.g2)
         recalled = dict(zip(asked, answers, strict=True))
         clock.append(time.perf_counter())
 
         recall_rewards = {n: [recall_reward(turn.text, draws[n].entity) for turn in recalled[n]] for n in asked}  # Eq. 1
-        correct = [exact_match(t.prediction, t.document.answers) for t in trajectories]
+        correct = [score(t.prediction, t.document) for t in trajectories]
         added = {} if training.ablation == "decoupled" else recall_rewards
         rewards = [trajectory_reward(c, added.get(n, []), training.recall_weight) for n, c in enumerate(correct)]  # Eq. 2
 
@@ -306,7 +318,7 @@ def main() -> None:
     if rank == 0:
         folder = save(model, tokenizer, setting, training, training.steps)
     if setting.eval_documents:
-        rows += evaluate(model, tokenizer, corpus, setting, lengths, "after", rank, processes)
+        rows += measure(model, tokenizer, corpus, setting, lengths, "after", rank, processes, **more)
         if rank == 0:
             print(table(rows))
             (out / "eval.json").write_text(json.dumps(rows, indent=1))

@@ -6,6 +6,7 @@
     memagent_documents  the same from MemAgent's published files, which bring their text along
     load_search       questions and answers without text: FlashRAG's fields, NQ-open, HotpotQA, MuSiQue
     objectives        n questions asked as one
+    LongQA, SearchQA  both as sources of documents to train and evaluate on, like masking.Corpus
 
 MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs stand at the same places in every
 sample of a length. Here each question has places of its own.
@@ -355,3 +356,48 @@ def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str
     """
     groups = [items[start : start + n] for start in range(0, len(items) - n + 1, n)]
     return [("; ".join(question for question, _ in group), [answers for _, answers in group]) for group in groups]
+
+
+# ---- as sources of documents ----------------------------------------------------------------------------
+
+
+def split_questions(train: list, other: list | None, key) -> dict[str, list]:
+    """{"train", "dev", "test"}: from one list by split_of(key(item)), or all of `train` and all of `other` where given."""
+    if other is not None:
+        return {"train": train, "dev": other, "test": other}
+    return {name: [item for item in train if split_of(key(item)) == name] for name in ("train", "dev", "test")}
+
+
+def draw(items: list, index: int, seed: int):
+    """Item `index` of an endless sequence that goes through `items` again and again, each time in another order."""
+    epoch, place = divmod(index, len(items))
+    return items[np.random.default_rng([seed, epoch]).permutation(len(items))[place]]
+
+
+class LongQA:
+    """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks)."""
+
+    def __init__(self, questions: dict[str, list[Question]], pool: Pool, *, seed: int, chunk_tokens: int, chunks: int):
+        self.questions, self.pool, self.seed, self.chunk_tokens, self.chunks = questions, pool, seed, chunk_tokens, chunks
+
+    def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
+        """Raises UserError where no question of the split can be brought to that length."""
+        for n in range(index, index + 20):  # one whose gold paragraphs don't fit gives way to the next
+            question = draw(self.questions[split], n, self.seed)
+            try:
+                wanted = (chunks or self.chunks) * self.chunk_tokens
+                return long_document(question, index, self.pool, seed=self.seed, chunk_tokens=self.chunk_tokens, target_tokens=wanted)
+            except UserError as error:
+                last = error
+        raise last
+
+
+class SearchQA:
+    """Search QA: questions of n objectives without any text; `answers` holds a list of answers for each objective."""
+
+    def __init__(self, questions: dict[str, list[tuple[str, list[list[str]]]]], seed: int):
+        self.questions, self.seed = questions, seed
+
+    def document(self, index: int, split: str = "train", chunks: int | None = None) -> Document:
+        question, answers = draw(self.questions[split], index, self.seed)
+        return Document(index, question, question, answers, [], [])

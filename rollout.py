@@ -8,6 +8,7 @@ The token ids of a `Turn` travel from the sampler to the loss. Its text is decod
 for the next memory, and is never encoded again for training.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -62,6 +63,35 @@ RECALL_PROMPT = """You have read a long text section by section. What you kept o
 Say what [TARGET] stands for."""
 
 
+SEARCH_PROMPT = """You answer a question by searching. From turn to turn you keep nothing but your notes, your last search and its result. Think first: rewrite your notes so that they hold all you still need. Then do one of two things: search, as <search>words to look for</search>, or give the final answer in \\boxed{{}}. If several questions are asked, answer them in their order with a semicolon between.
+
+<problem>
+{problem}
+</problem>
+
+<memory>
+{memory}
+</memory>
+
+<query>
+{query}
+</query>
+
+<result>
+{result}
+</result>
+
+Searches left: {left}."""
+
+SEARCH = re.compile(r"<search>(.*?)</search>", re.DOTALL)
+SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")
+
+
+def fill(prompt: str, **slots) -> str:
+    """The prompt with its slots filled. What stands in a slot is data: it can't close the slot, nor open another."""
+    return prompt.format(**{name: SLOT_TAGS.sub(r"(\1)", str(text)) for name, text in slots.items()})
+
+
 @dataclass
 class Limits:
     """Token budgets of one conversation and of one batch."""
@@ -69,6 +99,8 @@ class Limits:
     memory_tokens: int = 1024  # a memory, when it is written and again when it is read
     answer_tokens: int = 1024  # an answer
     rollout_tokens: int = 65536  # a `generate` batch: rows x (longest prompt + new tokens)
+    result_tokens: int = 1024  # what a search shows
+    searches: int = 6  # of one episode
 
 
 @dataclass
@@ -90,28 +122,37 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """One reading of one document: T turns, the memories m_1..m_{T-1}, and the boxed answer (None without one)."""
+    """One reading of one document, or one episode of searching: its turns, the memory after each, the boxed answer or None."""
 
     document: Document
     turns: list[Turn] = field(default_factory=list)
     memories: list[str] = field(default_factory=list)
     prediction: str | None = None
+    searches: list[str] = field(default_factory=list)
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """`text` as one user message of the model's chat template, or as plain text where it has none."""
+    """`text` as one user message of the model's chat template, or as plain text where it has none.
+
+    A special token that is written out in the text, such as <|im_end|>, is encoded as plain text: only the template's
+    own open and close a turn.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(text + "\n")["input_ids"]
+        return tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
     # Templates that know no `enable_thinking` ignore it.
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, enable_thinking=False, return_dict=False
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "\0"}], add_generation_prompt=True, enable_thinking=False, tokenize=False
     )
+    before, after = chat.split("\0")
+    parts = [(before, False), (text.strip(), True), (after, False)]  # templates strip a message; so it is done here
+    return [i for part, plain in parts for i in tokenizer(part, add_special_tokens=False, split_special_tokens=plain)["input_ids"]]
 
 
 def prompt_overhead(tokenizer) -> int:
     """Tokens of the longest prompt with all its slots empty: what the instructions and the template take."""
-    slots = {"problem": "", "memory": "", "section": ""}
-    return max(len(encode_prompt(tokenizer, p.format(**slots))) for p in (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT))
+    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
+    prompts = (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT, SEARCH_PROMPT)
+    return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)
 
 
 def cut(tokenizer, text: str, max_tokens: int) -> str:
@@ -148,20 +189,29 @@ def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache 
     return cache
 
 
+def answered(text: str) -> bool:
+    return boxed(text) is not None
+
+
+def acted(text: str) -> bool:
+    """Whether a searching agent has ended its turn: with a search or an answer."""
+    return SEARCH.search(text) is not None or answered(text)
+
+
 @lru_cache(maxsize=4)
 def closing_tokens(tokenizer) -> list[int]:
-    """Ids of the tokens that hold a closing brace, the only ones that can close a box."""
-    return sorted(i for token, i in tokenizer.get_vocab().items() if "}" in token)
+    """Ids of the tokens that hold the end of a box or a tag: only after these is a text looked at."""
+    return sorted(i for token, i in tokenizer.get_vocab().items() if "}" in token or ">" in token)
 
 
-class ClosedBox(StoppingCriteria):
-    """Ends each row where it closes a `\\boxed{}`: what a model says after its answer is not read by anyone.
+class Stop(StoppingCriteria):
+    """Ends each row where `done(text)` first holds: what a model says after its answer is not read by anyone.
 
-    `lengths` (rows,) are the new tokens up to there, 0 where no box was closed; behind them generate only pads.
+    `lengths` (rows,) are the new tokens up to there, 0 where it didn't come; behind them generate only pads.
     """
 
-    def __init__(self, tokenizer, rows: int, width: int, device):
-        self.tokenizer, self.width = tokenizer, width
+    def __init__(self, done, tokenizer, rows: int, width: int, device):
+        self.done, self.tokenizer, self.width = done, tokenizer, width
         self.closing = torch.tensor(closing_tokens(tokenizer), device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
@@ -169,19 +219,19 @@ class ClosedBox(StoppingCriteria):
         closed = torch.isin(ids[:, -1], self.closing) & (self.lengths == 0)  # (rows,)
         for row in closed.nonzero().flatten().tolist():
             new = ids[row, self.width :]
-            if boxed(self.tokenizer.decode(new, skip_special_tokens=True)) is not None:
+            if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
                 self.lengths[row] = len(new)
         return self.lengths > 0
 
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False, stop_at_box: bool = False
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False, done=None
 ) -> list[tuple[list[int], bool, int]]:
     """One completion per prompt, as (token ids, ended by itself, padding before the prompt), in the order of `prompts`.
 
     Sampling is from the model's own distribution: temperature 1, no top-p, top-k or repetition penalty,
-    so that the log-probs of training are of what was sampled.
+    so that the log-probs of training are of what was sampled. `done(text)`, if given, ends a completion early.
     """
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -200,24 +250,24 @@ def generate(
             mask[row, width - len(prompts[i]) :] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         cache = share_prefill(model, ids, mask)
-        box = ClosedBox(tokenizer, len(batch), width, ids.device) if stop_at_box else None
+        stop = Stop(done, tokenizer, len(batch), width, ids.device) if done else None
         output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[box] if box else None
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
         )
-        closed = box.lengths.tolist() if box else [0] * len(batch)
-        for i, row, length in zip(batch, output[:, width:].tolist(), closed, strict=True):
-            # A closed box or the first end token ends the completion; what generate appends behind it is padding.
-            stop = length or next((n for n, token in enumerate(row, start=1) if token in ends), None)
-            completions[i] = row[:stop], stop is not None, width - len(prompts[i])
+        lengths = stop.lengths.tolist() if stop else [0] * len(batch)
+        for i, row, length in zip(batch, output[:, width:].tolist(), lengths, strict=True):
+            # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
+            end = length or next((n for n, token in enumerate(row, start=1) if token in ends), None)
+            completions[i] = row[:end], end is not None, width - len(prompts[i])
     return completions
 
 
 def converse(
-    model, tokenizer, texts: list[str], new_tokens: int, limits: Limits, greedy: bool, stop_at_box: bool = False
+    model, tokenizer, texts: list[str], new_tokens: int, limits: Limits, greedy: bool, done=None
 ) -> list[Turn]:
     """Sample one completion for each prompt text."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy, stop_at_box)
+    completions = generate(model, tokenizer, prompts, new_tokens, limits, greedy, done)
     return [
         Turn(prompt, ids, ended, tokenizer.decode(ids, skip_special_tokens=True), padding)
         for prompt, (ids, ended, padding) in zip(prompts, completions, strict=True)
@@ -237,7 +287,8 @@ def read(
     for step in tqdm(range(longest), desc=progress, disable=progress is None, leave=False):
         readers = [t for t in trajectories if step < len(t.document.chunks)]
         texts = [
-            READ_PROMPT.format(
+            fill(
+                READ_PROMPT,
                 problem=t.document.question,
                 memory=t.memories[-1] if t.memories else EMPTY_MEMORY,
                 section=t.document.chunks[step],
@@ -249,15 +300,18 @@ def read(
             trajectory.turns.append(turn)
             # Decoding and encoding again may lengthen a text, so the cap holds here too.
             trajectory.memories.append(cut(tokenizer, turn.text.strip(), limits.memory_tokens) or EMPTY_MEMORY)
-    texts = [
-        ANSWER_PROMPT.format(problem=t.document.question, memory=t.memories[-1] if t.memories else EMPTY_MEMORY)
-        for t in trajectories
-    ]
-    answers = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, stop_at_box=True)
-    for trajectory, turn in zip(trajectories, answers, strict=True):
+    memories = [t.memories[-1] if t.memories else EMPTY_MEMORY for t in trajectories]
+    turns = answer(model, tokenizer, [t.document for t in trajectories], memories, limits, greedy)
+    for trajectory, turn in zip(trajectories, turns, strict=True):
         trajectory.turns.append(turn)
         trajectory.prediction = boxed(turn.text)
     return trajectories
+
+
+def answer(model, tokenizer, documents: list[Document], memories: list[str], limits: Limits, greedy: bool = False) -> list[Turn]:
+    """The last step alone: the question of each document, answered from the text given as its memory."""
+    texts = [fill(ANSWER_PROMPT, problem=d.question, memory=m) for d, m in zip(documents, memories, strict=True)]
+    return converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, answered)
 
 
 def recall(
@@ -266,11 +320,54 @@ def recall(
 ) -> list[list[Turn]]:  # fmt: skip
     """`samples` answers for each (trajectory, what to recall): which entity stood at [TARGET] in an earlier chunk?"""
     texts = [
-        RECALL_PROMPT.format(
-            memory=EMPTY_MEMORY if empty_memory else trajectory.memories[draw.memory_step - 1], section=draw.section
+        fill(
+            RECALL_PROMPT, memory=EMPTY_MEMORY if empty_memory else trajectory.memories[draw.memory_step - 1], section=draw.section
         )
         for trajectory, draw in draws
         for _ in range(samples)
     ]
-    turns = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, stop_at_box=True)
+    turns = converse(model, tokenizer, texts, limits.answer_tokens, limits, greedy, answered)
     return [turns[i * samples : (i + 1) * samples] for i in range(len(draws))]
+
+
+def search(
+    model, tokenizer, documents: list[Document], retriever, limits: Limits,
+    samples: int = 1, greedy: bool = False, top: int = 3, progress: str | None = None,
+) -> list[Trajectory]:  # fmt: skip
+    """The searching agent (MEM1, arXiv 2506.15841): `samples` episodes for each question; they come question by question.
+
+    A turn is notes and then one action, a search or a boxed answer. The next turn sees the question, these notes, this
+    search and its `top` passages. Only what the model generated is parsed. No action, or a search beyond the last one
+    allowed, ends the episode without an answer.
+    """
+    trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
+    results = ["(none)"] * len(trajectories)
+    going = list(range(len(trajectories)))
+    for turn_number in tqdm(range(limits.searches + 1), desc=progress, disable=progress is None, leave=False):
+        texts = [
+            fill(
+                SEARCH_PROMPT, problem=t.document.question, memory=t.memories[-1] if t.memories else EMPTY_MEMORY,
+                query=t.searches[-1] if t.searches else "(none)", result=results[n], left=limits.searches - turn_number,
+            )  # fmt: skip
+            for n in going
+            for t in (trajectories[n],)
+        ]
+        turns = converse(model, tokenizer, texts, limits.memory_tokens + limits.answer_tokens, limits, greedy, acted) if going else []
+        asking = []
+        for n, turn in zip(going, turns, strict=True):
+            trajectory = trajectories[n]
+            trajectory.turns.append(turn)
+            found = SEARCH.search(turn.text)
+            if found and not answered(turn.text[: found.start()]):
+                trajectory.memories.append(cut(tokenizer, turn.text[: found.start()].strip(), limits.memory_tokens) or EMPTY_MEMORY)
+                if turn_number < limits.searches:
+                    trajectory.searches.append(cut(tokenizer, found[1].strip(), limits.memory_tokens))
+                    asking.append(n)
+            else:
+                trajectory.prediction = boxed(turn.text)
+        passages = retriever.search([trajectories[n].searches[-1] for n in asking], top) if asking else []
+        for n, found in zip(asking, passages, strict=True):
+            text = "\n\n".join(f"{passage['title']}\n{passage['text']}" for passage in found)
+            results[n] = cut(tokenizer, text, limits.result_tokens) or "(nothing found)"
+        going = asking
+    return trajectories
