@@ -73,7 +73,7 @@ class Setting:
 @dataclass
 class Evaluation:
     lengths: list[int] | None = field(default=None, metadata={"help": "numbers of chunks (default: trained length x 1/2, 1, 2, 4, 8)"})
-    controls: list[str] = field(default_factory=lambda: ["empty"], metadata={"help": "longqa: empty, full, oracle; searchqa: empty"})
+    controls: list[str] = field(default_factory=lambda: ["empty"], metadata={"help": "longqa: any of empty, full, oracle; the other tasks: empty"})
     against: list[str] = field(default_factory=list, metadata={"help": "further models, on the same questions: differences with a paired bootstrap"})
     plot: str | None = option(None, "where to write a plot of accuracy by length (needs matplotlib)")
     out: str | None = option(None, "where the rows go as JSON (default: eval.json in the model's folder if that is local)")
@@ -100,8 +100,8 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun make the same mistake
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")
+        print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         sys.exit(2)
 
 
@@ -193,7 +193,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     z, p = 1.96, right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)  # rounding may step outside
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # rounding may step outside
 
 
 def evaluate(
@@ -202,14 +202,16 @@ def evaluate(
     """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
 
     One row per length, task (end_to_end, recall) and memory (kept, empty): when, task, chunks, memory, n,
-    accuracy, low, high. Several processes share the documents, and all get all rows.
+    accuracy, low, high, and scores, one a document in an order that is the same for every model. Several processes share
+    the documents, and all get all rows.
     """
     documents = []
     for chunks in lengths:
         try:
             documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
         except UserError as error:  # a small corpus can't fill the longest documents
-            print(f"evaluation at {chunks} chunks is left out: {error}")
+            if rank == 0:
+                print(f"evaluation at {chunks} chunks is left out: {error}")
     documents = documents[rank::processes]
     shown = f"evaluation {when}" if rank == 0 else None
     trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=shown)
@@ -238,7 +240,7 @@ def evaluate(
         low, high = wilson(sum(hits), len(hits))
         rows.append(
             {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(hits),
-             "accuracy": sum(hits) / len(hits), "low": low, "high": high}
+             "accuracy": sum(hits) / len(hits), "low": low, "high": high, "scores": [float(hit) for hit in hits]}
         )  # fmt: skip
     return rows
 
@@ -308,6 +310,8 @@ def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_00
 def table(rows: list[dict]) -> str:
     """The rows as a markdown table: a line per task and memory, a column per number of chunks."""
     lengths = sorted({row["chunks"] for row in rows})
+    if not rows:
+        return "no document could be built, so nothing was evaluated"
     unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
     lines = ["| | memory | " + " | ".join(f"{c} {unit}" for c in lengths) + " |", "|---|---|" + "---|" * len(lengths)]
     for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
@@ -354,6 +358,10 @@ def main() -> None:
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
     if bad := [control for control in evaluation.controls if control not in ("empty", "full", "oracle")]:
         raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
+    if setting.task == "memtrain" and evaluation.controls != ["empty"]:
+        raise UserError(f"--controls {' '.join(evaluation.controls)}: masked documents have the control empty only")
+    if setting.eval_documents < 1:
+        raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(setting.model)
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")

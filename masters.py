@@ -1,8 +1,8 @@
 """AdamW over float32 master weights, for a policy that computes in bfloat16, on the GPU or in CPU memory.
 
 bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would all round away, and
-so would most of what accumulates in a bfloat16 gradient. Weights, gradients and moments are therefore kept in float32
-here, and the policy holds a rounded copy. A float32 policy is its own master: this is then plain AdamW.
+so would most of what accumulates in a bfloat16 gradient. Weights, moments and the gradients that add up over
+micro-batches are therefore kept in float32 here, and the policy holds a rounded copy. A float32 policy is its own master: this is then plain AdamW.
 """
 
 import torch

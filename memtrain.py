@@ -2,7 +2,7 @@
 
     python memtrain.py                                         # tiny default: no download, CPU, minutes
     python memtrain.py --config recipes/qwen3-4b-80gb.args     # a real model on a GPU
-    python memtrain.py --task longqa --model runs/X/checkpoint # what it is for: task training from there
+    python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # what it is for: task training
     torchrun --nproc_per_node 8 memtrain.py --config ...       # a process a GPU, documents split over them
 
 Where this differs from the paper:
@@ -12,12 +12,12 @@ Where this differs from the paper:
     nothing of sums such as EM + lambda * recall.
   - The paper is silent on the clip range, on which steps are recalled and on what counts as an occurrence
     of an entity: README lists what was chosen.
+  - An answer ends where its box closes, so its EOS is neither sampled nor trained.
   - 20 % of the titles are held out, so that what is evaluated was never masked in training.
 """
 
 import json
 import math
-import random
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -63,7 +63,7 @@ class Training:
     kl: float = option(0.0, "beta, KL to the model that training started from (paper: 1e-3); 0 loads no reference")
     update_batch: int | None = option(None, "documents an update (default: all of a step's)")
     train_tokens: int = option(16384, "padded tokens of one forward and backward; gradients add up over them")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
     offload_optimizer: bool = option(False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU")
     offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
 
@@ -79,10 +79,10 @@ def learning_rate(training: Training, step: int) -> float:
     return rate
 
 
-def mark(turns: list[Turn], document: int, group: int, advantage: float) -> list[Turn]:
-    """The turns with their document, their group and the advantage that all their tokens get."""
+def mark(turns: list[Turn], document: int, advantage: float) -> list[Turn]:
+    """The turns with their document and the advantage that all their tokens get."""
     for turn in turns:
-        turn.document, turn.group, turn.advantage = document, group, advantage
+        turn.document, turn.advantage = document, advantage
     return turns
 
 
@@ -102,7 +102,8 @@ def update(
 ) -> dict[str, float]:
     """Eq. 4 over this process' `turns`, in updates of `--update-batch` documents: sums for the metrics.
 
-    `frozen` are the reference's log-probs of the turns, or None without KL. Weights are those of all processes' documents together, and the optimizer adds up the gradients.
+    `frozen` are the reference's log-probs of the turns, or None without KL. Weights are those of all processes'
+    documents together, and the optimizer adds up the gradients.
     """
     size = training.update_batch or training.documents
     starts = range(0, training.documents, size)
@@ -191,11 +192,13 @@ def main() -> None:
         raise UserError(f"--out {out}: the folder holds another run; choose another or delete it")
     if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end" and setting.task == "memtrain"):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
+    for name in ("steps", "documents", "update_batch", "sample_every", "save_every"):
+        if getattr(training, name) is not None and getattr(training, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(training, name)}: must be at least 1")
     rank, processes, device = parallel.start()
     if training.documents < processes:
         raise UserError(f"--documents {training.documents}: each of the {processes} processes needs at least one")
     seed = setting.seed + 1_000_003 * rank  # every process draws its own samples
-    random.seed(seed)
     torch.manual_seed(seed)
 
     model, tokenizer = load_model(setting.model, device, setting.dtype)
@@ -211,7 +214,7 @@ def main() -> None:
     optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
     pack = can_pack_completions(model)
     if rank == 0 and not pack:
-        print(f"{setting.model}: no shared prompts, since not all of its layers attend to the whole text by sdpa; this is slower")
+        print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
 
     lengths, rows = default_lengths(setting.chunks), []
     measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
@@ -231,11 +234,13 @@ def main() -> None:
         documents = [corpus.document(step * training.documents + n) for n in mine]
         if retriever:
             try:
-                trajectories = search(model, tokenizer, documents, retriever, limits(setting), samples=training.g1)
-            except UserError:  # the server is gone for good: keep what was learned
+                trajectories, lost = search(model, tokenizer, documents, retriever, limits(setting), samples=training.g1), None
+            except UserError as error:
+                trajectories, lost = [], error
+            if lost := next((error for error in gather(lost) if error), None):  # gone for good, for one or for all
                 if rank == 0:
-                    save(model, tokenizer, setting, training, step)
-                raise
+                    save(model, tokenizer, setting, training, step)  # keep what was learned
+                raise lost
         else:
             trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
         places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
@@ -263,7 +268,7 @@ def main() -> None:
         for n, trajectory in enumerate(trajectories):
             document, sample = divmod(n, training.g1)
             if not dull_D[document]:
-                turns += mark(trajectory.turns, mine[document], mine[document], advantages_DG[document, sample].item())
+                turns += mark(trajectory.turns, mine[document], advantages_DG[document, sample].item())
         if asked:
             recall_RG = torch.tensor([recall_rewards[n] for n in asked], dtype=torch.float64)  # (recalls, G2)
             advantages_RG, dull_R = group_advantages(recall_RG, training.advantage)
@@ -271,7 +276,7 @@ def main() -> None:
             for n, advantages, equal in zip(asked, advantages_RG.tolist(), dull_R, strict=True):
                 for turn, advantage in zip(recalled[n], advantages, strict=True):
                     if not equal:
-                        turns += mark([turn], mine[n // training.g1], training.documents + places[n], advantage)
+                        turns += mark([turn], mine[n // training.g1], advantage)
 
         frozen = None
         if reference is not None:
@@ -311,7 +316,7 @@ def main() -> None:
                 tqdm.write(f"step {step + 1}: {text}")
                 with (out / "samples.jsonl").open("a") as file:
                     file.write(json.dumps({"step": step + 1, "document": documents[0].chunks, "text": text}) + "\n")
-            if (step + 1) % training.save_every == 0:
+            if (step + 1) % training.save_every == 0 and step + 1 < training.steps:
                 save(model, tokenizer, setting, training, step + 1)
 
     minutes = (time.perf_counter() - started) / 60

@@ -1,7 +1,7 @@
 """Several processes, one a GPU: each reads its own documents, and their gradients are summed by hand.
 
 No DistributedDataParallel: it waits for as many backward passes on every process, while here a process that kept fewer
-samples has fewer. Instead everyone runs what it has, and `sum_gradients` is the one place where all of them meet.
+samples has fewer. Instead everyone runs what it has, and `sum_gradients` is the one place where their gradients meet.
 `torchrun --nproc_per_node N` sets the environment that `start` reads; without it all of this is one process.
 """
 

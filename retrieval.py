@@ -273,7 +273,7 @@ def open_retriever(
     if retriever not in ("bm25", "dense"):
         raise UserError(f"--retriever {retriever}: neither bm25 nor dense, nor the http://... of a server")
     if not corpus or (retriever == "dense" and not model):
-        raise UserError(f"--retriever {retriever} needs --corpus FILE.jsonl" + " and --model NAME" * (retriever == "dense"))
+        raise UserError(f"--retriever {retriever} needs --corpus FILE.jsonl" + " and an encoder (--model NAME; in memtrain.py and eval.py --encoder NAME)" * (retriever == "dense"))
     passages = read_passages(corpus)
     try:
         if retriever == "dense":

@@ -1,4 +1,4 @@
-"""Rollouts: prompts, batched sampling, and the two agents of MemTrain.
+"""Rollouts: prompts, batched sampling, and the agents.
 
 `read` is the reading agent (paper 3.1): one independent conversation per chunk, of which only the
 memory it writes crosses to the next, then one that answers from the memory alone. `recall` is the
@@ -107,7 +107,7 @@ class Limits:
 class Turn:
     """One conversation: its prompt and one sampled completion, as token ids, EOS included if it came.
 
-    `document` and `group` are positions in the step, never looked up by text (equal prompts exist).
+    `document` is a position in the step, never looked up by text (equal prompts exist).
     """
 
     prompt_ids: list[int]
@@ -116,7 +116,6 @@ class Turn:
     text: str
     padding: int = 0  # tokens that its batch put before the prompt
     document: int = -1
-    group: int = -1
     advantage: float = 0.0
 
 
@@ -201,7 +200,8 @@ def acted(text: str) -> bool:
 @lru_cache(maxsize=4)
 def closing_tokens(tokenizer) -> list[int]:
     """Ids of the tokens that hold the end of a box or a tag: only after these is a text looked at."""
-    return sorted(i for token, i in tokenizer.get_vocab().items() if "}" in token or ">" in token)
+    special = set(tokenizer.all_special_ids)  # some look like <|this|>, and come in every padded row
+    return sorted(i for token, i in tokenizer.get_vocab().items() if ("}" in token or ">" in token) and i not in special)
 
 
 class Stop(StoppingCriteria):

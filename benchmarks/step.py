@@ -11,8 +11,11 @@ memory, and which share of this machine's own matrix-product rate the step reach
 
 import argparse
 import json
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,15 +93,17 @@ def step(model, reference, optimizer, prompts: list[list[int]], samples: int, ne
     ]
     frozen = logprobs_of(reference, turns, training, pack) if reference is not None else None
     clock.lap("reference")
+    model.train(training.gradient_checkpointing)  # as in memtrain.py: checkpointing works in train mode only, the cache in eval
     update(model, optimizer, training.lr, turns, frozen, training, pack)
+    model.eval()
     clock.lap("update")
     once = sum(len(asked[group[0]]) for group in by_prompt(asked)) if pack else sum(map(len, asked))
     written = sum(len(ids) for ids, *_ in completions)
-    return {"seconds": clock.seconds, "tokens": sum(map(len, asked)) + written, "computed": once + written}
+    return {"seconds": clock.seconds, "tokens": sum(map(len, asked)) + written, "computed": once + written, "written": written}
 
 
 def matmul_rate(dtype: str, device: str, size: int) -> float:
-    """Multiply-adds of square matrices, in FLOP a second: the best of a few runs on this machine, now."""
+    """Products of square matrices, in FLOP a second: the best of a few runs on this machine, now."""
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     best = 0.0
     for _ in range(8):
@@ -120,7 +125,6 @@ def measure(arguments, device: str) -> list[dict]:
     reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl else None
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        model.train()
     training = Training(
         documents=arguments.prompts, kl=arguments.kl, lr=1e-6, train_tokens=arguments.train_tokens,
         gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,
@@ -130,14 +134,17 @@ def measure(arguments, device: str) -> list[dict]:
     limits = Limits(rollout_tokens=arguments.rollout_tokens)
     # Matrix products only: the network once over every token for sampling, three times for training, once for the
     # reference. Attention over the text comes on top and is not counted.
-    weights = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()  # sees completions only; tied embeddings are looked up, not multiplied
+    body = sum(p.numel() for p in model.get_decoder().parameters()) - head
     rate = matmul_rate(arguments.dtype, device, 2048 if device == "cpu" else 8192)
     found = []
     for repeat in range(arguments.steps + 1):  # the first one warms up
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         asked = random_prompts(prompts, arguments.prompt_tokens, model.config.vocab_size, seed=repeat)
         result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, limits, training)
         seconds = sum(result["seconds"].values())
-        flop = 2 * weights * result["computed"] * (4 + (reference is not None))
+        flop = 2 * (body * result["computed"] + head * result["written"]) * (4 + (reference is not None))
         row = {
             "tokens_per_second": result["tokens"] / seconds, **{f"seconds_{k}": v for k, v in result["seconds"].items()},
             "peak_gib": peak_memory(device), "share_of_matmul_rate": flop / seconds / rate,
@@ -149,16 +156,13 @@ def measure(arguments, device: str) -> list[dict]:
 
 def measure_chunks(arguments, device: str) -> None:
     """Tokens a second and peak memory of the tiny default's whole loop, by number of chunks."""
-    import subprocess
-    import tempfile
-
     print("| chunks | tokens a second | peak memory, GiB |\n|---|---|---|")
     for chunks in arguments.chunks:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(Path(__file__).resolve().parent.parent / "memtrain.py"), "--chunks", str(chunks), "--steps", "4",
                        "--documents", "4", "--eval-documents", "0", "--out", f"{folder}/run"]  # fmt: skip
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _, status, usage = __import__("os").wait4(process.pid, 0)
+            _, status, usage = os.wait4(process.pid, 0)
             assert status == 0, f"memtrain.py failed with {chunks} chunks"
             rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
         speed = sorted(row["tokens_per_second"] for row in rows[1:])[1]

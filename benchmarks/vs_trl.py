@@ -4,9 +4,10 @@
     .venv-trl/bin/pip install "$(grep ^torch requirements.txt)" -r benchmarks/requirements.txt
     python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python
 
-Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens (`--unshared`: for 64 different prompts,
-groups of 8 as before) and make one update, in float32, from the same random weights of 5 M parameters. TRL's
-gradient checkpointing is switched off, since ours is; all else is each side's default.
+Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from the
+same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose groups are
+of two or more, gets 32 prompts twice, which costs it the same since it computes each row by itself. Both sides make one
+micro-batch of all 64. TRL's gradient checkpointing is switched off, since ours is; all else is each side's default.
 """
 
 import argparse
@@ -28,10 +29,10 @@ def write_inputs(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     random_model("5m", "float32", "cpu").save_pretrained(folder)
-    words = {f"t{i}": i for i in range(SHAPES["5m"][-1])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    words = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, SHAPES["5m"][-1])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def step_prompts(step: int, unshared: bool) -> list[list[int]]:
@@ -48,7 +49,7 @@ def ours(folder: Path, steps: int, unshared: bool) -> list[float]:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    training = Training(documents=PROMPTS, lr=1e-6)
+    training = Training(documents=PROMPTS, lr=1e-6, train_tokens=PROMPTS * GROUP * (TOKENS + NEW))
     optimizer = MasterAdamW(model, training.lr)
     samples = 1 if unshared else GROUP
     results = [
@@ -80,6 +81,8 @@ def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
     rows = [" ".join(f"t{i}" for i in ids) for n in range(steps) for ids in step_prompts(n, unshared)]
     group = 2 if unshared else GROUP
     rows = rows if not unshared else [row for n in range(steps) for row in rows[n * 64 : n * 64 + 32]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
     config = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=group, max_steps=steps,
         max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, report_to="none",
@@ -87,7 +90,7 @@ def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
     )  # fmt: skip
     GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=reward, args=config,
-        train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
         callbacks=[Timer()],
     ).train()  # fmt: skip
     return seconds
@@ -107,6 +110,8 @@ def main() -> None:
         run = ours if arguments.side == "ours" else trl
         print("SECONDS", json.dumps(run(arguments.folder, arguments.steps, arguments.unshared)))
         return
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2, the first one warms up")
     if not arguments.trl_python:
         parser.error("--trl-python: the interpreter of a virtual environment with benchmarks/requirements.txt; see above")
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ def test_a_run_writes_all_it_promises(tiny_run):
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2]
     for m in metrics:
-        assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 48
+        assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 64
         assert m["entropy"] >= 0 and m["tokens_per_second"] > 0 and m["seconds_update"] > 0
         assert 0 <= m["padding_rollout"] < 0.15 and 0 <= m["padding_update"] < 0.15
         assert m["approx_kl"] == pytest.approx(0, abs=1e-6) and m["clip_fraction"] == 0  # one update a rollout
@@ -179,7 +179,7 @@ def test_a_positive_advantage_raises_the_probability(tmp_path):
         Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
     ).eval()
     good, bad = Turn([1, 2, 3], [4, 5, 6], True, ""), Turn([1, 2, 3], [7, 8], True, "")
-    turns = memtrain.mark([good], 0, 0, 1.0) + memtrain.mark([bad], 0, 0, -1.0)
+    turns = memtrain.mark([good], 0, 1.0) + memtrain.mark([bad], 0, -1.0)
     before = completion_logprobs(model, turns)[0].sum(1)
     stats = memtrain.update(model, MasterAdamW(model, 1e-3), 1e-3, turns, None, Training(), pack=True)
     after = completion_logprobs(model, turns)[0].sum(1)

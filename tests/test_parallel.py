@@ -1,5 +1,6 @@
 """parallel.py: two gloo processes do what one does, whatever each of them kept."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,14 +15,14 @@ if __name__ == "__main__":
 
 import parallel  # noqa: E402
 from masters import MasterAdamW  # noqa: E402
-from memtrain import Training, update  # noqa: E402
+from memtrain import Training, logprobs_of, update  # noqa: E402
 from rollout import Turn  # noqa: E402
 
 KEPT = [[0, 1, 2, 4], [0, 2, 4], [1], [], [0, 1, 2, 3, 4]]  # documents of five steps; of two processes one may have none
 
 
-def model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
+def model(seed: int = 0) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
     config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
                          num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
@@ -34,7 +35,8 @@ def step_turns(kept) -> list[Turn]:
         for n in range(document + 2):
             ids = torch.randint(0, 50, (9 + n,), generator=generator).tolist()
             advantage = torch.randn((), generator=generator).item()
-            turns.append(Turn(ids[:5], ids[5:], True, "", document=document, advantage=advantage))
+            prompt = turns[-1].prompt_ids if n == 1 else ids[:5]  # two of a document share theirs
+            turns.append(Turn(prompt, ids[5:], True, "", document=document, advantage=advantage))
     return turns
 
 
@@ -55,14 +57,15 @@ class Capture:
 
 def run(rank: int, processes: int) -> dict:
     """Gradients of the five steps at fixed weights, and the weights after five real updates."""
-    training, policy = Training(documents=5, update_batch=3, train_tokens=40), model()
+    training, policy = Training(documents=5, update_batch=3, train_tokens=40, kl=0.1), model()
+    reference = model(seed=1)
     capture = Capture(policy)
     mine = [[turn for turn in step_turns(kept) if turn.document % processes == rank] for kept in KEPT]
     for turns in mine:
-        update(policy, capture, 0.0, turns, None, training, pack=True)
+        update(policy, capture, 0.0, turns, logprobs_of(reference, turns, training, True), training, pack=True)
     optimizer = MasterAdamW(policy, 1e-3)
     for turns in mine:
-        update(policy, optimizer, 1e-3, turns, None, training, pack=True)
+        update(policy, optimizer, 1e-3, turns, logprobs_of(reference, turns, training, True), training, pack=True)
     return {"gradients": torch.stack(capture.gradients), "weights": torch.cat([p.detach().flatten() for p in policy.parameters()])}
 
 
@@ -83,13 +86,16 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_torchrun_writes_one_run(tmp_path):
-    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, both sample, and samples differ."""
+    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, and its metrics count both processes' samples."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "memtrain.py"),
                "--steps", "2", "--documents", "3", "--g1", "2", "--g2", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-    assert done.stdout.count("checkpoint in") == 1 and (tmp_path / "run/eval.json").exists()
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and {round(m["end_to_end"] * 6, 6) % 1 for m in metrics} == {0.0}  # 3 documents x 2 samples
+    assert done.stdout.count("checkpoint in") == 1
+    rows = json.loads((tmp_path / "run/eval.json").read_text())
+    assert all(row["n"] == 2 for row in rows if row["task"] == "end_to_end")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import rewards
 import rollout
 from masking import QUESTION, Document, Recall
 from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
@@ -130,17 +129,20 @@ def test_an_answer_ends_where_its_box_closes(tokenizer):
     with torch.no_grad():  # braces often: the head's bias towards them is a large common direction
         model.lm_head.weight[brace] *= 6
     prompts = [[rng.randrange(8, 300) for _ in range(rng.randrange(2, 9))] for _ in range(40)]
-    opened = [*prompts, *[p + tokenizer(r" \boxed{")["input_ids"] for p in prompts]]  # a box of the prompt doesn't count
-    torch.manual_seed(1)
-    stopped = 0
     box = tokenizer(r"\boxed{")["input_ids"]
-    free = generate(model, tokenizer, opened, 20, Limits(), greedy=True)
-    held = generate(model, tokenizer, opened, 20, Limits(), greedy=True, done=rollout.answered)
-    assert [h[0] for h in held] == [f[0][: len(h[0])] for f, h in zip(free, held)]
-    for (ids, end, _), (whole, whole_end, _) in zip(held, free):
-        prefixes = [n for n in range(1, len(whole) + 1) if rewards.boxed(tokenizer.decode(whole[:n], skip_special_tokens=True)) is not None]
-        assert len(ids) == (prefixes[0] if prefixes else len(whole)) and end == (bool(prefixes) or whole_end)
-        stopped += bool(prefixes)
+
+    def brace_on_third_token(text):
+        return "}" in text and len(text.split()) > 2
+
+    for done in (rollout.answered, brace_on_third_token):
+        free = generate(model, tokenizer, prompts, 20, Limits(), greedy=True)
+        held = generate(model, tokenizer, prompts, 20, Limits(), greedy=True, done=done)
+        stopped = 0
+        for (ids, end, _), (whole, whole_end, _) in zip(held, free):
+            closing = [n for n in range(1, len(whole) + 1) if whole[n - 1] == brace and done(tokenizer.decode(whole[:n], skip_special_tokens=True))]
+            assert ids == whole[: closing[0] if closing else len(whole)] and end == (bool(closing) or whole_end)
+            stopped += bool(closing) and closing[0] < len(whole)
+    assert stopped > 10
     # The random model hardly ever writes a box, so one is scripted: the criterion alone, on rows that do.
     rows = [box + [20, brace, 21], [20, brace, 20, 20, 20][: len(box) + 3], box + [20, 21, brace]]
     width = max(map(len, rows))

@@ -77,27 +77,43 @@ def test_real_questions_at_a_real_tokenizers_lengths(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def served(tmp_path, limit=None):
-    """A server of Search-R1's protocol over the tiny passages; with `limit` it dies after that many requests."""
+def served(tmp_path):
+    """`retrieval.py serve` over the tiny passages, and its URL."""
     process = subprocess.Popen([sys.executable, ROOT / "retrieval.py", "serve", "--corpus", ROOT / "tiny/passages.jsonl", "--port", "0",
                                 "--index", tmp_path / "index"], stdout=subprocess.PIPE, text=True)  # fmt: skip
     line = process.stdout.readline()
     return process, next(word for word in line.split() if word.startswith("http://"))
 
 
-def test_search_task_over_http(tmp_path, random_qwen):
-    """Two training steps of a random Qwen3-shaped model against `retrieval.py serve`, and the same over BM25 in process."""
+def test_search_task_over_http(tmp_path, random_qwen, monkeypatch):
+    """Two training steps of a random Qwen3-shaped model against `retrieval.py serve`: it samples, a script makes every
+    other first turn a search, and the server's passages stand in the prompts that follow."""
+    import memtrain
+    import rollout
+
+    real, prompts = rollout.converse, []
+
+    def half_of_them_search(model, tokenizer, texts, *more):
+        turns = real(model, tokenizer, texts, *more)
+        prompts.extend(texts)
+        for n, turn in enumerate(turns):
+            turn.text = "note <search>Weimar</search>" if n % 2 and "Searches left: 6" in texts[n] else turn.text
+        return turns
+
+    monkeypatch.setattr(rollout, "converse", half_of_them_search)
     process, url = served(tmp_path)
     try:
-        done = command("--task", "searchqa", "--model", random_qwen, "--retriever", url, *SMALL, "--eval_documents", 2, "--out", tmp_path / "run")
+        monkeypatch.setattr(sys, "argv", ["memtrain.py", "--task", "searchqa", "--model", str(random_qwen), "--retriever", url, "--documents", "2",
+                                          "--g1", "2", "--steps", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")])  # fmt: skip
+        memtrain.main()
     finally:
         process.send_signal(signal.SIGTERM)
-    assert done.returncode == 0, done.stderr
     assert process.wait(timeout=20) == 0
+    shown = [text.split("<result>")[1] for text in prompts if "Searches left: 5" in text]
+    assert len(shown) >= 4 and all("Weimar" in text for text in shown)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert [r["memory"] for r in rows] == ["kept", "empty"] * 2 and rows[0]["task"] == "searchqa"
-    done = command("--task", "searchqa", "--model", random_qwen, *SMALL, "--steps", 1, "--eval_documents", 0, "--out", tmp_path / "bm25")
-    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 
 class Dying(BaseHTTPRequestHandler):

@@ -163,6 +163,11 @@ class Demonstrations:
         for section in chunks[:step]:
             memory = self.notes(memory, section, trail)
         section = chunks[step]
+        if memory and self.rng.random() < 0.35:  # a sentence written again and again is carried over once
+            for _ in range(self.rng.choice((1, 2, 4))):
+                memory.insert(self.rng.randrange(len(memory) + 1), self.rng.choice(memory))
+            while sum(map(self.cost, memory)) > MEMORY_TOKENS - 2:
+                memory.pop()
         after = self.notes(memory, section, trail)
         prompt = READ_PROMPT.format(problem=problem, memory=" ".join(memory) or EMPTY_MEMORY, section="".join(section))
         return prompt, " ".join(after) or EMPTY_MEMORY
@@ -201,10 +206,10 @@ class Demonstrations:
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
         kind = self.rng.random()
-        if kind < 0.42:
+        if kind < 0.55:
             prompt, completion = self.reading()
         else:
-            make = self.masked_answer if kind < 0.62 else self.recalling if kind < 0.85 else self.asked_answer
+            make = self.masked_answer if kind < 0.72 else self.recalling if kind < 0.9 else self.asked_answer
             prompt, answer = make()
             completion = f"\\boxed{{ {answer}}}"
         ids = self.tokenizer(completion)["input_ids"]
