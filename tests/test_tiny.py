@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from matching import MASK, TARGET, occurrences
 from rollout import READ_PROMPT, encode_prompt
-from tiny.demonstrations import MEMORY_TOKENS, Demonstrations
+from tiny.demonstrations import MEMORY_TOKENS, UNKNOWN, Demonstrations
 from tiny.world import PATTERNS, encyclopedia, questions, sentences, split
 
 ROOT = Path(__file__).parents[1]
@@ -135,24 +135,44 @@ def test_the_model_is_small_enough():
 
 
 def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, tokenizer):
-    """Notes are copied sentences within the limit; answers to recall and questions stand in the memory; no unseen title."""
+    """Notes are copied sentences, each once, within the limit; answers to questions and recall stand in the memory, and
+    where they don't, recall says so; no unseen title."""
     known, unseen = known_and_unseen
     demonstrations = Demonstrations(known, tokenizer, seed=5)
-    titles = [s["title"] for s in unseen]
+    titles, unknown = [s["title"] for s in unseen], 0
     for _ in range(150):
         prompt, notes = demonstrations.reading()
-        assert len(tokenizer(notes)["input_ids"]) <= MEMORY_TOKENS
-        for sentence in notes.split(". "):
-            assert sentence.rstrip(".") in prompt or notes == "(empty)"
+        assert len(tokenizer(" ".join(notes))["input_ids"]) <= MEMORY_TOKENS and len(set(notes)) == len(notes)
+        assert all(sentence in prompt for sentence in notes)
         recalled, entity = demonstrations.recalling()
         memory = recalled.split("<memory>")[1].split("</memory>")[0]
-        assert TARGET in recalled and occurrences(memory, entity)
-        assert not occurrences(recalled.split("<section>")[1], entity)
+        assert TARGET in recalled
+        if entity == UNKNOWN:
+            unknown += 1
+        else:
+            assert occurrences(memory, entity) and not occurrences(recalled.split("<section>")[1], entity)
         asked, answer = demonstrations.asked_answer()
         assert answer in asked.split("<memory>")[1]
         masked, hidden = demonstrations.masked_answer()
         assert MASK in masked.split("<memory>")[1] and not occurrences(masked.split("<memory>")[1], hidden)
         assert not any(t in text for t in titles for text in (masked, hidden))
+    assert 30 < unknown < 90
+
+
+def test_what_is_said_again_is_not_learned(known_and_unseen, tokenizer):
+    """A drawn completion is the text of its lines and EOS; without the tokens not to be learned, no line stands twice."""
+    demonstrations, repeated = Demonstrations(known_and_unseen[0], tokenizer, seed=6), 0
+    for _ in range(300):
+        _, ids, learned = demonstrations.draw()
+        assert ids[-1] == tokenizer.eos_token_id and learned[-1] and len(ids) == len(learned)
+        text = tokenizer.decode(ids[:-1]).strip()
+        assert tokenizer(text)["input_ids"] == ids[:-1]
+        kept = tokenizer.decode([i for i, yes in zip(ids[:-1], learned) if yes]).strip()
+        sentences_kept, sentences_said = kept.split(". "), text.split(". ")
+        assert len({s.rstrip(".") for s in sentences_kept}) == len(sentences_kept)
+        assert {s.rstrip(".") for s in sentences_kept} == {s.rstrip(".") for s in sentences_said}
+        repeated += all(learned) is False
+    assert 40 < repeated < 150
 
 
 @pytest.mark.slow
