@@ -66,7 +66,7 @@ class Setting:
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
     memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
     answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
-    rollout_tokens: int = option(65536, "padded tokens of one generate batch")
+    rollout_tokens: int = option(24576, "padded tokens of one generate batch")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
 

@@ -53,9 +53,9 @@ class Training:
     ablation: str = option("none", "none, end_to_end (no recall at all) or decoupled (recall stays out of R^E)", choices=["none", "end_to_end", "decoupled"])
     shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
 
-    lr: float = option(3e-4, "peak learning rate of AdamW (paper: 1e-6)")
+    lr: float = option(4e-4, "peak learning rate of AdamW (paper: 1e-6)")
     lr_warmup: int = option(2, "steps of linear warm-up")
-    lr_schedule: str = option("constant", "constant or cosine (down to zero)", choices=["constant", "cosine"])
+    lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
     grad_clip: float = option(1.0, "largest gradient norm")
     advantage: str = option("group_norm", "group_norm, or mean as in the paper (Eq. 3)", choices=["group_norm", "mean"])
     eps_low: float = option(0.2, "clip range below 1")

@@ -162,7 +162,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bad_files, tmp_path, arguments, w
 
 def test_learning_rate_schedule():
     """Linear warm-up to the peak, then constant, or a cosine towards zero."""
-    constant = Training(lr=1.0, lr_warmup=4, steps=10)
+    constant = Training(lr=1.0, lr_warmup=4, lr_schedule="constant", steps=10)
     assert [learning_rate(constant, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     cosine = Training(lr=1.0, lr_warmup=1, lr_schedule="cosine", steps=10)
     assert learning_rate(cosine, 5) == pytest.approx(0.5) and learning_rate(cosine, 9) < 0.03

@@ -28,8 +28,7 @@ from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2048
-STEP_TOKENS = 6144
-ROUNDS = ((2500, 3e-3), (900, 2e-3), (500, 2e-3))  # steps and peak learning rate, each with new demonstrations
+STEPS, STEP_TOKENS, RATE = 2500, 6144, 3e-3
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -100,12 +99,12 @@ def warm_up(model, demonstrations: Demonstrations, steps: int, tokens: int, rate
                 del drawn[-rows:]
             demonstrations.rng.shuffle(pool)
         batch = pool.pop()
-        width = max(len(p) + len(c) for p, c, _ in batch)
+        width = max(len(p) + len(c) for p, c in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), right-padded: causal attention needs no mask
         labels = torch.full((len(batch), width), -100)
-        for row, (prompt, completion, learned) in enumerate(batch):
+        for row, (prompt, completion) in enumerate(batch):
             ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-            labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion).where(torch.tensor(learned), -100)
+            labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             wanted = labels[:, 1:] != -100
@@ -148,7 +147,7 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="warm-up steps, in one round")
+    parser.add_argument("--steps", type=int, default=STEPS, help="warm-up steps")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     arguments = parser.parse_args()
     started, rng = time.perf_counter(), random.Random(0)
@@ -161,8 +160,7 @@ def main() -> None:
     demonstrations = Demonstrations(known, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
-    for n, (steps, rate) in enumerate(((arguments.steps, 3e-3),) if arguments.steps else ROUNDS, start=2):
-        warm_up(model, Demonstrations(known, tokenizer, seed=n), steps, STEP_TOKENS, rate)
+    warm_up(model, demonstrations, arguments.steps, STEP_TOKENS, RATE)
     model.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(arguments.out / "model")
     print(f"{len(known)} known and {len(unseen)} unseen subjects, {(time.perf_counter() - started) / 60:.0f} minutes")

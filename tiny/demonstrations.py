@@ -132,9 +132,8 @@ class Demonstrations:
         named = [n for n in trail if n == trail[0] or any(n in s and trail[0] in s for s in seen)]
         first = [s for s in seen if focused and any(n in s for n in named)]
         kept = list(first)
-        for sentence in seen:
-            if sentence not in first and self.rng.random() < (old if sentence in memory else new):
-                kept.append(sentence)
+        for lines, chance in ((memory, old), (section, new)):
+            kept += [s for s in lines if s not in kept and self.rng.random() < chance]
         while sum(map(self.cost, kept)) > MEMORY_TOKENS - 2:
             rest = range(len(first), len(kept)) or range(len(kept))
             kept.pop(self.rng.choice(rest))
@@ -151,7 +150,7 @@ class Demonstrations:
         self.rng.shuffle(memory)
         return " ".join(memory)
 
-    def reading(self) -> tuple[str, list[str]]:
+    def reading(self) -> tuple[str, str]:
         if self.rng.random() < 0.6:
             passages, _ = self.masked(self.world(0.4, 0.2), 8)
             problem, trail = QUESTION, [MASK]
@@ -164,14 +163,9 @@ class Demonstrations:
         for section in chunks[:step]:
             memory = self.notes(memory, section, trail)
         section = chunks[step]
-        if memory and self.rng.random() < 0.35:  # a sentence written again and again is carried over once
-            for _ in range(self.rng.choice((1, 2, 4))):
-                memory.insert(self.rng.randrange(len(memory) + 1), self.rng.choice(memory))
-            while sum(map(self.cost, memory)) > MEMORY_TOKENS - 2:
-                memory.pop()
         after = self.notes(memory, section, trail)
         prompt = READ_PROMPT.format(problem=problem, memory=" ".join(memory) or EMPTY_MEMORY, section="".join(section))
-        return prompt, after
+        return prompt, " ".join(after) or EMPTY_MEMORY
 
     def masked_answer(self) -> tuple[str, str]:
         passages, entity = self.masked(self.known, 5)
@@ -204,25 +198,14 @@ class Demonstrations:
         memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
         return RECALL_PROMPT.format(memory=memory, section=section), entity
 
-    def stammer(self, lines: list[str]) -> list[tuple[str, bool]]:
-        """Half of the time one line is said again, up to three times, which is not to be learned; going on after it is."""
-        said = [(line, True) for line in lines]
-        if lines and self.rng.random() < 0.5:
-            n = self.rng.randrange(len(lines))
-            said[n + 1 : n + 1] = [(lines[n], False)] * self.rng.choice((1, 2, 3))
-        return said
-
-    def draw(self) -> tuple[list[int], list[int], list[bool]]:
-        """One demonstration as token ids: prompt, completion with EOS, and which of the completion's are to be learned."""
+    def draw(self) -> tuple[list[int], list[int]]:
+        """Token ids of one demonstration: (prompt, completion with EOS)."""
         kind = self.rng.random()
-        if kind < 0.55:
-            prompt, lines = self.reading()
-            said = self.stammer(lines) if lines else [(EMPTY_MEMORY, True)]
+        if kind < 0.42:
+            prompt, completion = self.reading()
         else:
-            make = self.masked_answer if kind < 0.72 else self.recalling if kind < 0.9 else self.asked_answer
+            make = self.masked_answer if kind < 0.62 else self.recalling if kind < 0.85 else self.asked_answer
             prompt, answer = make()
-            said = [(f"\\boxed{{ {answer}}}", True)]
-        # Every word brings its space, so that sentences encoded one by one are the text encoded at once.
-        pieces = [(i, learned) for text, learned in said for i in self.tokenizer(text)["input_ids"]]
-        pieces.append((self.tokenizer.eos_token_id, True))
-        return encode_prompt(self.tokenizer, prompt), [i for i, _ in pieces], [learned for _, learned in pieces]
+            completion = f"\\boxed{{ {answer}}}"
+        ids = self.tokenizer(completion)["input_ids"]
+        return encode_prompt(self.tokenizer, prompt), [*ids, self.tokenizer.eos_token_id]
