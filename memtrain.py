@@ -178,7 +178,7 @@ def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[floa
         "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
         "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
         "padding_rollout": padding / (tokens + padding),
-        "padding_update": 1 - sums["used_tokens"] / max(sums["padded_tokens"], 1),
+        "padding_update": 1 - sums["used_tokens"] / sums["padded_tokens"] if sums["padded_tokens"] else 0.0,
         "tokens_per_second": tokens / (clock[4] - clock[0]),
         "seconds_rollout": clock[1] - clock[0], "seconds_recall": clock[2] - clock[1],
         "seconds_reference": clock[3] - clock[2], "seconds_update": clock[4] - clock[3],

@@ -139,7 +139,8 @@ def test_an_answer_ends_where_its_box_closes(tokenizer):
         held = generate(model, tokenizer, prompts, 20, Limits(), greedy=True, done=done)
         stopped = 0
         for (ids, end, _), (whole, whole_end, _) in zip(held, free):
-            closing = [n for n in range(1, len(whole) + 1) if whole[n - 1] == brace and done(tokenizer.decode(whole[:n], skip_special_tokens=True))]
+            ends = [n for n in range(1, len(whole) + 1) if set("}>") & set(tokenizer.decode([whole[n - 1]], skip_special_tokens=True))]
+            closing = [n for n in ends if done(tokenizer.decode(whole[:n], skip_special_tokens=True))]
             assert ids == whole[: closing[0] if closing else len(whole)] and end == (bool(closing) or whole_end)
             stopped += bool(closing) and closing[0] < len(whole)
     assert stopped > 10

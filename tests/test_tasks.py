@@ -14,18 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import eval as evaluation
+from command import command
 from masking import Document
 from qa import LongQA, Pool, SearchQA, draw, load_questions, split_questions, subject
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
 SMALL = ["--documents", 2, "--g1", 2, "--steps", 2]
-
-
-def command(*arguments, script="memtrain.py"):
-    return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +39,16 @@ def random_qwen(tmp_path_factory):
 
 def test_long_text_task_trains_and_is_evaluated(tmp_path):
     """Two steps of task training on the tiny questions: no recall, rows for each control, and a model to go on from."""
-    done = command("--task", "longqa", *SMALL, "--eval_documents", 2, "--out", tmp_path / "run")
+    done = command("--task", "longqa", *SMALL, "--chunks", 2, "--eval_documents", 2, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all(m["recall"] is None and 0 <= m["end_to_end"] <= 1 for m in metrics)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert {(r["when"], r["chunks"], r["memory"]) for r in rows} == {
-        (w, c, m) for w in ("before", "after") for c in (2, 4, 8, 16, 32) for m in ("kept", "empty")
+        (w, c, m) for w in ("before", "after") for c in (1, 2, 4, 8, 16) for m in ("kept", "empty")
     }
     done = command("--model", tmp_path / "run/checkpoint", "--against", ROOT / "tiny/model", "--lengths", 4, "--controls", "empty", "full",
-                   "oracle", "--eval_documents", 3, "--out", tmp_path / "rows.json", script="eval.py")  # fmt: skip
+                   "oracle", "--eval_documents", 3, "--out", tmp_path / "rows.json", script="eval")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(r["memory"]) for r in rows] == ["kept", "empty", "full", "oracle"] * 2 and "+0.000 [" in done.stdout
