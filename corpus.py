@@ -41,15 +41,15 @@ class Passage:
 
 def load_passages(
     corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text", title_field: str = "title",
-    max_passages: int | None = None, passage_words: int = 200,
+    max_passages: int | None = None, passage_words: int = 200, left_out: Counter | None = None,
 ) -> list[Passage]:  # fmt: skip
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr: empty
-    passages, and those that hold a literal [MASK] or [TARGET]. A passage without a title goes by the name of its .txt
+    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr and counted in
+    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A passage without a title goes by the name of its .txt
     file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
     """
-    passages, empty, marked = [], 0, 0
+    passages, left_out = [], Counter() if left_out is None else left_out
     for row, where in _rows(corpus, config, split):
         for name in {text_field, title_field} - {"title"}:
             if name not in row:
@@ -58,16 +58,18 @@ def load_passages(
             raise UserError(f"--corpus {where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
         pieces = split_paragraphs(row[text_field] or "", passage_words)
         title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and str(where).endswith(".txt") else None)
-        empty += not pieces
+        left_out["empty"] += not pieces
         for text in pieces:
             if any(token in text.lower() for token in ("[mask]", "[target]")):  # in any case, as y is masked in any case
-                marked += 1
+                left_out[f"with a literal {MASK} or {TARGET}"] += 1
+            elif "\ufffd" in text:  # what decoding puts where bytes made no sense
+                left_out["not UTF-8"] += 1
             else:
                 passages.append(Passage(str(title or text[:40]), text))
         if max_passages and len(passages) >= max_passages:
             break
-    if empty or marked:
-        print(f"{corpus}: left out {empty} empty passages and {marked} that hold a literal {MASK} or {TARGET}", file=sys.stderr)
+    if left_out.total():
+        print(f"{corpus}: left out passages that are {', '.join(f'{why} ({n})' for why, n in left_out.items() if n)}", file=sys.stderr)
     if not passages:
         raise UserError(f"--corpus {corpus}: holds no passage")
     return passages[:max_passages]
@@ -89,10 +91,11 @@ def _rows(corpus: str, config: str | None, split: str):
         raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
     for file in files:
-        whole = {"sample_by": "document"} if file.suffix == ".txt" else {}
+        more = {} if file.suffix == ".parquet" else {"encoding_errors": "replace"}
+        more |= {"sample_by": "document"} if file.suffix == ".txt" else {}
         try:
             if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file
-                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **whole)
+                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **more)
                 yield from ((row, file) for row in rows)
         except Exception as error:  # each builder has its own kinds
             raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}; mend or remove it") from None
@@ -106,7 +109,7 @@ def _malformed_line(file: Path) -> str | None:
     """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
     for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
         try:
-            if line.strip() and not isinstance(json.loads(line), dict):
+            if line.strip() and not isinstance(json.loads(line.decode(errors="replace")), dict):
                 return f"line {number} is not a JSON object"
         except ValueError as error:
             return f"line {number} is not JSON ({error})"

@@ -7,10 +7,12 @@ question with an empty memory, which tells what the model knows, or what the tex
 having remembered anything.
 """
 
+import errno
 import json
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -70,6 +72,13 @@ class Setting:
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
 
+# Whatever is smaller is a mistake; numbers that are not here may be anything.
+LEAST = dict.fromkeys(
+    "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens max_passages objectives "
+    "steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
+) | dict.fromkeys("seed related heldout eval_documents searches recall_weight lr lr_warmup grad_clip eps_low eps_high kl".split(), 0)  # fmt: skip
+
+
 @dataclass
 class Evaluation:
     lengths: list[int] | None = field(default=None, metadata={"help": "numbers of chunks (default: trained length x 1/2, 1, 2, 4, 8)"})
@@ -86,13 +95,28 @@ def parse(*dataclasses, saved: dict | None = None):
         if argument.split("=")[0] == "--config" and not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
     parser = HfArgumentParser(dataclasses)
+    if {"-h", "--help"} & set(sys.argv[1:]):  # here, as the flag for files has a parser of its own that knows no other
+        parser.print_help()
+        sys.exit(0)
+    parser.error = refuse
     parser.set_defaults(**{f.name: saved[f.name] for d in dataclasses for f in fields(d) if saved and f.name in saved})
     *parsed, rest = parser.parse_args_into_dataclasses(
         args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
+    for values in parsed:
+        for name, value in vars(values).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not LEAST.get(name, -math.inf) <= number <= math.inf:  # nor NaN
+                    raise UserError(f"--{name.replace('_', '-')} {number}: must be a number of at least {LEAST.get(name, 0)}")
+    if not parsed[0].heldout < 1:
+        raise UserError(f"--heldout {parsed[0].heldout}: is a share, less than 1")
     return parsed
+
+
+def refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists what can be given")
 
 
 def run(main) -> None:
@@ -103,10 +127,19 @@ def run(main) -> None:
         rank = os.environ.get("RANK")
         print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full ({error}): free some space and run the same command again", file=sys.stderr)
+        sys.exit(2)
 
 
 def load_model(name: str, device: str, dtype: str = "float32"):
     """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError where it isn't one."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model {name}: holds no config.json, so it is no model folder")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"--model {name}: no such folder (a model of the hub is called OWNER/NAME)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -117,15 +150,16 @@ def load_model(name: str, device: str, dtype: str = "float32"):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    model.generation_config.cache_implementation = None  # rollout.py brings its own
     return model.to(device).eval(), tokenizer
 
 
-def load_corpus(setting: Setting, model, tokenizer, cache: Path) -> Corpus:
-    """The masked documents of `setting`."""
+def load_corpus(setting: Setting, model, tokenizer, cache: Path, left_out: Counter | None = None) -> Corpus:
+    """The masked documents of `setting`; `left_out` counts the passages that can't be used."""
     check_window(setting, model, tokenizer)
     passages = load_passages(
         setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
-        max_passages=setting.max_passages,
+        max_passages=setting.max_passages, left_out=left_out,
     )  # fmt: skip
     find_entities(passages, setting.ner, cache)
     return Corpus(
@@ -151,17 +185,17 @@ def check_window(setting: Setting, model, tokenizer) -> None:
         )
 
 
-def load_source(setting: Setting, model, tokenizer, cache: Path):
+def load_source(setting: Setting, model, tokenizer, cache: Path, left_out: Counter | None = None):
     """What `--task` trains and evaluates on, as something with `document(index, split, chunks)`."""
     if setting.task == "memtrain":
-        return load_corpus(setting, model, tokenizer, cache)
+        return load_corpus(setting, model, tokenizer, cache, left_out)
     check_window(setting, model, tokenizer)
     if setting.task == "longqa":
         train = load_questions(setting.questions)
         other = load_questions(setting.eval_questions) if setting.eval_questions else None
         questions = split_questions(train, other, subject)
         passages = load_passages(setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
-                                 max_passages=setting.max_passages)  # fmt: skip
+                                 max_passages=setting.max_passages, left_out=left_out)  # fmt: skip
         pool = Pool([(passage.title, passage.text) for passage in passages], tokenizer)
         source = LongQA(questions, pool, seed=setting.seed, chunk_tokens=setting.chunk_tokens, chunks=setting.chunks)
     else:
@@ -205,7 +239,7 @@ def evaluate(
     accuracy, low, high, and scores, one a document in an order that is the same for every model. Several processes share
     the documents, and all get all rows.
     """
-    documents = []
+    documents, budget = [], limits(setting)
     for chunks in lengths:
         try:
             documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
@@ -214,7 +248,7 @@ def evaluate(
                 print(f"evaluation at {chunks} chunks is left out: {error}")
     documents = documents[rank::processes]
     shown = f"evaluation {when}" if rank == 0 else None
-    trajectories = read(model, tokenizer, documents, limits(setting), greedy=True, progress=shown)
+    trajectories = read(model, tokenizer, documents, budget, greedy=True, progress=shown)
     draws = []
     for t in trajectories:
         rng = np.random.default_rng([setting.seed, len(t.document.chunks), t.document.index])
@@ -223,11 +257,11 @@ def evaluate(
     right: dict[tuple, list[bool]] = {}
     for memory in ("kept", "empty"):
         empty = memory == "empty"
-        answered = read(model, tokenizer, documents, limits(setting), greedy=True, empty_memory=True) if empty else trajectories
+        answered = read(model, tokenizer, documents, budget, greedy=True, empty_memory=True) if empty else trajectories
         for t in answered:
             key = (len(t.document.chunks), "end_to_end", memory)
             right.setdefault(key, []).append(exact_match(t.prediction, t.document.answers))
-        recalled = recall(model, tokenizer, draws, limits(setting), greedy=True, empty_memory=empty)
+        recalled = recall(model, tokenizer, draws, budget, greedy=True, empty_memory=empty)
         for (t, draw), (turn,) in zip(draws, recalled, strict=True):
             key = (len(t.document.chunks), "recall", memory)
             right.setdefault(key, []).append(exact_match(boxed(turn.text), [draw.entity]))
@@ -255,26 +289,25 @@ def evaluate_questions(
     as the window allows, from the "oracle" memory, which is the gold paragraphs. One row each; `scores` are per question,
     in an order that is the same for every model.
     """
-    indices, found = range(setting.eval_documents)[rank::processes], {}
+    indices, found, budget = range(setting.eval_documents)[rank::processes], {}, limits(setting)
     shown = f"evaluation {when}" if rank == 0 else None
-    for length in lengths if setting.task == "longqa" else [setting.objectives]:
-        documents = [source.document(i, setting.eval_split, length) for i in indices]
-        for control in controls:
-            if control == "kept" and setting.task == "searchqa":
-                predictions = [t.prediction for t in search(model, tokenizer, documents, retriever, limits(setting), greedy=True, progress=shown)]
-            elif control == "kept":
-                predictions = [t.prediction for t in read(model, tokenizer, documents, limits(setting), greedy=True, progress=shown)]
-            else:
-                memories = [control_memory(control, document, model, tokenizer, setting) for document in documents]
-                predictions = [boxed(turn.text) for turn in answer(model, tokenizer, documents, memories, limits(setting), greedy=True)]
-            rows = [
-                (score(p, d), f1_score(p, d.answers), substring_match(p, d.answers)) if setting.task == "longqa" else (score(p, d), 0.0, 0.0)
-                for p, d in zip(predictions, documents, strict=True)
-            ]
-            found[length, control] = dict(zip(indices, rows, strict=True))
+    lengths = lengths if setting.task == "longqa" else [setting.objectives]
+    places = [(length, i) for length in lengths for i in indices]
+    documents = [source.document(i, setting.eval_split, length) for length, i in places]
+    for control in controls:
+        if control == "kept" and setting.task == "searchqa":
+            predictions = [t.prediction for t in search(model, tokenizer, documents, retriever, budget, greedy=True, progress=shown)]
+        elif control == "kept":  # all lengths together: short documents fill the batches of the long ones
+            predictions = [t.prediction for t in read(model, tokenizer, documents, budget, greedy=True, progress=shown)]
+        else:
+            memories = [control_memory(control, document, model, tokenizer, setting) for document in documents]
+            predictions = [boxed(turn.text) for turn in answer(model, tokenizer, documents, memories, budget, greedy=True)]
+        for (length, i), p, d in zip(places, predictions, documents, strict=True):
+            more = (f1_score(p, d.answers), substring_match(p, d.answers)) if setting.task == "longqa" else (0.0, 0.0)
+            found.setdefault((length, control), {})[i] = score(p, d), *more
     parts, rows = gather(found), []
-    for length, control in found:
-        scores = [value for _, value in sorted(item for part in parts for item in part[length, control].items())]
+    for length, control in ((length, control) for length in lengths for control in controls):
+        scores = [value for _, value in sorted(item for part in parts for item in part.get((length, control), {}).items())]
         exact, f1, substring = np.mean(scores, axis=0).tolist()
         low, high = wilson(exact * len(scores), len(scores))
         more = {"f1": f1, "substring": substring} if setting.task == "longqa" else {}
@@ -352,8 +385,8 @@ def plot(rows: list[dict], file: str) -> None:
 
 def main() -> None:
     setting, _ = parse(Setting, Evaluation)
-    trained, saved = Path(setting.model).parent / "config.json", {}  # of the run that wrote this checkpoint
-    if trained.is_file():
+    saved: dict = {}  # of the run that wrote this checkpoint, runs/NAME/checkpoint or runs/NAME/checkpoints/step-N
+    if trained := next((file for folder in Path(setting.model).parents[:2] if (file := folder / "config.json").is_file()), None):
         saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
     if bad := [control for control in evaluation.controls if control not in ("empty", "full", "oracle")]:

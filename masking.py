@@ -131,7 +131,8 @@ class Corpus:
         if chunk_tokens < SMALLEST_CHUNK:
             raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK}")
         if max(n_passages or 1, n_related + 1) > len(passages):
-            raise UserError(f"the corpus has {len(passages)} passages, too few for --passages {n_passages} with --related {n_related}")
+            asked = f"--passages {n_passages}" if n_passages else f"--related {n_related}"
+            raise UserError(f"the corpus has {len(passages)} passages, too few for {asked}: bring more text, or ask for fewer")
         self.same_title: dict[str, list[int]] = {}
         for n, passage in enumerate(passages):
             self.same_title.setdefault(passage.title, []).append(n)

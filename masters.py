@@ -36,7 +36,7 @@ class MasterAdamW:
         weight.grad = None
 
     def step(self, lr: float, grad_clip: float) -> float:
-        """One update with the gradients summed over all processes; the gradient norm before clipping."""
+        """One update with the gradients summed over all processes, none if they are not finite; their norm before clipping."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         gradients = []
@@ -48,10 +48,27 @@ class MasterAdamW:
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient.to(master.device)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip)
-        self.adamw.step()
+        if norm.isfinite():  # the same on every process: it is of the sum
+            self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        if self.separate:
+        if self.separate and norm.isfinite():
             with torch.no_grad():
                 for weight, master in zip(self.weights, self.masters, strict=True):
                     weight.copy_(master)
         return norm.item()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on, but the policy's weights: moments, step counts and separate masters."""
+        found = {f"{n}.{name}": t for n, values in self.adamw.state_dict()["state"].items() for name, t in values.items()}
+        return found | ({f"{n}.master": master for n, master in enumerate(self.masters)} if self.separate else {})
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from `tensors()`."""
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            n, name = key.split(".")
+            if name == "master":
+                self.masters[int(n)].data.copy_(tensor)
+            else:
+                state.setdefault(int(n), {})[name] = tensor
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})

@@ -18,8 +18,8 @@ Where this differs from the paper:
 
 import json
 import math
-import shutil
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import checkpoints
 import parallel
 from batching import can_pack_completions
 from eval import Setting, default_lengths, evaluate, evaluate_questions, limits, load_model, load_source, option, parse, run, score, table
@@ -68,7 +69,10 @@ class Training:
     offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
 
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
-    save_every: int = option(100, "write the checkpoint every so many steps, and at the end")
+    save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
+    keep: int = option(2, "checkpoints to keep")
+    resume: str = option("auto", "auto goes on with an unfinished run of the same settings in --out; never refuses", choices=["auto", "never"])
+    max_bad_steps: int = option(3, "stop after so many steps in a row whose gradient is not finite; their updates are left out")
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -136,7 +140,8 @@ def update(
             sums |= {"loss": loss.item() / len(starts), "used_tokens": used, "padded_tokens": padded}
             totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
         norms.append(optimizer.step(lr, training.grad_clip))
-    return totals | {"grad_norm": float(np.mean(norms)) if norms else 0.0, "updates": len(norms)}
+    done = [norm for norm in norms if math.isfinite(norm)]
+    return totals | {"grad_norm": float(np.mean(done)) if done else 0.0, "updates": len(done), "bad_updates": len(norms) - len(done)}
 
 
 def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> str:
@@ -147,21 +152,25 @@ def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> 
     return "\n".join(lines)
 
 
-def save(model, tokenizer, setting: Setting, training: Training, step: int) -> Path:
-    """Write out/checkpoint, complete or not at all: AutoModelForCausalLM and AutoTokenizer load it."""
-    folder, fresh = Path(training.out) / "checkpoint", Path(training.out) / "checkpoint.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "README.md").write_text(
+def model_card(setting: Setting, step: int) -> str:
+    return (
         f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
         f"`{setting.model}` after {step} steps of {setting.task} (arXiv 2606.03197) on `{setting.corpus}`: it reads a text "
         f"chunk by chunk ({setting.chunk_tokens} tokens) and keeps a memory of up to {setting.memory_tokens} tokens.\n"
         "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-    return folder
+
+
+def checkpoint(
+    model, tokenizer, optimizer, setting: Setting, training: Training, drawn: dict[str, torch.Tensor], state: dict, rank: int
+) -> None:
+    """Write what going on needs; `drawn` is this process' random state at the end of `state["step"]`. Called by all processes."""
+    states = gather(drawn)
+    if rank == 0:
+        ended = state["step"] == training.steps  # nothing takes the optimizer on from here
+        tensors = {} if ended else {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
+        tensors |= {f"random/{n}/{name}": tensor for n, part in enumerate(states) for name, tensor in part.items()}
+        checkpoints.save(Path(training.out), state, model, tokenizer, model_card(setting, state["step"]), training.keep, tensors)
 
 
 def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[float]) -> dict:
@@ -187,17 +196,19 @@ def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[floa
 
 def main() -> None:
     setting, training = parse(Setting, Training)
-    out = Path(training.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: the folder holds another run; choose another or delete it")
+    out, config = Path(training.out), asdict(setting) | asdict(training)
+    if Path(setting.model).is_dir():
+        config["model"] = str(Path(setting.model).resolve())  # runs/X/checkpoint leads elsewhere when X goes on
+    resuming = checkpoints.unfinished(out, config, training.resume)
     if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end" and setting.task == "memtrain"):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
-    for name in ("steps", "documents", "update_batch", "sample_every", "save_every"):
-        if getattr(training, name) is not None and getattr(training, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(training, name)}: must be at least 1")
     rank, processes, device = parallel.start()
     if training.documents < processes:
         raise UserError(f"--documents {training.documents}: each of the {processes} processes needs at least one")
+    last = checkpoints.newest(out) if resuming else None
+    evaluated = resuming and (out / "eval.json").exists()
+    if len(set(gather((resuming, last, evaluated)))) > 1:
+        raise UserError(f"--out {out}: the processes don't see the same folder; give a path that all machines share")
     seed = setting.seed + 1_000_003 * rank  # every process draws its own samples
     torch.manual_seed(seed)
 
@@ -206,7 +217,7 @@ def main() -> None:
     if training.kl:
         reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
     with parallel.main_first(rank):  # the others find what it has cached
-        corpus = load_source(setting, model, tokenizer, out.parent / ".entities")
+        corpus = load_source(setting, model, tokenizer, out.parent / ".entities", left_out := Counter())
         retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
     recalls = setting.task == "memtrain" and training.ablation != "end_to_end"
     if training.gradient_checkpointing:
@@ -216,33 +227,47 @@ def main() -> None:
     if rank == 0 and not pack:
         print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
 
-    lengths, rows = default_lengths(setting.chunks), []
-    measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(setting) | asdict(training), indent=1))
-    if setting.eval_documents:
+        lock = checkpoints.lock(out)  # noqa: F841  held until this process ends
+        if checkpoints.unfinished(out, config, training.resume) != resuming:
+            raise UserError(f"--out {out}: another run came and went meanwhile; run the same command again")
+        checkpoints.replace_text(out / "config.json", json.dumps(config, indent=1))
+    lengths, rows, budget = default_lengths(setting.chunks), [], limits(setting)
+    measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
+    if evaluated:
+        rows = json.loads((out / "eval.json").read_text())
+    elif setting.eval_documents:
         rows = measure(model, tokenizer, corpus, setting, lengths, "before", rank, processes, **more)
         if rank == 0:
             print(table(rows))
+            checkpoints.replace_text(out / "eval.json", json.dumps(rows, indent=1))
+    state = {"step": 0, "processes": processes, "seconds": 0.0, "bad_steps": 0, "rollout_tokens": budget.rollout_tokens}
+    if last:
+        state |= checkpoints.load(last, model, optimizer, rank, processes)
+        budget.rollout_tokens = min(budget.rollout_tokens, state["rollout_tokens"])
+        if rank == 0:
+            print(f"going on after step {state['step']}")
+            checkpoints.point(out, last, training.keep)  # a kill may have come between its writing and this
+    if rank == 0:
+        checkpoints.rewind(out, state)
 
-    bar = tqdm(range(training.steps), desc="memtrain", disable=rank > 0)
-    started = time.perf_counter()
+    signals = checkpoints.catch_signals()
+    bar = tqdm(range(state["step"], training.steps), desc="memtrain", disable=rank > 0, initial=state["step"], total=training.steps)
     for step in bar:
-        clock = [time.perf_counter()]
+        clock, drawn = [time.perf_counter()], checkpoints.random_state()
         mine = range(rank, training.documents, processes)  # this process' documents of the step
         documents = [corpus.document(step * training.documents + n) for n in mine]
         if retriever:
             try:
-                trajectories, lost = search(model, tokenizer, documents, retriever, limits(setting), samples=training.g1), None
+                trajectories, lost = search(model, tokenizer, documents, retriever, budget, samples=training.g1), None
             except UserError as error:
                 trajectories, lost = [], error
             if lost := next((error for error in gather(lost) if error), None):  # gone for good, for one or for all
-                if rank == 0:
-                    save(model, tokenizer, setting, training, step)  # keep what was learned
+                checkpoint(model, tokenizer, optimizer, setting, training, drawn, state, rank)  # keep what was learned
                 raise lost
         else:
-            trajectories = read(model, tokenizer, documents, limits(setting), samples=training.g1)
+            trajectories = read(model, tokenizer, documents, budget, samples=training.g1)
         places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
         clock.append(time.perf_counter())
 
@@ -253,7 +278,7 @@ def main() -> None:
             rng = np.random.default_rng([setting.seed, step, who])
             draws.append(draw_recall(trajectory.document, rng) if recalls else None)
         asked = [n for n, draw in enumerate(draws) if draw]
-        answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], limits(setting), training.g2)
+        answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], budget, training.g2)
         recalled = dict(zip(asked, answers, strict=True))
         clock.append(time.perf_counter())
 
@@ -301,12 +326,14 @@ def main() -> None:
             "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
             "completion_tokens": [len(turn.completion_ids) for turn in written],
         }  # fmt: skip
-        parts, all_sums = gather(part), gather(sums)
+        parts, all_sums, stopping = gather(part), gather(sums), any(gather(bool(signals)))
         if rank == 0:
             metrics = {"step": step + 1} | step_metrics(
                 {name: [value for part in parts for value in part[name]] for name in part},
                 {name: sum(sums.get(name, 0) for sums in all_sums) for name in set().union(*all_sums)}, clock,
-            ) | {"grad_norm": sums["grad_norm"], "updates": sums["updates"], "lr": learning_rate(training, step)}  # fmt: skip
+            ) | {name: sums[name] for name in ("grad_norm", "updates", "bad_updates")}  # fmt: skip
+            metrics |= {"lr": learning_rate(training, step), "left_out": left_out.total()}
+            metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
@@ -316,19 +343,32 @@ def main() -> None:
                 tqdm.write(f"step {step + 1}: {text}")
                 with (out / "samples.jsonl").open("a") as file:
                     file.write(json.dumps({"step": step + 1, "document": documents[0].chunks, "text": text}) + "\n")
-            if (step + 1) % training.save_every == 0 and step + 1 < training.steps:
-                save(model, tokenizer, setting, training, step + 1)
 
-    minutes = (time.perf_counter() - started) / 60
-    if rank == 0:
-        folder = save(model, tokenizer, setting, training, training.steps)
+        state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - clock[0]
+        state["bad_steps"] = state["bad_steps"] + 1 if sums["bad_updates"] else 0
+        state["rollout_tokens"] = min(gather(budget.rollout_tokens))
+        broken = state["bad_steps"] >= training.max_bad_steps
+        if broken or stopping or (step + 1) % training.save_every == 0 or step + 1 == training.steps:
+            checkpoint(model, tokenizer, optimizer, setting, training, checkpoints.random_state(), state, rank)
+        if broken:
+            raise UserError(f"the gradient was not finite in {state['bad_steps']} steps in a row, up to step {step + 1}; {out}/checkpoint has "
+                            "the weights from before: look at the corpus, or lower --lr")  # fmt: skip
+        if stopping and step + 1 < training.steps:
+            if rank == 0:
+                print(f"stopped after step {step + 1}; go on with: {checkpoints.command(processes)}")
+            checkpoints.release_signals()
+            return parallel.stop()
+    checkpoints.release_signals()
+
     if setting.eval_documents:
+        rows = [row for row in rows if row["when"] == "before"]
         rows += measure(model, tokenizer, corpus, setting, lengths, "after", rank, processes, **more)
-        if rank == 0:
-            print(table(rows))
-            (out / "eval.json").write_text(json.dumps(rows, indent=1))
     if rank == 0:
-        print(f"{training.steps} steps in {minutes:.1f} minutes on {processes} x {device}; checkpoint in {folder}")
+        if setting.eval_documents:
+            print(table(rows))
+            checkpoints.replace_text(out / "eval.json", json.dumps(rows, indent=1))
+        (out / "finished").touch()
+        print(f"{training.steps} steps in {state['seconds'] / 60:.1f} minutes on {processes} x {device}; checkpoint in {out / 'checkpoint'}")
     parallel.stop()
 
 

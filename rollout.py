@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
-from batching import by_length, can_share_prompts
+from batching import by_length, can_share_prompts, roomy_cache
 from masking import Document, Recall
+from retrieval import UserError
 from rewards import boxed
 
 EMPTY_MEMORY = "(empty)"
@@ -170,16 +171,16 @@ def end_ids(model, tokenizer) -> list[int]:
 def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
     """Cache of all but the last token of each left-padded prompt, ids and mask (rows, width), equal rows computed once.
 
-    None where that saves nothing, or can't be done with this model. `generate` goes on from the last token.
+    Empty where that saves nothing, None where it can't be done with this model. `generate` goes on from what is there.
     """
-    if ids.shape[1] < 2 or not can_share_prompts(model):
+    if not can_share_prompts(model):
         return None
     # -1 for padding: a real token may have the padding's id.
     unique, row = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)  # (unique, width), (rows,)
-    if len(unique) == len(ids):
-        return None
+    if len(unique) == len(ids) or ids.shape[1] < 2:
+        return roomy_cache(model)
     mask = (unique >= 0).long()
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model)
     model.get_decoder()(
         input_ids=unique.clamp(min=0)[:, :-1], attention_mask=mask[:, :-1],
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, use_cache=True,
@@ -239,26 +240,48 @@ def generate(
     if not greedy:
         # Left unset, these would come from the model folder's generation_config.json or from generate's defaults.
         config.update(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
-    config.update(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
+    config.update(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, return_dict_in_generate=False)
     completions: list = [None] * len(prompts)
-    for batch in by_length([len(p) + new_tokens for p in prompts], limits.rollout_tokens):
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), pad)  # (batch, width)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):  # left padding: the completion follows the prompt without a gap
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        cache = share_prefill(model, ids, mask)
-        stop = Stop(done, tokenizer, len(batch), width, ids.device) if done else None
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
-        )
-        lengths = stop.lengths.tolist() if stop else [0] * len(batch)
-        for i, row, length in zip(batch, output[:, width:].tolist(), lengths, strict=True):
-            # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
-            end = length or next((n for n, token in enumerate(row, start=1) if token in ends), None)
-            completions[i] = row[:end], end is not None, width - len(prompts[i])
+    while waiting := [i for i, completion in enumerate(completions) if completion is None]:
+        full = False
+        try:
+            for places in by_length([len(prompts[i]) + new_tokens for i in waiting], limits.rollout_tokens):
+                batch = [waiting[n] for n in places]
+                for i, completion in zip(batch, generate_batch(model, tokenizer, [prompts[i] for i in batch], config, done), strict=True):
+                    completions[i] = completion
+        except torch.OutOfMemoryError:
+            full = True
+        if full:  # here and not above: while it is handled, an exception keeps alive what its frames hold
+            if len(batch) == 1:
+                raise UserError(f"out of memory for a single prompt of {len(prompts[batch[0]])} tokens: make --chunk-tokens smaller, "
+                                "or see README on what can be held in CPU memory")  # fmt: skip
+            torch.cuda.empty_cache()
+            failed = len(batch) * (max(len(prompts[i]) for i in batch) + new_tokens)  # far less than the budget, maybe
+            limits.rollout_tokens = min(limits.rollout_tokens, failed) // 2
+            print(f"out of memory in rollout: going on with --rollout-tokens {limits.rollout_tokens}", flush=True)
+    return completions
+
+
+def generate_batch(model, tokenizer, prompts: list[list[int]], config: GenerationConfig, done=None) -> list[tuple[list[int], bool, int]]:
+    """One call of Hugging Face's generate, for `generate`."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), config.pad_token_id)  # (batch, width)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # left padding: the completion follows the prompt without a gap
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cache = share_prefill(model, ids, mask)
+    stop = Stop(done, tokenizer, len(prompts), width, ids.device) if done else None
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
+    )
+    lengths = stop.lengths.tolist() if stop else [0] * len(prompts)
+    completions = []
+    for prompt, row, length in zip(prompts, output[:, width:].tolist(), lengths, strict=True):
+        # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
+        end = length or next((n for n, token in enumerate(row, start=1) if token in config.eos_token_id), None)
+        completions.append((row[:end], end is not None, width - len(prompt)))
     return completions
 
 

@@ -8,6 +8,7 @@ import traceback
 from types import SimpleNamespace
 from unittest import mock
 
+import checkpoints
 import eval as evaluation
 
 
@@ -23,4 +24,6 @@ def command(*arguments, script="memtrain"):
         except Exception:
             traceback.print_exc()
             code = 1
+        finally:
+            checkpoints.release_signals()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

@@ -115,55 +115,10 @@ def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
         assert m["padding_rollout"] < 0.15 and m["padding_update"] < 0.15
 
 
-@pytest.fixture(scope="module")
-def bad_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "malformed.jsonl").write_text('{"title": "A", "text": "Ada Lovelace met Charles Babbage."}\n{"title": "B", "te\n')
-    (folder / "plain.jsonl").write_text('{"title": "x", "text": "nothing here is a name at all"}\n' * 9)
-    (folder / "few.jsonl").write_text("".join(f'{{"title": "Town {i}", "text": "Ada Lovelace went to Town {i} in 18{i}0."}}\n' for i in range(3)))
-    (folder / "field.jsonl").write_text('{"title": "x", "body": "Ada Lovelace"}\n')
-    (folder / "empty.jsonl").write_text("")
-    (folder / "not_a_model").mkdir()
-    (folder / "used").mkdir()
-    (folder / "used/config.json").write_text("{}")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--corpus", "{bad}/missing.jsonl"], ["missing.jsonl"]),
-        (["--corpus", "{bad}/malformed.jsonl"], ["malformed.jsonl", "2"]),
-        (["--corpus", "{bad}/plain.jsonl"], ["entit"]),
-        (["--corpus", "{bad}/few.jsonl", "--passages", "50"], ["50"]),
-        (["--corpus", "{bad}/field.jsonl"], ["text"]),
-        (["--corpus", "{bad}/empty.jsonl"], ["empty.jsonl"]),
-        (["--chunk_tokens", "5120"], ["--chunk-tokens 5120", "2048"]),
-        (["--model", "{bad}/not_a_model"], ["not_a_model"]),
-        (["--model", "{bad}/nowhere"], ["nowhere"]),
-        (["--no_such_flag", "1"], ["--no_such_flag"]),
-        (["--out", "{bad}/used"], ["used", "another"]),
-        (["--config", "{bad}/none.args"], ["none.args"]),
-        (["--ner", "en_no_such_pipeline"], ["spacy download en_no_such_pipeline", "rules"]),
-        (["--g1", "1"], ["--g1"]),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(bad_files, tmp_path, arguments, words):
-    """No traceback, the line names what and where, and nothing half-written is left behind."""
-    arguments = [a.format(bad=bad_files) for a in arguments]
-    out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
-    done = command(*arguments, *out)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and all(word in last for word in words), last
-    assert not (tmp_path / "run").exists()
-    assert [p.name for p in (bad_files / "used").iterdir()] == ["config.json"]
-
-
-def test_a_mistake_as_a_process(bad_files, tmp_path):
-    """What users see: one line on stderr and exit code 2 for their mistake, and no folder."""
-    done = process("--corpus", bad_files / "malformed.jsonl", "--out", tmp_path / "run")
+def test_a_mistake_as_a_process(tmp_path):
+    """What users see: one line on stderr and exit code 2 for their mistake, and no folder; tests/test_bad_input.py has many."""
+    (tmp_path / "malformed.jsonl").write_text('{"title": "B", "te\n')
+    done = process("--corpus", tmp_path / "malformed.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
 

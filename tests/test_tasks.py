@@ -128,9 +128,8 @@ class Dying(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch):
     """One line that names the server, exit code 2, and what was learned so far loads as a model."""
-    import memtrain
     import rollout
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Dying)
@@ -144,13 +143,11 @@ def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, monkeypatc
 
     monkeypatch.setattr(rollout, "converse", always_searches)
     url = f"http://127.0.0.1:{server.server_port}/retrieve"
-    monkeypatch.setattr(sys, "argv", ["memtrain.py", "--task", "searchqa", "--retriever", url, "--documents", "1", "--g1", "2", "--searches", "2",
-                                      "--steps", "3", "--eval_documents", "0", "--out", str(tmp_path / "run")])  # fmt: skip
-    with pytest.raises(SystemExit) as stop:
-        evaluation.run(memtrain.main)
+    arguments = ["--task", "searchqa", "--retriever", url, "--documents", 1, "--g1", 2, "--searches", 2, "--steps", 3, "--eval_documents", 0, "--out", tmp_path / "run"]
+    done = command(*arguments)
     server.shutdown()
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and last.startswith("error: ") and url.split("/retrieve")[0] in last
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and url.split("/retrieve")[0] in last
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1 and len(asked) == 2 * 3 + 2  # died in step 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
 

@@ -1,0 +1,128 @@
+"""Users' mistakes: each gets one line that says what, where and what to do, exit code 2, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command import command
+
+ROOT = Path(__file__).parents[1]
+GOOD = {"_id": "1", "question": "Who?", "answer": "Ada", "supporting_facts": [["A", 0]], "context": [["A", ["Ada was."]]], "type": "x", "level": "y"}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    passage = '{"title": "A", "text": "Ada Lovelace met Charles Babbage."}\n'
+    files = {
+        "malformed.jsonl": passage + '{"title": "B", "te\n', "list.jsonl": passage + "[1, 2]\n", "plain.jsonl": '{"title": "x", "text": "nothing here is a name at all"}\n' * 9,
+        "few.jsonl": "".join(f'{{"title": "Town {i}", "text": "Ada Lovelace went to Town {i} in 18{i}0."}}\n' for i in range(3)),
+        "one.jsonl": passage, "field.jsonl": '{"title": "x", "body": "Ada Lovelace"}\n', "number.jsonl": '{"title": "x", "text": 5}\n', "empty.jsonl": "",
+        "blank.jsonl": '{"title": "x", "text": ""}\n', "masks.jsonl": '{"title": "x", "text": "Ada saw a [MASK]."}\n', "notes.csv": "a,b\n", "fake.parquet": "PAR",
+        "questions.json": json.dumps([GOOD]), "no_gold.json": json.dumps([GOOD | {"supporting_facts": []}]), "no_question.json": json.dumps([GOOD | {"question": ""}]),
+        "no_answer.json": json.dumps([GOOD | {"answer": 3}]), "shape.json": json.dumps([GOOD | {"context": 5}]), "strings.json": '["a"]', "half.json": "[{",
+        "missing_fact.json": json.dumps([GOOD | {"supporting_facts": [["B", 0]]}]), "strange.json": json.dumps([{"_id": 1, "words": 2}]), "bad.args": "--steps two\n",
+        "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n', "used/config.json": "{}", "other/thing.txt": "x", "not_a_model/x": "", "nothing/x.csv": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "latin.json").write_bytes(b'[{"question": "\xe9"}]')
+    return folder
+
+
+MISTAKES = [  # script, arguments, and the whole line that they get
+    ('memtrain', '--corpus {bad}/missing.jsonl', '--corpus {bad}/missing.jsonl: no such file or folder (a hub data set is called OWNER/NAME)'),
+    ('memtrain', '--corpus {bad}/malformed.jsonl',
+     '--corpus {bad}/malformed.jsonl: line 2 is not JSON (Invalid control character at: line 1 column 19 (char 18)); mend or remove it'),
+    ('memtrain', '--corpus {bad}/list.jsonl', '--corpus {bad}/list.jsonl: line 2 is not a JSON object; mend or remove it'),
+    ('memtrain', '--corpus {bad}/plain.jsonl',
+     '--ner rules: found no entity in the corpus, so there is nothing to mask; try another pipeline or text'),
+    ('memtrain', '--corpus {bad}/few.jsonl --passages 50', 'the corpus has 3 passages, too few for --passages 50: bring more text, or ask for fewer'),
+    ('memtrain', '--corpus {bad}/one.jsonl', 'the corpus has 1 passages, too few for --related 2: bring more text, or ask for fewer'),
+    ('memtrain', '--corpus {bad}/field.jsonl', "--corpus {bad}/field.jsonl: no field 'text', its fields are body, title; name one of them"),
+    ('memtrain', '--corpus {bad}/field.jsonl --text_field story',
+     "--corpus {bad}/field.jsonl: no field 'story', its fields are body, title; name one of them"),
+    ('memtrain', '--corpus {bad}/number.jsonl', "--corpus {bad}/number.jsonl: field 'text' holds int, not text"),
+    ('memtrain', '--corpus {bad}/empty.jsonl', '--corpus {bad}/empty.jsonl: holds no passage'),
+    ('memtrain', '--corpus {bad}/blank.jsonl', '--corpus {bad}/blank.jsonl: holds no passage'),
+    ('memtrain', '--corpus {bad}/masks.jsonl', '--corpus {bad}/masks.jsonl: holds no passage'),
+    ('memtrain', '--corpus {bad}/notes.csv', '--corpus {bad}/notes.csv: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one'),
+    ('memtrain', '--corpus {bad}/nothing', '--corpus {bad}/nothing: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one'),
+    ('memtrain', '--corpus {bad}/fake.parquet',
+     '--corpus {bad}/fake.parquet: Parquet file size is 3 bytes, smaller than the minimum file footer (8 bytes); mend or remove it'),
+    ('memtrain', '--ner en_no_such_pipeline',
+     '--ner en_no_such_pipeline: not installed; run `python -m spacy download en_no_such_pipeline`, or use --ner rules'),
+    ('memtrain', '--chunk_tokens 5120',
+     '--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5520 tokens, {root}/tiny/model has 2048; make them smaller'),
+    ('memtrain', '--chunk_tokens 3', '--chunk-tokens 3: a chunk needs at least 16'),
+    ('memtrain', '--chunk_tokens 0', '--chunk-tokens 0: must be a number of at least 1'),
+    ('memtrain', '--chunks 0', '--chunks 0: must be a number of at least 1'),
+    ('memtrain', '--memory_tokens -4', '--memory-tokens -4: must be a number of at least 1'),
+    ('memtrain', '--answer_tokens 0', '--answer-tokens 0: must be a number of at least 1'),
+    ('memtrain', '--heldout 1', '--heldout 1.0: is a share, less than 1'),
+    ('memtrain', '--steps 0', '--steps 0: must be a number of at least 1'),
+    ('memtrain', '--steps two', "argument --steps: invalid int value: 'two'; --help lists what can be given"),
+    ('memtrain', '--lr nan', '--lr nan: must be a number of at least 0'),
+    ('memtrain', '--lr -1', '--lr -1.0: must be a number of at least 0'),
+    ('memtrain', '--g1 1', '--g1 and --g2 must be at least 2: an advantage compares the samples of a group'),
+    ('memtrain', '--g2 1', '--g1 and --g2 must be at least 2: an advantage compares the samples of a group'),
+    ('memtrain', '--documents 0', '--documents 0: must be a number of at least 1'),
+    ('memtrain', '--update_batch 0', '--update-batch 0: must be a number of at least 1'),
+    ('memtrain', '--save_every 0', '--save-every 0: must be a number of at least 1'),
+    ('memtrain', '--keep 0', '--keep 0: must be a number of at least 1'),
+    ('memtrain', '--ablation both',
+     "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled'); --help lists what can be given"),
+    ('memtrain', '--task chess',
+     "argument --task: invalid choice: 'chess' (choose from 'memtrain', 'longqa', 'searchqa'); --help lists what can be given"),
+    ('memtrain', '--dtype float8', "argument --dtype: invalid choice: 'float8' (choose from 'float32', 'bfloat16'); --help lists what can be given"),
+    ('memtrain', '--model {bad}/not_a_model', '--model {bad}/not_a_model: holds no config.json, so it is no model folder'),
+    ('memtrain', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+    ('memtrain', '--no_such_flag 1', 'unknown argument --no_such_flag; --help lists all of them'),
+    ('memtrain', '--config {bad}/none.args', '--config {bad}/none.args: no such file; recipes/ holds those that come with the project'),
+    ('memtrain', '--config {bad}/bad.args', "argument --steps: invalid int value: 'two'; --help lists what can be given"),
+    ('memtrain', '--out {bad}/used',
+     '--out {bad}/used: the folder holds another run, with --ablation None, --advantage None, --answer-tokens None, --chunk-tokens None, --chunks None ...; choose another or delete it, or give its settings to go on with it'),
+    ('memtrain', '--out {bad}/other', '--out {bad}/other: the folder holds another run or other files; choose another or delete it'),
+    ('memtrain', '--out {bad}/notes.csv', '--out {bad}/notes.csv: is a file; name a folder'),
+    ('memtrain', '--task longqa --questions {bad}/missing.json', "{bad}/missing.json: can't be read (No such file or directory)"),
+    ('memtrain', '--task longqa --questions {bad}/half.json',
+     '{bad}/half.json: is not JSON (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))'),
+    ('memtrain', '--task longqa --questions {bad}/latin.json', '{bad}/latin.json: is not UTF-8 text (byte 15)'),
+    ('memtrain', '--task longqa --questions {bad}/strings.json', '{bad}/strings.json: record 1 is str, not an object with fields'),
+    ('memtrain', '--task longqa --questions {bad}/strange.json',
+     "{bad}/strange.json: record 1: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has _id, words"),
+    ('memtrain', '--task longqa --questions {bad}/no_gold.json', "{bad}/no_gold.json: record 1: no 'supporting_facts', so no gold paragraph"),
+    ('memtrain', '--task longqa --questions {bad}/no_question.json', "{bad}/no_question.json: record 1: field 'question' holds no text"),
+    ('memtrain', '--task longqa --questions {bad}/no_answer.json', "{bad}/no_answer.json: record 1: no answer in field 'answer'"),
+    ('memtrain', '--task longqa --questions {bad}/shape.json',
+     "{bad}/shape.json: record 1: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]"),
+    ('memtrain', '--task longqa --questions {bad}/missing_fact.json',
+     "{bad}/missing_fact.json: record 1: 'context' has no text for the supporting fact 'B'"),
+    ('memtrain', '--task longqa --questions {bad}/questions.json',
+     "--questions {bad}/questions.json: no question is left for 'test'; bring more, or --eval-questions"),
+    ('memtrain', '--task searchqa --questions {bad}/nq.jsonl', "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'"),
+    ('memtrain', '--task searchqa --retriever tfidf', '--retriever tfidf: neither bm25 nor dense, nor the http://... of a server'),
+    ('memtrain', '--task searchqa --retriever dense',
+     '--retriever dense needs --corpus FILE.jsonl and an encoder (--model NAME; in memtrain.py and eval.py --encoder NAME)'),
+    ('eval', '--eval_documents 0', '--eval-documents 0: nothing to evaluate; ask for at least one'),
+    ('eval', '--controls full', '--controls full: masked documents have the control empty only'),
+    ('eval', '--task longqa --controls half', '--controls half: choose from empty, full and oracle'),
+    ('eval', '--task searchqa --controls full', '--controls full: search questions come without a text; use empty'),
+    ('eval', '--lengths 0', '--lengths 0: must be a number of at least 1'),
+    ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
+    ('eval', '--against {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+    ('eval', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, arguments, message", MISTAKES)
+def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
+    """The whole message, no traceback, exit code 2, and no output folder."""
+    arguments = [a.format(bad=bad) for a in arguments.split()]
+    held = sorted(bad.rglob("*"))
+    done = command(*arguments, *([] if "--out" in arguments else ["--out", tmp_path / "run"]), script=script)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.replace(str(bad), "{bad}").replace(str(ROOT), "{root}") == f"error: {message}"
+    assert not (tmp_path / "run").exists() and sorted(bad.rglob("*")) == held
