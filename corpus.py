@@ -91,7 +91,8 @@ def _rows(corpus: str, config: str | None, split: str):
         raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
     for file in files:
-        more = {} if file.suffix == ".parquet" else {"encoding_errors": "replace"}
+        # "utf8", as the reader of .json only looks at encoding_errors where the encoding isn't called "utf-8".
+        more = {} if file.suffix == ".parquet" else {"encoding": "utf8", "encoding_errors": "replace"}
         more |= {"sample_by": "document"} if file.suffix == ".txt" else {}
         try:
             if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file

@@ -69,7 +69,7 @@ def occurrences(text: str, entity: str) -> list[Span]:
     """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
     folded, origin = fold(text)
     found, place = [], 0
-    while match := _form(entity).search(folded, place):
+    while _form(entity).pattern and (match := _form(entity).search(folded, place)):  # nothing occurs nowhere
         start, end = match.span()
         place = start + 1
         if is_whole(folded, start, end):

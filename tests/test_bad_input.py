@@ -116,7 +116,10 @@ MISTAKES = [  # script, arguments, and the whole line that they get
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script, arguments, message", MISTAKES)
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [pytest.param(*mistake, marks=[pytest.mark.slow] if n % 5 else []) for n, mistake in enumerate(MISTAKES)],  # a second each
+)
 def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     """The whole message, no traceback, exit code 2, and no output folder."""
     arguments = [a.format(bad=bad) for a in arguments.split()]

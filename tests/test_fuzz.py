@@ -1,6 +1,6 @@
 """Random input to what reads text that others wrote: no exception but the user's error, and its promises hold.
 
-Over 10,000 cases: 2,500 for each of three readers of text, 150 files, and 3,000 requests.
+Over 10,000 cases: 2,500 for each of three readers of text, 60 files, and 3,000 requests.
 """
 
 import json
@@ -56,7 +56,8 @@ def test_masking(passage, entity):
     """Spans are in order and inside, and after masking no occurrence is left."""
     spans = occurrences(passage, entity)
     assert all(0 <= a < b <= len(passage) for a, b in spans) and spans == sorted(spans)
-    if spans and not occurrences(MASK, entity):
+    # corpus.spans leaves out entities without a letter or digit at both ends: "0!" in "0!0!" is whole only the second time.
+    if spans and not occurrences(MASK, entity) and entity[:1].isalnum() and entity[-1:].isalnum():
         assert not occurrences(mask(passage, entity), entity)
     assert "".join("".join(split_paragraphs(passage, 3)).split()) == "".join(passage.split())
 
@@ -76,7 +77,7 @@ def test_prompts(tokenizer, content):
     assert len(tokenizer(cut(tokenizer, content, 5), add_special_tokens=False)["input_ids"]) <= 10
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.binary(max_size=30) | text.map(lambda t: json.dumps({"title": t[:5], "text": t}).encode()), max_size=4), st.sampled_from(["jsonl", "json", "txt", "parquet"]))
 def test_files(tmp_path_factory, lines, suffix):
     """Any bytes under any suffix: passages with text, or a user's error."""

@@ -88,7 +88,7 @@ def test_two_processes_equal_one(tmp_path):
 def test_torchrun_writes_one_run(tmp_path):
     """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, and its metrics count both processes' samples."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "memtrain.py"),
-               "--steps", "2", "--documents", "3", "--g1", "2", "--g2", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")]  # fmt: skip
+               "--steps", "2", "--chunks", "2", "--documents", "3", "--g1", "2", "--g2", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
