@@ -26,7 +26,9 @@ def start() -> tuple[int, int, str]:
 
 
 def stop() -> None:
+    """Called by all processes at a run's end; none leaves before the others are there, as its going looks like a failure."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -84,11 +84,12 @@ def test_a_resumed_run_equals_one_never_stopped(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_resume(tmp_path):
+@pytest.mark.parametrize("task", ["memtrain", "longqa", "searchqa"])
+def test_two_processes_resume(tmp_path, task):
     """Each goes on with its own random numbers."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "memtrain.py"]
     out = tmp_path / "run"
-    run = [*map(str, [*launch, *SMALL, "--steps", 2, "--out", out])]
+    run = [*map(str, [*launch, *SMALL, *TASKS[task], "--steps", 2, "--out", out])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(run, check=True, capture_output=True, env=environment, timeout=200)
     shutil.copytree(out, tmp_path / "whole", symlinks=True)
