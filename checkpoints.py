@@ -64,9 +64,16 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
         raise UserError(f"{held}; {advice}, or go on with it by --resume auto")
     if (out / "finished").exists():
         raise UserError(f"--out {out}: this run is finished; {advice}")
+    return True
+
+
+def write_config(out: Path, config: dict) -> None:
+    """Write config.json; over that of a run with other batch sizes, say so."""
+    file = out / "config.json"
+    saved = json.loads(file.read_text()) if file.exists() else config
     if any(saved.get(name) != config.get(name) for name in ROOM):
         print(f"--out {out}: going on with other batch sizes, so rounding and samples will not be those of a run that never stopped")
-    return True
+    replace_text(file, json.dumps(config, indent=1))
 
 
 def newest(out: Path) -> Path | None:
@@ -116,7 +123,7 @@ def random_state() -> dict[str, torch.Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors: dict[str, torch.Tensor]) -> Path:
+def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors: dict[str, torch.Tensor]) -> None:
     """Write the checkpoint of `state`'s step, point `out`/checkpoint to it, and delete all but the last `keep`.
 
     Raises UserError, leaving the older ones as they were, where it can't be written.
@@ -145,10 +152,10 @@ def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors
             f"the checkpoint of step {state['step']} could not be written to {folder.parent} ({error}); "
             + (f"{older} is whole: free some space and run the same command again" if older else "free some space")
         ) from error
-    return point(out, folder, keep)
+    point(out, folder, keep)
 
 
-def point(out: Path, folder: Path, keep: int) -> Path:
+def point(out: Path, folder: Path, keep: int) -> None:
     """Have `out`/checkpoint lead to `folder`, the newest, and delete all but the last `keep`."""
     link = out / "checkpoint.new"
     link.unlink(missing_ok=True)
@@ -157,7 +164,6 @@ def point(out: Path, folder: Path, keep: int) -> Path:
     for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
         gone = old.rename(old.with_name(f"deleted-{old.name}"))  # half of it is left if this is killed, under no name that counts
         shutil.rmtree(gone, ignore_errors=True)
-    return folder
 
 
 def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:

@@ -46,8 +46,8 @@ def load_passages(
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
     Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr and counted in
-    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A passage without a title goes by the name of its .txt
-    file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
+    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A passage
+    without a title goes by the name of its .txt file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
     for row, where in _rows(corpus, config, split):

@@ -232,7 +232,7 @@ def main() -> None:
         lock = checkpoints.lock(out)  # noqa: F841  held until this process ends
         if checkpoints.unfinished(out, config, training.resume) != resuming:
             raise UserError(f"--out {out}: another run came and went meanwhile; run the same command again")
-        checkpoints.replace_text(out / "config.json", json.dumps(config, indent=1))
+        checkpoints.write_config(out, config)
     lengths, rows, budget = default_lengths(setting.chunks), [], limits(setting)
     measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
     if evaluated:
@@ -326,7 +326,7 @@ def main() -> None:
             "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
             "completion_tokens": [len(turn.completion_ids) for turn in written],
         }  # fmt: skip
-        parts, all_sums, stopping = gather(part), gather(sums), any(gather(bool(signals)))
+        parts, all_sums, stops, budgets = zip(*gather((part, sums, bool(signals), budget.rollout_tokens)), strict=True)
         if rank == 0:
             metrics = {"step": step + 1} | step_metrics(
                 {name: [value for part in parts for value in part[name]] for name in part},
@@ -346,19 +346,20 @@ def main() -> None:
 
         state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - clock[0]
         state["bad_steps"] = state["bad_steps"] + 1 if sums["bad_updates"] else 0
-        state["rollout_tokens"] = min(gather(budget.rollout_tokens))
+        state["rollout_tokens"] = min(budgets)
         broken = state["bad_steps"] >= training.max_bad_steps
-        if broken or stopping or (step + 1) % training.save_every == 0 or step + 1 == training.steps:
+        if broken or any(stops) or (step + 1) % training.save_every == 0 or step + 1 == training.steps:
             checkpoint(model, tokenizer, optimizer, setting, training, checkpoints.random_state(), state, rank)
         if broken:
             raise UserError(f"the gradient was not finite in {state['bad_steps']} steps in a row, up to step {step + 1}; {out}/checkpoint has "
                             "the weights from before: look at the corpus, or lower --lr")  # fmt: skip
-        if stopping and step + 1 < training.steps:
-            if rank == 0:
-                print(f"stopped after step {step + 1}; go on with: {checkpoints.command(processes)}")
-            checkpoints.release_signals()
-            return parallel.stop()
+        if any(stops):
+            break
     checkpoints.release_signals()
+    if state["step"] < training.steps:
+        if rank == 0:
+            print(f"stopped after step {state['step']}; go on with: {checkpoints.command(processes)}")
+        return parallel.stop()
 
     if setting.eval_documents:
         rows = [row for row in rows if row["when"] == "before"]

@@ -7,7 +7,8 @@
 Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from the
 same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose groups are
 of two or more, gets 32 prompts twice, which costs it the same since it computes each row by itself. Both sides cut the 64
-into the micro-batches of their defaults: 8,192 tokens here, 8 rows (4,608 tokens) in TRL. TRL's gradient checkpointing is switched off, since ours is; all else is each side's default.
+into the micro-batches of their defaults: 8,192 tokens here, 8 rows (4,608 tokens) in TRL. TRL's gradient checkpointing is
+switched off, since ours is; all else is each side's default.
 """
 
 import argparse
@@ -84,7 +85,8 @@ def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS * GROUP // 8, num_generations=group, max_steps=steps,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS * GROUP // 8,
+        num_generations=group, max_steps=steps,
         max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False, logging_strategy="no",
     )  # fmt: skip

@@ -169,7 +169,7 @@ def killed_and_resumed(start, out: Path, deadly: str | None, seconds: float | No
 
 @pytest.mark.parametrize("deadly", ["save_file:3", f"point:{STEPS}"])
 def test_killed_while_writing(start, whole, tmp_path, deadly):
-    """Inside a checkpoint, before its rename and at the first file of the run: what is half-written is never picked up."""
+    """Inside a checkpoint, and between the last one and the link to it: what is half-written is never picked up."""
     assert killed_and_resumed(start, tmp_path / "run", deadly, None)
     assert_same_run(whole[0], tmp_path / "run")
 

@@ -83,7 +83,6 @@ def served(tmp_path):
 def test_search_task_over_http(tmp_path, random_qwen, monkeypatch):
     """Two training steps of a random Qwen3-shaped model against `retrieval.py serve`: it samples, a script makes every
     other first turn a search, and the server's passages stand in the prompts that follow."""
-    import memtrain
     import rollout
 
     real, prompts = rollout.converse, []
@@ -98,11 +97,10 @@ def test_search_task_over_http(tmp_path, random_qwen, monkeypatch):
     monkeypatch.setattr(rollout, "converse", half_of_them_search)
     process, url = served(tmp_path)
     try:
-        monkeypatch.setattr(sys, "argv", ["memtrain.py", "--task", "searchqa", "--model", str(random_qwen), "--retriever", url, "--documents", "2",
-                                          "--g1", "2", "--steps", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")])  # fmt: skip
-        memtrain.main()
+        done = command("--task", "searchqa", "--model", random_qwen, "--retriever", url, *SMALL, "--eval_documents", 2, "--out", tmp_path / "run")
     finally:
         process.send_signal(signal.SIGTERM)
+    assert done.returncode == 0, done.stderr
     assert process.wait(timeout=20) == 0
     shown = [text.split("<result>")[1] for text in prompts if "Searches left: 5" in text]
     assert len(shown) >= 4 and all("Weimar" in text for text in shown)
