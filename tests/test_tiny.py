@@ -12,8 +12,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from matching import MASK, TARGET, occurrences
-from rollout import READ_PROMPT, encode_prompt
-from tiny.demonstrations import MEMORY_TOKENS, UNKNOWN, Demonstrations
+from rewards import boxed
+from rollout import EMPTY_MEMORY, READ_PROMPT, SEARCH, encode_prompt
+from tiny.demonstrations import BRIEF, FOCUSED, LOOSE, MEMORY_TOKENS, SHARES, UNKNOWN, Demonstrations
 from tiny.world import PATTERNS, encyclopedia, questions, sentences, split
 
 ROOT = Path(__file__).parents[1]
@@ -135,29 +136,65 @@ def test_the_model_is_small_enough():
 
 
 def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, tokenizer):
-    """Notes are copied sentences, each once, within the limit; answers to questions and recall stand in the memory, and
+    """Notes are copied paragraphs, each once, within the limit; answers to questions and recall stand in the memory, and
     where they don't, recall says so; no unseen title."""
     known, unseen = known_and_unseen
     demonstrations = Demonstrations(known, tokenizer, seed=5)
     titles, unknown = [s["title"] for s in unseen], 0
     for _ in range(150):
         prompt, notes = demonstrations.reading()
-        assert len(tokenizer(notes)["input_ids"]) <= MEMORY_TOKENS
-        for sentence in notes.split(". "):
-            assert sentence.rstrip(".") in prompt or notes == "(empty)"
+        style, *paragraphs = notes.split("\n\n")
+        assert style in SHARES and len(tokenizer(notes)["input_ids"]) <= MEMORY_TOKENS
+        assert all(paragraph in prompt for paragraph in paragraphs) and len(set(paragraphs)) == len(paragraphs)
         recalled, entity = demonstrations.recalling()
         memory = recalled.split("<memory>")[1].split("</memory>")[0]
         assert TARGET in recalled
-        if entity == UNKNOWN:
+        if entity == f"\\boxed{{ {UNKNOWN}}}":
             unknown += 1
         else:
-            assert occurrences(memory, entity) and not occurrences(recalled.split("<section>")[1], entity)
+            assert occurrences(memory, boxed(entity)) and not occurrences(recalled.split("<section>")[1], boxed(entity))
         asked, answer = demonstrations.asked_answer()
-        assert answer in asked.split("<memory>")[1]
+        assert boxed(answer) in asked.split("<memory>")[1]
         masked, hidden = demonstrations.masked_answer()
-        assert MASK in masked.split("<memory>")[1] and not occurrences(masked.split("<memory>")[1], hidden)
+        assert MASK in masked.split("<memory>")[1] and not occurrences(masked.split("<memory>")[1], boxed(hidden))
         assert not any(t in text for t in titles for text in (masked, hidden))
     assert 30 < unknown < 90
+
+
+def test_note_takers_differ_as_they_should(known_and_unseen, tokenizer):
+    """First notes come from each sort as often as SHARES says; only the focused keep every paragraph with [MASK] that fits."""
+    demonstrations = Demonstrations(known_and_unseen[0], tokenizer, seed=6)
+    first, kept, shown = Counter(), Counter(), Counter()
+    for _ in range(4000):
+        prompt, notes = demonstrations.reading()
+        style = notes.split("\n\n")[0]
+        first[style] += EMPTY_MEMORY in prompt
+        section = prompt.split("<section>\n")[1].split("\n</section>")[0].strip().split("\n\n")
+        clues = [paragraph for paragraph in section if MASK in paragraph]
+        if len(clues) == 1 and EMPTY_MEMORY in prompt:
+            shown[style] += 1
+            kept[style] += clues[0] in notes
+    for style, share in SHARES.items():
+        assert abs(first[style] / first.total() - share) < 0.05, style
+    assert kept[FOCUSED] == shown[FOCUSED] > 10
+    assert kept[BRIEF] / shown[BRIEF] < 0.5 and kept[LOOSE] / shown[LOOSE] < 0.7
+
+
+def test_searching_looks_up_what_the_question_leads_to(known_and_unseen, tokenizer):
+    """A search names what the question or an earlier result names; an answer stands in the notes, or is unknown."""
+    demonstrations = Demonstrations(known_and_unseen[0], tokenizer, seed=7)
+    searched = answered = 0
+    for _ in range(300):
+        prompt, completion = demonstrations.searching()
+        if query := SEARCH.search(completion):
+            searched += 1
+            assert query[1].strip() in prompt or not prompt.split("<memory>")[1].startswith(f"\n{FOCUSED}")
+        else:
+            notes, _, _ = completion.partition("\\boxed")
+            found = [a for a in boxed(completion).split("; ") if a.strip() != UNKNOWN]
+            answered += bool(found)
+            assert all(a.strip() in notes for a in found)
+    assert searched > 100 and answered > 20
 
 
 @pytest.mark.slow

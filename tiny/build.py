@@ -2,9 +2,10 @@
 
     python tiny/build.py            # all of it, deterministic on one machine; see README for the minutes
 
-The base model is warmed up by imitation of a crowd of note-takers, each with preferences of its own, drawn
-at random. It can read, copy sentences into a memory, answer from a memory and recall, but has no judgement
-of what is worth keeping: that is what MemTrain teaches. A third of the subjects never appears in the warm-up.
+The base model is warmed up by imitation of three sorts of note-takers: most write down next to nothing, some
+whatever they like, few what the problem names. It can read, copy paragraphs into a memory, answer from a memory,
+recall and search, but can't tell which sort pays: that is what MemTrain teaches. A third of the subjects never
+appears in the warm-up.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from masking import QUESTION  # noqa: E402
 from matching import MASK, TARGET, mask  # noqa: E402
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
-from tiny.demonstrations import Demonstrations, passage  # noqa: E402
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT  # noqa: E402
+from tiny.demonstrations import SHARES, Demonstrations, passage  # noqa: E402
 from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2048
-STEPS, STEP_TOKENS, RATE = 2500, 6144, 3e-3
+STEPS, STEP_TOKENS, RATE = 3000, 6144, 3e-3
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -37,8 +38,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     A word has one form, with its space before it, also at the start of a line: copying is then copying.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("\n", "\n "), normalizers.Prepend(" ")])
-    words = Regex(r" ?\[(?:MASK|TARGET)\]| ?\\boxed\{| ?\p{L}+| ?\d{1,2}| ?[^\s\p{L}\d]|\s")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\n(?!\n)"), "\n "), normalizers.Prepend(" ")])
+    words = Regex(r" ?\[(?:MASK|TARGET)\]| ?\\boxed\{| ?</?search>| ?\p{L}+| ?\d{1,2}| ?[^\s\p{L}\d]|\n+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -51,9 +52,11 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, *[f" {MASK} {TARGET} \\boxed{{"] * 500], trainer)
-    slots = {"problem": "\0", "memory": "\0", "section": "\0"}
-    pieces = {p for prompt in (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT) for p in f"{prompt.format(**slots)}\n".split("\0")}
+    fixed = f" {MASK} {TARGET} \\boxed{{.\n\n <search> name</search> {' '.join(SHARES)}"
+    tokenizer.train_from_iterator([*texts, *[fixed] * 500], trainer)
+    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "\0")
+    prompts = (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT, SEARCH_PROMPT)
+    pieces = {p for prompt in prompts for p in f"{prompt.format(**slots)}\n".split("\0") if len(p) > 9}
     # normalized=False: a piece is matched as written, and what stands between two pieces is normalised on its own.
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces | {QUESTION, EMPTY_MEMORY})])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", model_max_length=2048)

@@ -1,16 +1,20 @@
-"""What the base model learns from: demonstrations by a crowd of note-takers, over true, mixed and fresh worlds."""
+"""What the base model learns from: demonstrations by three sorts of note-takers, over true, mixed and fresh worlds."""
 
 import random
 
-from masking import QUESTION
+from masking import QUESTION, cut_chunks
 from matching import MASK, TARGET, mask
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, encode_prompt
 from tiny.world import Inventor, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS = 64, 64
-PASSAGE_SENTENCES = (3, 4)
+PASSAGE_SENTENCES = (2, 3)
 UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
-FOCUSED = 0.15  # share of the note-takers that look at the problem
+
+# How a memory begins says who writes it. Most pick up next to nothing; few look at the problem. Nobody tells the base
+# model which sort pays: that is what MemTrain has to find out.
+BRIEF, LOOSE, FOCUSED = "In brief:", "All sorts of things:", "For the problem:"
+SHARES = {BRIEF: 0.45, LOOSE: 0.3, FOCUSED: 0.25}
 
 
 def holds(text: str, entity: str) -> bool:
@@ -24,7 +28,7 @@ def like_entity(value: str) -> bool:
 
 
 def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
-    """Three or four sentences about `subject`, in random order, the attributes in `must` among them."""
+    """Two or three sentences about `subject`, in random order, the attributes in `must` among them."""
     lines = sentences(subject, rng)
     lines.sort(key=lambda line: line[0] not in must)  # stable: the rest stays shuffled
     lines = lines[: rng.choice(PASSAGE_SENTENCES)]
@@ -44,8 +48,13 @@ def gather(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
     return chosen
 
 
+def written(style: str, paragraphs: list[str]) -> str:
+    """A memory as text: its style, then its paragraphs, with a blank line between."""
+    return "\n\n".join([style, *paragraphs])
+
+
 class Demonstrations:
-    """Draws (prompt, completion) texts for the four things the base model must be able to do."""
+    """Draws (prompt, completion) texts for the five things the base model must be able to do."""
 
     def __init__(self, known: list[dict], tokenizer, seed: int):
         self.rng = random.Random(seed)
@@ -64,6 +73,8 @@ class Demonstrations:
         draw = self.rng.random()
         return self.inventor.fresh() if draw < fresh else self.inventor.mixed() if draw < fresh + mixed else self.known
 
+    # ---- documents and questions over a world ----
+
     def masked(self, world: list[dict], size: int) -> tuple[list[list[str]], str]:
         """Passages of a document (lists of sentences) with one entity of a pivot masked, and that entity."""
         pivot = self.rng.choice(world)
@@ -75,13 +86,11 @@ class Demonstrations:
         entity = self.rng.choice(sorted(entities))
         return [[mask(s, entity, MASK) for s in p] for p in passages], entity
 
-    def asked(self, world: list[dict], size: int) -> tuple[dict, list[list[str]], list[str]]:
-        """A question over `world`, half of the time of two hops, with its passages and evidence."""
+    def question(self, world: list[dict]) -> dict:
+        """A question over `world`, half of the time of two hops."""
         rows = questions(world)
         two_hops = [r for r in rows if len(r["hops"]) == 2]
-        row = self.rng.choice(two_hops if two_hops and self.rng.random() < 0.5 else rows)
-        _, passages, evidence = self.context(row, world, size)
-        return row, passages, evidence
+        return self.rng.choice(two_hops if two_hops and self.rng.random() < 0.5 else rows)
 
     def context(self, row: dict, world: list[dict], size: int) -> tuple[list[str], list[list[str]], list[str]]:
         """Titles and sentences of `size` passages that hold the evidence of question `row`, and the evidence sentences."""
@@ -102,91 +111,119 @@ class Demonstrations:
                 evidence.append(next(line for line in lines if value in line))
         return [s["title"] for s in chosen], passages, evidence
 
-    def sections(self, passages: list[list[str]]) -> list[list[str]]:
-        """Sentences in chunks of at most CHUNK_TOKENS; a passage's first sentence keeps its paragraph break."""
-        chunks: list[list[str]] = [[]]
-        used = 0
-        for lines in passages:
-            for position, line in enumerate(lines):
-                price = self.cost(line) + (position == 0)
-                if used + price > CHUNK_TOKENS:
-                    chunks.append([])
-                    used = 0
-                chunks[-1].append(("\n\n" if position == 0 and used else " " if used else "") + line)
-                used += price
-        return chunks
+    def sections(self, passages: list[list[str]], titles: list[str] | None = None) -> list[str]:
+        """The passages as chunks; with `titles` they are numbered documents, as in qa.py, and no heading stands alone."""
+        text, headings = "", []
+        for n, lines in enumerate(passages):
+            heading = f"Document {n + 1}: {titles[n]}\n" if titles else ""
+            headings.append((len(text), len(text) + len(heading) + 1))
+            text += f"{heading}{' '.join(lines)}\n\n"
+        return cut_chunks(text.rstrip("\n"), headings, self.tokenizer, CHUNK_TOKENS)
 
-    def note_taker(self) -> tuple[bool, float, float]:
-        """One of the crowd: whether it is focused, and its chances of copying an old and a new sentence."""
-        return self.rng.random() < FOCUSED, self.rng.uniform(0.3, 0.95), self.rng.uniform(0.0, 0.5)
+    # ---- memories ----
 
-    def notes(self, memory: list[str], section: list[str], trail: list[str]) -> list[str]:
-        """The next memory, by a note-taker drawn from the crowd: copy by chance, and over the limit drop by chance.
+    def style(self, begun: bool) -> str:
+        """Who takes notes. Later steps show more of the focused, whose notes take longest to learn; that leaves what is
+        written first, and so what the base does by itself, as SHARES says."""
+        if begun and self.rng.random() < 0.4:
+            return FOCUSED
+        (style,) = self.rng.choices(list(SHARES), SHARES.values())
+        return style
 
-        A focused one puts first, and never drops by chance, what the problem names, and what that leads to: the second
-        name of a `trail` counts once a sentence joins it to the first. Most don't look at the problem.
+    def size(self, paragraphs: list[str]) -> int:
+        """Tokens of a memory of these paragraphs, its style and the breaks between them included."""
+        return sum(self.cost(p) + 1 for p in paragraphs) + 6
+
+    def notes(self, style: str, memory: list[str], section: str, trail: list[str]) -> list[str]:
+        """The next memory: whole paragraphs of the old one and of the section, each in the order in which they stand.
+
+        The brief keep one at most. The loose keep by chance. The focused put first what the problem names, and what that
+        leads to (the second name of a `trail` counts once a paragraph joins it to the first), and go on as the loose do.
+        What doesn't fit is dropped by chance. A model that copies whole paragraphs chooses only where one begins; with
+        sentences chosen one by one so small a model lost its place, and wrote the same ones again and again.
         """
-        focused, old, new = self.note_taker()
-        section = [s.strip() for s in section]
-        seen = list(dict.fromkeys(memory + section))
-        named = [n for n in trail if n == trail[0] or any(n in s and trail[0] in s for s in seen)]
-        first = [s for s in seen if focused and any(n in s for n in named)]
-        kept = list(first)
-        for lines, chance in ((memory, old), (section, new)):
-            kept += [s for s in lines if s not in kept and self.rng.random() < chance]
-        while sum(map(self.cost, kept)) > MEMORY_TOKENS - 2:
-            rest = range(len(first), len(kept)) or range(len(kept))
-            kept.pop(self.rng.choice(rest))
-            first = first[: len(kept)]
-        return kept
+        new = [paragraph.split("\n")[-1] for paragraph in section.strip().split("\n\n")]  # without a heading
+        paragraphs = list(dict.fromkeys(memory + new))
+        if style == BRIEF:
+            return [self.rng.choice(paragraphs)] if self.rng.random() < 0.7 else []
+        named = [n for n in trail if n == trail[0] or any(n in p and trail[0] in p for p in paragraphs)]
+        must = [p for p in paragraphs if style == FOCUSED and any(n in p for n in named)]
+        old_chance, new_chance = self.rng.uniform(0.3, 1.0), self.rng.uniform(0.0, 0.8)
+        others = [p for p in paragraphs if p not in must and self.rng.random() < (old_chance if p in memory else new_chance)]
+        while self.size(must + others) > MEMORY_TOKENS - 2:
+            dropped = others or must
+            dropped.pop(self.rng.randrange(len(dropped)))
+        return must + others
+
+    def part(self, lines: list[str], chance: float) -> list[str]:
+        """With this chance some sentences of a passage that follow each other, otherwise all."""
+        if self.rng.random() >= chance:
+            return lines
+        start = self.rng.randrange(len(lines))
+        return lines[start : self.rng.randrange(start, len(lines)) + 1]
 
     def some_notes(self, passages: list[list[str]], evidence: list[str]) -> str:
-        """A memory that holds `evidence` among sentences drawn from `passages`, within the limit, in random order."""
-        others = [s for p in passages for s in p if s not in evidence]
+        """A memory that holds `evidence` among paragraphs drawn from `passages`, within the limit, in random order."""
+        runs, others = [], []
+        for lines in passages:
+            places = [n for n, line in enumerate(lines) if line in evidence]
+            if places:
+                low, high = self.rng.choice((places[0], 0)), self.rng.choice((places[-1], len(lines) - 1))
+                runs.append(lines[low : high + 1])
+            elif lines:
+                others.append(" ".join(self.part(lines, 0.4)))
+        if self.size([" ".join(run) for run in runs]) > MEMORY_TOKENS - 2:
+            runs = [[line for line in run if line in evidence] for run in runs]
+        paragraphs = [" ".join(run) for run in runs]
         self.rng.shuffle(others)
-        memory, limit = list(evidence), self.rng.choice((16, 32, MEMORY_TOKENS - 2))
-        while others and sum(map(self.cost, memory)) + self.cost(others[-1]) < limit:
-            memory.append(others.pop())
-        self.rng.shuffle(memory)
-        return " ".join(memory)
+        limit = self.rng.choice((16, 32, MEMORY_TOKENS - 2))
+        while others and self.size([*paragraphs, others[-1]]) < limit:
+            paragraphs.append(others.pop())
+        self.rng.shuffle(paragraphs)
+        return written(self.rng.choice(list(SHARES)), paragraphs)
+
+    # ---- demonstrations, as (prompt, completion) ----
 
     def reading(self) -> tuple[str, str]:
         if self.rng.random() < 0.6:
-            passages, _ = self.masked(self.world(0.4, 0.2), 8)
-            problem, trail = QUESTION, [MASK]
+            passages, _ = self.masked(self.world(0.4, 0.2), 10)
+            problem, trail, titles = QUESTION, [MASK], None
         else:
-            row, passages, _ = self.asked(self.world(0.7, 0.3), 8)
+            row = self.question(world := self.world(0.7, 0.3))
+            titles, passages, _ = self.context(row, world, 10)
             problem, trail = row["question"], [title for title, _ in row["hops"]]
-        chunks = self.sections(passages)
-        memory: list[str] = []
+        chunks = self.sections(passages, titles)
         step = self.rng.randrange(len(chunks))
+        style, memory, before = self.style(step > 0), [], EMPTY_MEMORY
         for section in chunks[:step]:
-            memory = self.notes(memory, section, trail)
-        section = chunks[step]
-        after = self.notes(memory, section, trail)
-        prompt = READ_PROMPT.format(problem=problem, memory=" ".join(memory) or EMPTY_MEMORY, section="".join(section))
-        return prompt, " ".join(after) or EMPTY_MEMORY
+            memory = self.notes(style, memory, section, trail)
+            before = written(style, memory)
+        if step and self.rng.random() < 0.1:  # hardly anyone changes
+            style = self.style(False)
+        after = written(style, self.notes(style, memory, chunks[step], trail))
+        return READ_PROMPT.format(problem=problem, memory=before, section=chunks[step]), after
 
     def masked_answer(self) -> tuple[str, str]:
         passages, entity = self.masked(self.known, 5)
         clues = [s for p in passages for s in p if MASK in s]
         self.rng.shuffle(clues)
         memory = self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))])
-        return ANSWER_PROMPT.format(problem=QUESTION, memory=memory), entity
+        return ANSWER_PROMPT.format(problem=QUESTION, memory=memory), f"\\boxed{{ {entity}}}"
 
     def asked_answer(self) -> tuple[str, str]:
-        row, passages, evidence = self.asked(self.world(0.7, 0.3), 5)
-        return ANSWER_PROMPT.format(problem=row["question"], memory=self.some_notes(passages, evidence)), row["answer"]
+        row = self.question(world := self.world(0.7, 0.3))
+        _, passages, evidence = self.context(row, world, 5)
+        memory = self.some_notes(passages, evidence)
+        return ANSWER_PROMPT.format(problem=row["question"], memory=memory), f"\\boxed{{ {row['answer']}}}"
 
     def recalling(self) -> tuple[str, str]:
         passages, _ = self.masked(world := self.world(0.45, 0.25), 6)
-        section = self.rng.choice(self.sections(passages))
-        text = "".join(section)
+        text = self.rng.choice(self.sections(passages))
         found = {v for s in world for v in (s["title"], *s["facts"].values()) if like_entity(v) and holds(text, v)}
         if not found:
             return self.recalling()
         entity = self.rng.choice(sorted(found))
-        evidence = [s.strip() for s in section if holds(s, entity)]
+        evidence = [s for p in passages for s in p if s in text and holds(s, entity)]
         if not evidence:  # only stands across two sentences
             return self.recalling()
         self.rng.shuffle(evidence)
@@ -194,18 +231,53 @@ class Demonstrations:
         if self.rng.random() < 0.4:  # the memory doesn't say: no guessing, also where the world is known
             others = [[s for s in p if not holds(s, entity)] for p in passages]
             memory = EMPTY_MEMORY if self.rng.random() < 0.2 else self.some_notes(others, [])
-            return RECALL_PROMPT.format(memory=memory or EMPTY_MEMORY, section=section), UNKNOWN
-        memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
-        return RECALL_PROMPT.format(memory=memory, section=section), entity
+            entity = UNKNOWN
+        else:
+            memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
+        return RECALL_PROMPT.format(memory=memory, section=section), f"\\boxed{{ {entity}}}"
+
+    def searching(self) -> tuple[str, str]:
+        """One turn of a search for the answers to one or two questions: note what was found, then look up the next name.
+
+        The focused note the evidence that the last result holds, the loose any sentences, the brief nothing; each answers
+        what stands in its own notes.
+        """
+        world = self.world(0.7, 0.3)
+        by_title = {s["title"]: s for s in world}
+        rows = [self.question(world) for _ in range(self.rng.choice((1, 2, 2)))]
+        hops = [(*hop, n) for n, row in enumerate(rows) for hop in row["hops"]]
+        turn = self.rng.randrange(len(hops) + 1)
+        style = self.style(turn > 0)
+        notes, before, query, result = [], EMPTY_MEMORY, "(none)", "(none)"
+        for title, attribute, _ in hops[:turn]:
+            before = written(style, notes)
+            pages = [passage(by_title[title], self.rng, (attribute,) if n == 0 else ()) for n in range(self.rng.choice((1, 2, 3)))]
+            names = [title] * len(pages)
+            for other in gather(world, by_title[title], self.rng, 4):
+                if len(pages) < 3 and other["title"] != title:
+                    pages.append(passage(other, self.rng))
+                    names.append(other["title"])
+            order = self.rng.sample(range(len(pages)), len(pages))
+            query, result = title, "\n\n".join(f"{names[n]}\n{' '.join(pages[n])}" for n in order)
+            value = by_title[title]["facts"][attribute]
+            found = [next(line for line in pages[0] if value in line)]
+            if style == LOOSE:
+                found = [self.rng.choice(page) for page in pages if self.rng.random() < 0.4]
+            notes = [*notes, *(line for line in found if line not in notes)] if style != BRIEF else []
+            while self.size(notes) > MEMORY_TOKENS - 2:
+                notes.pop(0)
+        known = [any(row["answer"] in line for line in notes) for row in rows]
+        answers = "; ".join(row["answer"] if there else UNKNOWN for row, there in zip(rows, known, strict=True))
+        action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
+        prompt = SEARCH_PROMPT.format(
+            problem="; ".join(row["question"] for row in rows), memory=before, query=query,
+            result=result, left=6 - turn,
+        )  # fmt: skip
+        return prompt, f"{written(style, notes)}\n\n{action}"
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
-        kind = self.rng.random()
-        if kind < 0.42:
-            prompt, completion = self.reading()
-        else:
-            make = self.masked_answer if kind < 0.62 else self.recalling if kind < 0.85 else self.asked_answer
-            prompt, answer = make()
-            completion = f"\\boxed{{ {answer}}}"
-        ids = self.tokenizer(completion)["input_ids"]
-        return encode_prompt(self.tokenizer, prompt), [*ids, self.tokenizer.eos_token_id]
+        makers = {self.reading: 0.46, self.masked_answer: 0.16, self.recalling: 0.17, self.asked_answer: 0.11, self.searching: 0.1}
+        (make,) = self.rng.choices(list(makers), makers.values())
+        prompt, completion = make()
+        return encode_prompt(self.tokenizer, prompt), [*self.tokenizer(completion)["input_ids"], self.tokenizer.eos_token_id]

@@ -1,0 +1,150 @@
+"""The tables and figures of a reproduction: what recipes/reproduce-tiny.sh measured, as results.json, in README and as a plot.
+
+    python recipes/tables.py runs/reproduce
+
+Accuracies are exact matches of greedy answers, all seeds' questions together, with 95 % intervals (Wilson's for shares, a
+paired bootstrap over the questions for differences).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from eval import paired_bootstrap, wilson  # noqa: E402
+
+BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
+
+
+def load(folder: Path, name: str, memory: str = "kept") -> dict[int, list[float]]:
+    """{chunks or objectives: scores of all seeds' questions, seed by seed} of what `measure SEED/name` wrote."""
+    scores: dict[int, list[float]] = {}
+    for file in sorted(folder.glob(f"*/{name}.json")):
+        for row in json.loads(file.read_text()):
+            if row["memory"] == memory:
+                scores.setdefault(row["chunks"], []).extend(row["scores"])
+    return scores
+
+
+def minutes(folder: Path, *runs: tuple[str, int | None]) -> float:
+    """Training minutes of these runs, each up to a step or whole, the mean over seeds."""
+    seconds = []
+    for run, steps in runs:
+        for file in sorted(folder.glob(f"*/{run}/metrics.jsonl")):
+            rows = [json.loads(line) for line in file.read_text().splitlines()][:steps]
+            seconds.append(sum(row[name] for row in rows for name in row if name.startswith("seconds_")))
+    return sum(seconds) / 60 / len(list(folder.glob(f"*/{runs[0][0]}/metrics.jsonl")))
+
+
+def cell(scores: list[float]) -> str:
+    low, high = wilson(sum(scores), len(scores))  # of halves, in search, a little too wide
+    return f"{np.mean(scores):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def together(scores: dict[int, list[float]]) -> list[float]:
+    """The scores of all lengths; lengths have equally many, so their mean is the average over lengths."""
+    return [value for length in sorted(scores) for value in scores[length]]
+
+
+def accuracy_table(title: str, unit: str, rows: dict[str, dict[int, list[float]]]) -> list[str]:
+    lengths = sorted(next(iter(rows.values())))
+    average = ["average"] if len(lengths) > 1 else []
+    head = [title, *(f"{n} {unit}" for n in lengths), *average]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, scores in rows.items():
+        cells = [cell(scores[n]) for n in lengths] + [cell(together(scores)) for _ in average]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+def difference(results: dict, first: str, second: str, a: dict[int, list[float]], b: dict[int, list[float]]) -> str:
+    """A line that says by how much the second is better; kept in `results` too."""
+    mean, low, high = paired_bootstrap(together(a), together(b))
+    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(together(a))})
+    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(together(a))}"
+
+
+def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]], curve: dict[str, list[tuple[float, float]]]) -> None:
+    """Accuracy by length, one panel a figure, and accuracy by training minutes. Says so where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (`pip install matplotlib`)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    _, panels = pyplot.subplots(1, len(figures) + 1, figsize=(4.5 * (len(figures) + 1), 3.6))
+    for axes, (title, rows) in zip(panels, figures, strict=False):
+        for name, scores in rows.items():
+            axes.plot(sorted(scores), [np.mean(scores[n]) for n in sorted(scores)], marker="o", label=name)
+        axes.set(title=title, xscale="log", xlabel="chunks", ylabel="exact match", ylim=(0, 1))
+        axes.set_xticks(sorted(scores), labels=map(str, sorted(scores)))
+        axes.legend(fontsize="small")
+    for name, points in curve.items():
+        panels[-1].plot(*zip(*points, strict=True), marker="o", label=name)
+    panels[-1].set(title="Figure 4: at equal compute", xlabel="minutes of training", ylabel="exact match, all lengths", ylim=(0, 1))
+    panels[-1].legend(fontsize="small")
+    pyplot.tight_layout()
+    pyplot.savefig(file, dpi=110)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    longqa = {
+        name: load(folder, f"longqa-{name}")
+        for name in sorted({file.stem.removeprefix("longqa-") for file in folder.glob("*/longqa-*.json")})
+    }
+    search = {name: load(folder, f"search-{name}") for name in ("base", "memtrain", "search", "memtrain-search")}
+    steps = sorted(int(name.removeprefix("task-")) for name in longqa if name.startswith("task-"))
+    seeds, task = len(list(folder.glob("*/longqa-base.json"))), f"task-{steps[0]}"
+    results: dict = {"seeds": seeds, "longqa": longqa, "search": search, "differences": [], "minutes": {}}
+
+    table_1 = {"base": longqa["base"], "+ MemTrain": longqa["memtrain"], "+ task RL": longqa[task], "+ MemTrain + task RL": longqa["memtrain-task"]}
+    closed = {f"{name}, empty memory": load(folder, f"longqa-{file}", "empty") for name, file in (("base", "base"), ("+ MemTrain + task RL", "memtrain-task"))}
+    text = ["**Table 1**, long-text QA about subjects that the base never saw, trained at 4 chunks:", ""]
+    text += accuracy_table(f"{seeds} seeds", "chunks", table_1 | closed)
+    text += ["", difference(results, "task RL", "MemTrain + task RL", longqa[task], longqa["memtrain-task"]),
+             difference(results, "base", "MemTrain", longqa["base"], longqa["memtrain"])]  # fmt: skip
+
+    names = {"base": "base", "memtrain": "+ MemTrain", "search": "+ task RL", "memtrain-search": "+ MemTrain + task RL"}
+    text += ["", "**Table 2**, search QA about them, two questions asked as one, exact match averaged over the two:", ""]
+    text += accuracy_table(f"{seeds} seeds", "objectives", {names[name]: scores for name, scores in search.items()})
+    text += ["", difference(results, "task RL (search)", "MemTrain + task RL (search)", search["search"], search["memtrain-search"])]
+
+    figure_3 = {"full": longqa["memtrain-task"], "decoupled": longqa["decoupled-task"], "end-to-end": longqa["end_to_end-task"]}
+    text += ["", "**Figure 3**, after task RL, by what MemTrain was made of:", ""]
+    text += accuracy_table(f"{seeds} seeds", "chunks", figure_3)
+    text += ["", difference(results, "end-to-end", "full", longqa["end_to_end-task"], longqa["memtrain-task"])]
+
+    first = minutes(folder, ("memtrain", None))
+    curve = {
+        "task RL": [(minutes(folder, ("task", n)), np.mean(together(longqa[f"task-{n}"]))) for n in steps],
+        "MemTrain, then task RL": [
+            (first, np.mean(together(longqa["memtrain"]))),
+            (minutes(folder, ("memtrain", None), ("memtrain-task", None)), np.mean(together(longqa["memtrain-task"]))),
+        ],
+    }
+    results["minutes"] = curve
+    text += ["", "**Figure 4**, by minutes of training (all lengths together):", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
+    text += [f"| task RL | {n} | {time:.1f} | {cell(together(longqa[f'task-{n}']))} |" for n, (time, _) in zip(steps, curve["task RL"], strict=True)]
+    text += [f"| MemTrain, then task RL | {n} | {time:.1f} | {cell(together(longqa[name]))} |"
+             for (n, name), (time, _) in zip(((0, "memtrain"), (steps[0], "memtrain-task")), curve["MemTrain, then task RL"], strict=True)]  # fmt: skip
+    equal = min(steps, key=lambda n: abs(minutes(folder, ("task", n)) - curve["MemTrain, then task RL"][1][0]))
+    text += ["", difference(results, f"task RL of {equal} steps", "MemTrain + task RL, at about equal compute", longqa[f"task-{equal}"], longqa["memtrain-task"])]
+
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    plot(folder / "figures.png", [("Table 1", table_1), ("Figure 3", figure_3)], curve)
+    readme = ROOT / "README.md"
+    before, found, rest = readme.read_text().partition(BEGIN)
+    body = "\n".join(text)
+    if found:
+        readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}")
+    print(body)
+
+
+if __name__ == "__main__":
+    main()
