@@ -98,46 +98,44 @@ def main() -> None:
         name: load(folder, f"longqa-{name}")
         for name in sorted({file.stem.removeprefix("longqa-") for file in folder.glob("*/longqa-*.json")})
     }
-    search = {name: load(folder, f"search-{name}") for name in ("base", "memtrain", "search", "memtrain-search")}
+    search = {name: load(folder, f"search-{file}") for name, file in
+              (("base", "base"), ("+ MemTrain", "memtrain"), ("+ task RL", "search"), ("+ MemTrain + task RL", "memtrain-search"))}  # fmt: skip
     steps = sorted(int(name.removeprefix("task-")) for name in longqa if name.startswith("task-"))
     seeds, task = len(list(folder.glob("*/longqa-base.json"))), f"task-{steps[0]}"
     results: dict = {"seeds": seeds, "longqa": longqa, "search": search, "differences": [], "minutes": {}}
 
     table_1 = {"base": longqa["base"], "+ MemTrain": longqa["memtrain"], "+ task RL": longqa[task], "+ MemTrain + task RL": longqa["memtrain-task"]}
     closed = {f"{name}, empty memory": load(folder, f"longqa-{file}", "empty") for name, file in (("base", "base"), ("+ MemTrain + task RL", "memtrain-task"))}
-    text = ["**Table 1**, long-text QA about subjects that the base never saw, trained at 4 chunks:", ""]
+    text = ["**Table 1**, long-text QA about subjects that the base never saw:", ""]
     text += accuracy_table(f"{seeds} seeds", "chunks", table_1 | closed)
     text += ["", difference(results, "task RL", "MemTrain + task RL", longqa[task], longqa["memtrain-task"]),
              difference(results, "base", "MemTrain", longqa["base"], longqa["memtrain"])]  # fmt: skip
 
-    names = {"base": "base", "memtrain": "+ MemTrain", "search": "+ task RL", "memtrain-search": "+ MemTrain + task RL"}
-    text += ["", "**Table 2**, search QA about them, two questions asked as one, exact match averaged over the two:", ""]
-    text += accuracy_table(f"{seeds} seeds", "objectives", {names[name]: scores for name, scores in search.items()})
-    text += ["", difference(results, "task RL (search)", "MemTrain + task RL (search)", search["search"], search["memtrain-search"])]
+    if all(search.values()):
+        text += ["", "**Table 2**, search QA about them, two questions asked as one, exact match averaged over the two:", ""]
+        text += accuracy_table(f"{seeds} seeds", "objectives", search)
+        text += ["", difference(results, "task RL (search)", "MemTrain + task RL (search)", search["+ task RL"], search["+ MemTrain + task RL"])]
 
-    figure_3 = {"full": longqa["memtrain-task"], "decoupled": longqa["decoupled-task"], "end-to-end": longqa["end_to_end-task"]}
-    text += ["", "**Figure 3**, after task RL, by what MemTrain was made of:", ""]
-    text += accuracy_table(f"{seeds} seeds", "chunks", figure_3)
-    text += ["", difference(results, "end-to-end", "full", longqa["end_to_end-task"], longqa["memtrain-task"])]
+    figure_3 = {name: longqa.get(f"{file}-task") for name, file in (("full", "memtrain"), ("decoupled", "decoupled"), ("end-to-end", "end_to_end"))}
+    if all(figure_3.values()):
+        text += ["", "**Figure 3**, after task RL, by what MemTrain was made of:", ""]
+        text += accuracy_table(f"{seeds} seeds", "chunks", figure_3)
+        text += ["", difference(results, "end-to-end", "full", figure_3["end-to-end"], figure_3["full"]),
+                 difference(results, "decoupled", "full", figure_3["decoupled"], figure_3["full"])]  # fmt: skip
 
-    first = minutes(folder, ("memtrain", None))
-    curve = {
-        "task RL": [(minutes(folder, ("task", n)), np.mean(together(longqa[f"task-{n}"]))) for n in steps],
-        "MemTrain, then task RL": [
-            (first, np.mean(together(longqa["memtrain"]))),
-            (minutes(folder, ("memtrain", None), ("memtrain-task", None)), np.mean(together(longqa["memtrain-task"]))),
-        ],
-    }
-    results["minutes"] = curve
-    text += ["", "**Figure 4**, by minutes of training (all lengths together):", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
-    text += [f"| task RL | {n} | {time:.1f} | {cell(together(longqa[f'task-{n}']))} |" for n, (time, _) in zip(steps, curve["task RL"], strict=True)]
-    text += [f"| MemTrain, then task RL | {n} | {time:.1f} | {cell(together(longqa[name]))} |"
-             for (n, name), (time, _) in zip(((0, "memtrain"), (steps[0], "memtrain-task")), curve["MemTrain, then task RL"], strict=True)]  # fmt: skip
-    equal = min(steps, key=lambda n: abs(minutes(folder, ("task", n)) - curve["MemTrain, then task RL"][1][0]))
-    text += ["", difference(results, f"task RL of {equal} steps", "MemTrain + task RL, at about equal compute", longqa[f"task-{equal}"], longqa["memtrain-task"])]
+    alone = [(n, f"task-{n}", minutes(folder, ("task", n))) for n in steps]
+    after = [(0, "memtrain", minutes(folder, ("memtrain", None))),
+             (steps[0], "memtrain-task", minutes(folder, ("memtrain", None), ("memtrain-task", None)))]  # fmt: skip
+    text += ["", "**Figure 4**, by minutes of training, all lengths together:", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
+    for name, stages in (("task RL", alone), ("MemTrain, then task RL", after)):
+        text += [f"| {name} | {n} | {time:.1f} | {cell(together(longqa[stage]))} |" for n, stage, time in stages]
+        results["minutes"][name] = [(time, float(np.mean(together(longqa[stage])))) for _, stage, time in stages]
+    equal, stage, _ = min(alone, key=lambda found: abs(found[2] - after[1][2]))
+    text += ["", difference(results, f"task RL of {equal} steps", "MemTrain + task RL, at about equal compute", longqa[stage], longqa["memtrain-task"])]
 
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    plot(folder / "figures.png", [("Table 1", table_1), ("Figure 3", figure_3)], curve)
+    figures = [("Table 1", table_1), *([("Figure 3", figure_3)] if all(figure_3.values()) else [])]
+    plot(folder / "figures.png", figures, results["minutes"])
     readme = ROOT / "README.md"
     before, found, rest = readme.read_text().partition(BEGIN)
     body = "\n".join(text)
