@@ -2,29 +2,34 @@
 # The paper's Tables 1 and 2 and Figures 3 and 4 on the tiny default: three seeds, no download, 2 CPU cores; README has the hours.
 #     recipes/reproduce-tiny.sh [FOLDER]
 # Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Everything is in
-# FOLDER, runs/reproduce unless given; recipes/tables.py writes what is complete into its results.json and into README.
+# runs/reproduce, and recipes/tables.py writes what is complete into results.json there and into README; with a FOLDER,
+# seen from the project, everything is in that, and README stays as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
+readme=$([ $# -gt 0 ] || echo README.md)
 seeds="0 1 2" task_steps=16 long_steps=64 search_steps=16
 lengths="2 8 32 128" # 1 to 64 times the length of a task's training documents
 # Chosen on the development questions (--eval-split dev).
 task="--lr 3e-4 --lr-schedule constant --save-every $task_steps --keep 9"
 
 train() { # NAME ARGUMENTS
-    [ -e "$out/$1/finished" ] || python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}"
+    [ -e "$out/$1/finished" ] && return
+    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}"
+    [ -e "$out/$1/finished" ] # a run that Ctrl-C stopped ends well too
 }
 
 measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json. A core each: greedy reading of few documents can't use two
     [ -e "$out/$1.json" ] && return
-    OMP_NUM_THREADS=1 python eval.py --model "$2" --out "$out/$1.part" --eval-documents 32 "${@:3}" > "$out/$1.log" 2>&1
+    OMP_NUM_THREADS=1 python eval.py --model "$2" --out "$out/$1.part" --eval-documents 32 "${@:3}" > "$out/$1.log" 2>&1 ||
+        { tail -n 3 "$out/$1.log" >&2 && return 1; }
     mv "$out/$1.part" "$out/$1.json"
 }
 export -f measure
 all() { xargs -r -P "$(nproc)" -L 1 bash -euc 'measure "$@"' measure; } # a line each on stdin: the arguments of measure
 
 mkdir -p "$out"
-# Search finds passages about all subjects. Its questions are split by subject, and dealt out so that two asked as one differ.
+# Search finds passages about all subjects. Its questions are split by subject, and shuffled: two in a row are asked as one.
 cat tiny/passages.jsonl tiny/passages_unseen.jsonl > "$out/passages.jsonl"
 python - "$out" <<'P'
 import json, random, sys
@@ -56,7 +61,7 @@ for seed in $seeds; do
     echo $seed/longqa-memtrain $out/$seed/memtrain/checkpoint $read_long
     echo $seed/longqa-base tiny/model $read_long
 done | all
-python recipes/tables.py "$out"
+python recipes/tables.py "$out" $readme
 
 # Table 2
 for seed in $seeds; do
@@ -67,7 +72,7 @@ for seed in $seeds; do
     echo $seed/search-base tiny/model $search --seed $seed
     for model in memtrain search memtrain-search; do echo $seed/search-$model $out/$seed/$model/checkpoint $search --seed $seed; done
 done | all
-python recipes/tables.py "$out"
+python recipes/tables.py "$out" $readme
 
 # Figure 3
 for seed in $seeds; do
@@ -81,4 +86,4 @@ for seed in $seeds; do
         echo $seed/longqa-$model $out/$seed/$model/checkpoint $longqa --seed $seed --corpus tiny/passages.jsonl --lengths $lengths
     done
 done | all
-python recipes/tables.py "$out"
+python recipes/tables.py "$out" $readme

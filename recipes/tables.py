@@ -1,9 +1,10 @@
 """The tables and figures of a reproduction: what recipes/reproduce-tiny.sh measured, as results.json, in README and as a plot.
 
-    python recipes/tables.py runs/reproduce
+    python recipes/tables.py runs/reproduce [README.md]
 
-Accuracies are exact matches of greedy answers, all seeds' questions together, with 95 % intervals (Wilson's for shares, a
-paired bootstrap over the questions for differences).
+Accuracies are exact matches of greedy answers, all seeds' questions together. Their 95 % intervals are Wilson's, those of
+averages over lengths and of differences a (paired) bootstrap over the questions, one question being its mean over lengths.
+They say how sure the numbers are for these trained models: how much training itself varies, the seeds' own differences show.
 """
 
 import json
@@ -20,9 +21,13 @@ BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tab
 
 
 def load(folder: Path, name: str, memory: str = "kept") -> dict[int, list[float]]:
-    """{chunks or objectives: scores of all seeds' questions, seed by seed} of what `measure SEED/name` wrote."""
+    """{chunks or objectives: scores of all seeds' questions, seed by seed} of what `measure SEED/name` wrote.
+
+    Empty unless every seed has it.
+    """
     scores: dict[int, list[float]] = {}
-    for file in sorted(folder.glob(f"*/{name}.json")):
+    files = sorted(folder.glob(f"*/{name}.json"))
+    for file in files if len(files) == len(list(folder.glob("*/memtrain"))) else []:
         for row in json.loads(file.read_text()):
             if row["memory"] == memory:
                 scores.setdefault(row["chunks"], []).extend(row["scores"])
@@ -45,26 +50,32 @@ def cell(scores: list[float]) -> str:
 
 
 def together(scores: dict[int, list[float]]) -> list[float]:
-    """The scores of all lengths; lengths have equally many, so their mean is the average over lengths."""
-    return [value for length in sorted(scores) for value in scores[length]]
+    """Each question's mean over the lengths at which it was asked."""
+    return np.mean([scores[length] for length in sorted(scores)], axis=0).tolist()
+
+
+def average(scores: dict[int, list[float]]) -> str:
+    mean, low, high = paired_bootstrap([0.0] * len(together(scores)), together(scores))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def accuracy_table(title: str, unit: str, rows: dict[str, dict[int, list[float]]]) -> list[str]:
     lengths = sorted(next(iter(rows.values())))
-    average = ["average"] if len(lengths) > 1 else []
-    head = [title, *(f"{n} {unit}" for n in lengths), *average]
+    head = [title, *(f"{n} {unit}" for n in lengths), *(["average"] if len(lengths) > 1 else [])]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, scores in rows.items():
-        cells = [cell(scores[n]) for n in lengths] + [cell(together(scores)) for _ in average]
+        cells = [cell(scores[n]) for n in lengths] + ([average(scores)] if len(lengths) > 1 else [])
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
 
 def difference(results: dict, first: str, second: str, a: dict[int, list[float]], b: dict[int, list[float]]) -> str:
     """A line that says by how much the second is better; kept in `results` too."""
-    mean, low, high = paired_bootstrap(together(a), together(b))
-    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(together(a))})
-    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(together(a))}"
+    a, b = together(a), together(b)
+    mean, low, high = paired_bootstrap(a, b)
+    by_seed = (np.asarray(b) - np.asarray(a)).reshape(results["seeds"], -1).mean(1).tolist()
+    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(a), "by_seed": by_seed})
+    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(a)}; by seed {', '.join(f'{d:+.2f}' for d in by_seed)}"
 
 
 def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]], curve: dict[str, list[tuple[float, float]]]) -> None:
@@ -128,19 +139,23 @@ def main() -> None:
              (steps[0], "memtrain-task", minutes(folder, ("memtrain", None), ("memtrain-task", None)))]  # fmt: skip
     text += ["", "**Figure 4**, by minutes of training, all lengths together:", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
     for name, stages in (("task RL", alone), ("MemTrain, then task RL", after)):
-        text += [f"| {name} | {n} | {time:.1f} | {cell(together(longqa[stage]))} |" for n, stage, time in stages]
+        text += [f"| {name} | {n} | {time:.1f} | {average(longqa[stage])} |" for n, stage, time in stages]
         results["minutes"][name] = [(time, float(np.mean(together(longqa[stage])))) for _, stage, time in stages]
-    equal, stage, _ = min(alone, key=lambda found: abs(found[2] - after[1][2]))
-    text += ["", difference(results, f"task RL of {equal} steps", "MemTrain + task RL, at about equal compute", longqa[stage], longqa["memtrain-task"])]
+    # Not less than the other had, where a run is that long.
+    equal, stage, spent = next((found for found in alone if found[2] >= after[1][2]), alone[-1])
+    text += ["", difference(results, f"task RL of {equal} steps, {spent:.1f} minutes", f"MemTrain + task RL, {after[1][2]:.1f} minutes",
+                            longqa[stage], longqa["memtrain-task"])]  # fmt: skip
 
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     figures = [("Table 1", table_1), *([("Figure 3", figure_3)] if all(figure_3.values()) else [])]
     plot(folder / "figures.png", figures, results["minutes"])
-    readme = ROOT / "README.md"
-    before, found, rest = readme.read_text().partition(BEGIN)
     body = "\n".join(text)
-    if found:
-        readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}")
+    for readme in map(Path, sys.argv[2:]):
+        before, found, rest = readme.read_text().partition(BEGIN)
+        _, ended, after_it = rest.partition(END)
+        if not (found and ended):
+            sys.exit(f"error: {readme} lacks the two marks that the tables stand between; add {BEGIN} and {END}")
+        readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after_it}")
     print(body)
 
 

@@ -66,27 +66,44 @@ def measured(tmp_path):
 def test_tables_say_what_was_measured(measured, monkeypatch, capsys):
     """Means, minutes and differences counted here by hand; README changes between its two marks only."""
     folder, made = measured
-    monkeypatch.setattr(tables, "ROOT", folder)
     (folder / "README.md").write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder)])
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder), str(folder / "README.md")])
     tables.main()
     readme = (folder / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    rows = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
-    for name, file in (("+ MemTrain", "longqa-memtrain"), ("decoupled", "longqa-decoupled-task")):
+    first, third = (readme.index(f"**{name}**") for name in ("Table 1", "Figure 3"))
+    for title, start, file in (("+ MemTrain", first, "longqa-memtrain"), ("decoupled", third, "longqa-decoupled-task")):
+        line = readme[readme.index(f"| {title} |", start) :].splitlines()[0]
         four, sixteen = (np.mean(made[file, chunks, "kept"]) for chunks in (4, 16))
-        cells = [cell.split()[0] for cell in rows[name].split("|")[2:-1]] if name == "decoupled" else None
-        assert cells is None or cells == [f"{four:.2f}", f"{sixteen:.2f}", f"{(four + sixteen) / 2:.2f}"]
+        assert [cell.split()[0] for cell in line.split("|")[2:-1]] == [f"{n:.2f}" for n in (four, sixteen, (four + sixteen) / 2)]
+    rows = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
     assert f"{np.mean(made['longqa-base', 16, 'empty']):.2f}" in rows["base, empty memory"].split("|")[3]
     results = json.loads((folder / "results.json").read_text())
     first = results["differences"][0]
     wanted = sum(np.mean(made["longqa-memtrain-task", n, "kept"]) - np.mean(made["longqa-task-16", n, "kept"]) for n in (4, 16)) / 2
-    assert abs(first["mean"] - wanted) < 1e-12 and first["low"] < wanted < first["high"] and first["n"] == 80
+    assert abs(first["mean"] - wanted) < 1e-12 and first["low"] < wanted < first["high"] and first["n"] == 40
+    assert np.mean(first["by_seed"]) == pytest.approx(wanted)
     assert results["minutes"]["task RL"][0][0] == pytest.approx(16 * 6 / 60)
     assert results["minutes"]["MemTrain, then task RL"][1][0] == pytest.approx((10 + 16) * 6 / 60)
-    assert results["differences"][-1]["of"] == "MemTrain + task RL, at about equal compute"
-    assert results["differences"][-1]["minus"] == "task RL of 32 steps"  # 3.2 minutes, nearer to 2.6 than 1.6
+    assert results["differences"][-1]["minus"] == "task RL of 32 steps, 3.2 minutes"  # the first with at least 2.6
     capsys.readouterr()
+
+
+def test_tables_pair_questions_and_wait_for_all_seeds(measured, monkeypatch, capsys):
+    """Where one is better by the same for every question the interval is a point; a table that lacks a seed is left out."""
+    folder, _ = measured
+    for seed in (0, 1):
+        rows = json.loads((folder / f"{seed}/longqa-task-16.json").read_text())
+        rows = [row | {"scores": [score + 0.25 for score in row["scores"]]} for row in rows]
+        (folder / f"{seed}/longqa-memtrain-task.json").write_text(json.dumps(rows))
+    (folder / "1/search-memtrain.json").unlink()
+    (folder / "0/longqa-decoupled-task.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder)])
+    tables.main()
+    first = json.loads((folder / "results.json").read_text())["differences"][0]
+    assert first["mean"] == first["low"] == first["high"] == 0.25
+    printed = capsys.readouterr().out
+    assert "Table 1" in printed and "Figure 4" in printed and "Table 2" not in printed and "Figure 3" not in printed
 
 
 SHIM = """#!{python}
@@ -98,22 +115,23 @@ arguments = sys.argv[1:]
 if arguments[0] != "-":
     with open("{log}", "a") as file:
         print(*arguments, file=file)
+    if "{stops_at}" in " ".join(arguments):
+        sys.exit({code})
     if "--out" in arguments:
         out = Path(arguments[arguments.index("--out") + 1])
         (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
         (out if out.suffix else out / "finished").touch()
-    if "{dies_at}" in " ".join(arguments):
-        sys.exit(9)
 """
 
 
-@pytest.mark.parametrize("dies_at", ["1/memtrain-task --eval", "1/longqa-task-32.part"])
-def test_a_reproduction_goes_on_where_it_stopped(tmp_path, dies_at):
-    """Killed in the middle and called again, every part has run to its end once; what is measured was trained before."""
+@pytest.mark.parametrize("stops_at, code", [("1/memtrain-task --eval", 9), ("1/memtrain --eval", 0), ("1/longqa-task-32.part", 2)])
+def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
+    """Stopped in the middle, by Ctrl-C with exit code 0, and called again: nothing is trained from what is not finished, and
+    only what was stopped is done twice."""
     log, shim = tmp_path / "log", tmp_path / "bin/python"
     shim.parent.mkdir()
-    for at in (dies_at, "never"):
-        shim.write_text(SHIM.format(python=sys.executable, log=log, dies_at=at))
+    for at in (stops_at, "never"):
+        shim.write_text(SHIM.format(python=sys.executable, log=log, stops_at=at, code=code))
         shim.chmod(0o755)
         path = {"PATH": f"{shim.parent}:/usr/bin:/bin"}
         done = subprocess.run([ROOT / "recipes/reproduce-tiny.sh", tmp_path / "out"], env=path, capture_output=True)
@@ -122,8 +140,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, dies_at):
     assert calls[-1][0] == "recipes/tables.py"
     calls = [call for call in calls if call[0] != "recipes/tables.py"]
     outs = [call[call.index("--out") + 1] for call in calls]
-    # The shim had marked the training run as finished, so only a measurement, moved into place at its end, is done twice.
-    assert len(outs) - len(set(outs)) == dies_at.endswith(".part")
+    assert len(outs) - len(set(outs)) == 1 and sum(stops_at.split()[0] in out for out in outs) > 1
     trained = set()
     for call, out in zip(calls, outs, strict=True):
         model = call[call.index("--model") + 1] if "--model" in call else "tiny/model"

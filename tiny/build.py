@@ -2,8 +2,8 @@
 
     python tiny/build.py            # all of it, deterministic on one machine; see README for the minutes
 
-The base model is warmed up by imitation of three sorts of note-takers: most write down next to nothing, some
-whatever they like, few what the problem names. It can read, copy paragraphs into a memory, answer from a memory,
+The base model is warmed up by imitation of three sorts of note-takers: many write down next to nothing, some
+whatever they like, some what the problem names. It can read, copy paragraphs into a memory, answer from a memory,
 recall and search, but can't tell which sort pays: that is what MemTrain teaches. A third of the subjects never
 appears in the warm-up.
 """
@@ -164,7 +164,7 @@ def main() -> None:
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
     warm_up(model, demonstrations, arguments.steps or FIRST.steps, STEP_TOKENS, FIRST.rate)
-    model = model.half().float()
+    model = model.half().float()  # so that the second lesson can be given to a saved model just as well
     warm_up(model, Demonstrations(known, tokenizer, 2, SECOND), arguments.steps or SECOND.steps, STEP_TOKENS, SECOND.rate)
     model.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(arguments.out / "model")

@@ -12,7 +12,7 @@ CHUNK_TOKENS, MEMORY_TOKENS = 64, 64
 PASSAGE_SENTENCES = (2, 3)
 UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
 
-# How a memory begins says who writes it. Most pick up next to nothing; few look at the problem. Nobody tells the base
+# How a memory begins says who writes it. Nearly half pick up next to nothing; a quarter look at the problem. Nobody tells the base
 # model which sort pays: that is what MemTrain has to find out.
 BRIEF, LOOSE, FOCUSED = "In brief:", "All sorts of things:", "For the problem:"
 SHARES = {BRIEF: 0.45, LOOSE: 0.3, FOCUSED: 0.25}
@@ -62,7 +62,7 @@ class Lesson:
     rate: float
     reading: float  # among all; the rest is dealt out as SKILLS says
     masked: float  # masked documents among the readings, not questions
-    focused: float  # of the readings that have begun
+    focused: float  # of later turns these are by the focused, beside the share that they have anyway
 
 
 FIRST = Lesson(3000, 3e-3, reading=0.46, masked=0.6, focused=0.4)
@@ -262,11 +262,11 @@ class Demonstrations:
         world = self.world(0.7, 0.3)
         by_title = {s["title"]: s for s in world}
         rows = [self.question(world) for _ in range(self.rng.choice((1, 2, 2)))]
-        hops = [(*hop, n) for n, row in enumerate(rows) for hop in row["hops"]]
+        hops = [hop for row in rows for hop in row["hops"]]
         turn = self.rng.randrange(len(hops) + 1)
         style = self.style(turn > 0)
         notes, before, query, result = [], EMPTY_MEMORY, "(none)", "(none)"
-        for title, attribute, _ in hops[:turn]:
+        for title, attribute in hops[:turn]:
             before = written(style, notes)
             pages = [passage(by_title[title], self.rng, (attribute,) if n == 0 else ()) for n in range(self.rng.choice((1, 2, 3)))]
             names = [title] * len(pages)

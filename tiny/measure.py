@@ -6,7 +6,6 @@ End-to-end and recall on training documents, and the questions of tiny/questions
 hop and two, each answered by reading its ten paragraphs.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import Setting, limits, load_corpus, load_model, wilson  # noqa: E402
-from masking import Document, cut_chunks, draw_recall  # noqa: E402
+from masking import Document, draw_recall  # noqa: E402
+from qa import Pool, load_questions, long_documents  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
 from rollout import read, recall  # noqa: E402
 
@@ -23,16 +23,11 @@ HERE = Path(__file__).parent
 DOCUMENTS, SAMPLES = 60, 4
 
 
-def question_documents(tokenizer, setting: Setting, kind: str) -> list[Document]:
-    """The first questions of a type as documents to read."""
-    rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["type"] == kind]
-    documents = []
-    for n, row in enumerate(rows[:: max(1, len(rows) // DOCUMENTS)][:DOCUMENTS]):
-        text = "\n\n".join("".join(lines) for _, lines in row["context"])
-        chunks = cut_chunks(text, [], tokenizer, setting.chunk_tokens)
-        documents.append(Document(n, row["_id"], row["question"], [row["answer"]], chunks, [[] for _ in chunks]))
-    return documents
+def question_documents(tokenizer, setting: Setting, hops: int) -> list[Document]:
+    """Questions about unseen subjects, of so many hops, each with its own ten paragraphs to read."""
+    questions = [q for q in load_questions(HERE / "questions.jsonl") if len(q.gold) == hops]
+    some = questions[:: max(1, len(questions) // DOCUMENTS)][:DOCUMENTS]
+    return long_documents(some, Pool([], tokenizer), seed=0, chunk_tokens=setting.chunk_tokens, documents=10)
 
 
 def report(name: str, hits: list[bool]) -> None:
@@ -53,11 +48,11 @@ def main() -> None:
     draws = [(t, draw) for t in trajectories if (draw := draw_recall(t.document, rng))]
     answers = recall(model, tokenizer, draws, limits(setting))
     report("recall", [recall_reward(turn.text, draw.entity) == 1 for (_, draw), (turn,) in zip(draws, answers, strict=True)])
-    for kind in ("single", "bridge"):
-        documents = question_documents(tokenizer, setting, kind)
+    for hops in (1, 2):
+        documents = question_documents(tokenizer, setting, hops)
         for name, empty in (("", False), (", empty memory", True)):
-            trajectories = read(model, tokenizer, documents, limits(setting), samples=SAMPLES, empty_memory=empty, progress=kind)
-            report(f"{kind} question{name}", [exact_match(t.prediction, t.document.answers) for t in trajectories])
+            trajectories = read(model, tokenizer, documents, limits(setting), samples=SAMPLES, empty_memory=empty, progress="questions")
+            report(f"question of {hops} hops{name}", [exact_match(t.prediction, t.document.answers) for t in trajectories])
 
 
 if __name__ == "__main__":
