@@ -8,10 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
 readme=$([ $# -gt 0 ] || echo README.md)
-seeds="0 1 2" task_steps=16 long_steps=64 search_steps=16
+seeds="0 1 2" task_steps=16 long_steps=48 search_steps=16
 lengths="2 8 32 128" # 1 to 64 times the length of a task's training documents
 # Chosen on the development questions (--eval-split dev).
-task="--lr 3e-4 --lr-schedule constant --save-every $task_steps --keep 9"
+task="--lr 2e-4 --lr-schedule constant --save-every $task_steps --keep 9"
 
 train() { # NAME ARGUMENTS
     [ -e "$out/$1/finished" ] && return

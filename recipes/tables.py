@@ -111,7 +111,7 @@ def main() -> None:
     }
     search = {name: load(folder, f"search-{file}") for name, file in
               (("base", "base"), ("+ MemTrain", "memtrain"), ("+ task RL", "search"), ("+ MemTrain + task RL", "memtrain-search"))}  # fmt: skip
-    steps = sorted(int(name.removeprefix("task-")) for name in longqa if name.startswith("task-"))
+    steps = sorted(int(name.removeprefix("task-")) for name, scores in longqa.items() if scores and name.startswith("task-"))
     seeds, task = len(list(folder.glob("*/longqa-base.json"))), f"task-{steps[0]}"
     results: dict = {"seeds": seeds, "longqa": longqa, "search": search, "differences": [], "minutes": {}}
 

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from masking import QUESTION  # noqa: E402
 from matching import MASK, TARGET, mask  # noqa: E402
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT  # noqa: E402
-from tiny.demonstrations import FIRST, SECOND, SHARES, Demonstrations, passage  # noqa: E402
+from tiny.demonstrations import SHARES, Demonstrations, passage  # noqa: E402
 from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2048
-STEP_TOKENS = 6144
+STEPS, STEP_TOKENS, RATE = 3000, 6144, 3e-3
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -150,7 +150,7 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="warm-up steps of each lesson, instead of all")
+    parser.add_argument("--steps", type=int, default=STEPS, help="warm-up steps")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     arguments = parser.parse_args()
     started, rng = time.perf_counter(), random.Random(0)
@@ -163,9 +163,7 @@ def main() -> None:
     demonstrations = Demonstrations(known, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
-    warm_up(model, demonstrations, arguments.steps or FIRST.steps, STEP_TOKENS, FIRST.rate)
-    model = model.half().float()  # so that the second lesson can be given to a saved model just as well
-    warm_up(model, Demonstrations(known, tokenizer, 2, SECOND), arguments.steps or SECOND.steps, STEP_TOKENS, SECOND.rate)
+    warm_up(model, demonstrations, arguments.steps, STEP_TOKENS, RATE)
     model.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(arguments.out / "model")
     print(f"{len(known)} known and {len(unseen)} unseen subjects, {(time.perf_counter() - started) / 60:.0f} minutes")

@@ -1,7 +1,6 @@
 """What the base model learns from: demonstrations by three sorts of note-takers, over true, mixed and fresh worlds."""
 
 import random
-from dataclasses import dataclass
 
 from masking import QUESTION, cut_chunks
 from matching import MASK, TARGET, mask
@@ -54,27 +53,11 @@ def written(style: str, paragraphs: list[str]) -> str:
     return "\n\n".join([style, *paragraphs])
 
 
-@dataclass
-class Lesson:
-    """What a part of the warm-up shows: steps, peak rate, and the shares of what is demonstrated."""
-
-    steps: int
-    rate: float
-    reading: float  # among all; the rest is dealt out as SKILLS says
-    masked: float  # masked documents among the readings, not questions
-    focused: float  # of later turns these are by the focused, beside the share that they have anyway
-
-
-FIRST = Lesson(3000, 3e-3, reading=0.46, masked=0.6, focused=0.4)
-SECOND = Lesson(1500, 2e-3, reading=0.6, masked=0.35, focused=0.7)  # to see what a question asks for is learned last
-SKILLS = {"masked_answer": 0.16, "recalling": 0.17, "asked_answer": 0.11, "searching": 0.1}
-
-
 class Demonstrations:
     """Draws (prompt, completion) texts for the five things the base model must be able to do."""
 
-    def __init__(self, known: list[dict], tokenizer, seed: int, lesson: Lesson = FIRST):
-        self.rng, self.lesson = random.Random(seed), lesson
+    def __init__(self, known: list[dict], tokenizer, seed: int):
+        self.rng = random.Random(seed)
         self.known, self.tokenizer = known, tokenizer
         self.inventor = Inventor(known, self.rng)
         self.cost_cache: dict[str, int] = {}
@@ -142,7 +125,7 @@ class Demonstrations:
     def style(self, begun: bool) -> str:
         """Who takes notes. Later steps show more of the focused, whose notes take longest to learn; that leaves what is
         written first, and so what the base does by itself, as SHARES says."""
-        if begun and self.rng.random() < self.lesson.focused:
+        if begun and self.rng.random() < 0.4:
             return FOCUSED
         (style,) = self.rng.choices(list(SHARES), SHARES.values())
         return style
@@ -202,7 +185,7 @@ class Demonstrations:
     # ---- demonstrations, as (prompt, completion) ----
 
     def reading(self) -> tuple[str, str]:
-        if self.rng.random() < self.lesson.masked:
+        if self.rng.random() < 0.6:
             passages, _ = self.masked(self.world(0.4, 0.2), 10)
             problem, trail, titles = QUESTION, [MASK], None
         else:
@@ -294,8 +277,7 @@ class Demonstrations:
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
-        shares = {"reading": self.lesson.reading / (1 - self.lesson.reading) * sum(SKILLS.values())} | SKILLS
-        (kind,) = self.rng.choices(list(shares), shares.values())
-        make = getattr(self, kind)
+        makers = {self.reading: 0.46, self.masked_answer: 0.16, self.recalling: 0.17, self.asked_answer: 0.11, self.searching: 0.1}
+        (make,) = self.rng.choices(list(makers), makers.values())
         prompt, completion = make()
         return encode_prompt(self.tokenizer, prompt), [*self.tokenizer(completion)["input_ids"], self.tokenizer.eos_token_id]
