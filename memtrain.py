@@ -46,7 +46,7 @@ class Training:
     """GRPO on the two proxy tasks. The defaults are those of the tiny model."""
 
     out: str = option("runs/tiny", "folder of this run; it must not hold another")
-    steps: int = option(30, "steps: one rollout of every document, then its updates (paper: 300)")
+    steps: int = option(22, "steps: one rollout of every document, then its updates (paper: 300)")
     documents: int = option(8, "documents a step (paper: 32)")
     g1: int = option(8, "trajectories a document, a group")
     g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
