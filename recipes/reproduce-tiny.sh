@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's Tables 1 and 2 and Figures 3 and 4 on the tiny default: three seeds, no download, 2 CPU cores; README has the hours.
+# The paper's Tables 1 and 2 and Figures 3 and 4 on the tiny default: three seeds, no download, on 2 CPU cores.
 #     recipes/reproduce-tiny.sh [FOLDER]
 # Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Everything is in
 # runs/reproduce, and recipes/tables.py writes what is complete into results.json there and into README; with a FOLDER,
