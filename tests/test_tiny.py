@@ -154,7 +154,7 @@ def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, token
         else:
             assert occurrences(memory, boxed(entity)) and not occurrences(recalled.split("<section>")[1], boxed(entity))
         asked, answer = demonstrations.asked_answer()
-        assert boxed(answer) in asked.split("<memory>")[1]
+        assert boxed(answer).strip() in asked.split("<memory>")[1]
         masked, hidden = demonstrations.masked_answer()
         assert MASK in masked.split("<memory>")[1] and not occurrences(masked.split("<memory>")[1], boxed(hidden))
         shown = [prompt, recalled, asked, masked, hidden, answer, *demonstrations.searching()]
