@@ -19,7 +19,7 @@ train() { # NAME ARGUMENTS
     [ -e "$out/$1/finished" ] # a run that Ctrl-C stopped ends well too
 }
 
-measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json. A core each: greedy reading of few documents can't use two
+measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json. A core each: so small a model makes poor use of two
     [ -e "$out/$1.json" ] && return
     OMP_NUM_THREADS=1 python eval.py --model "$2" --out "$out/$1.part" --eval-documents 32 "${@:3}" > "$out/$1.log" 2>&1 ||
         { tail -n 3 "$out/$1.log" >&2 && return 1; }
