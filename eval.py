@@ -362,15 +362,22 @@ def default_lengths(trained: int) -> list[int]:
     return sorted({max(1, trained // 2), trained, 2 * trained, 4 * trained, 8 * trained})
 
 
-def plot(rows: list[dict], file: str) -> None:
-    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval."""
+def load_pyplot():
+    """matplotlib's pyplot, drawing to files only; None where it isn't installed."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out") from None
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(rows: list[dict], file: str) -> None:
+    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval."""
+    if not (pyplot := load_pyplot()):
+        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for key in dict.fromkeys((row["when"], row["task"], row["memory"]) for row in rows):
         mine = sorted((row for row in rows if (row["when"], row["task"], row["memory"]) == key), key=lambda row: row["chunks"])

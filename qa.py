@@ -198,7 +198,7 @@ class Measured:
 def measure(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
     """`paragraphs` with their costs and keys, in one call of the tokenizer; empty ones are left out."""
     paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
-    texts = [_document(1, title, text) for title, text in paragraphs]
+    texts = [numbered_document(1, title, text) for title, text in paragraphs]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return [
         Measured(title, text, len(tokens), normalize(unicodedata.normalize("NFKC", title)), "".join(text.split()))
@@ -206,7 +206,7 @@ def measure(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
     ]
 
 
-def _document(number: int, title: str, text: str) -> str:
+def numbered_document(number: int, title: str, text: str) -> str:
     return f"Document {number}: {title}\n{text}\n\n"
 
 
@@ -306,7 +306,7 @@ def _numbered(passages: list[Measured], taken: list[int], places: np.ndarray) ->
     """
     texts, headings, offset = [], [], 0
     for number, n in enumerate(sorted(taken, key=lambda n: places[n]), 1):
-        document = _document(number, passages[n].title, passages[n].text)
+        document = numbered_document(number, passages[n].title, passages[n].text)
         headings.append((offset, offset + len(document) - len(passages[n].text) - 1))
         texts.append(document)
         offset += len(document)

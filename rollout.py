@@ -84,6 +84,7 @@ SEARCH_PROMPT = """You answer a question by searching. From turn to turn you kee
 
 Searches left: {left}."""
 
+NOTHING = "(none)"  # in the slots of a search that has not been made
 SEARCH = re.compile(r"<search>(.*?)</search>", re.DOTALL)
 SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")
 
@@ -353,6 +354,11 @@ def recall(
     return [turns[i * samples : (i + 1) * samples] for i in range(len(draws))]
 
 
+def result_text(passages: list[dict]) -> str:
+    """What a search found, as the agent reads it: each passage below its title."""
+    return "\n\n".join(f"{passage['title']}\n{passage['text']}" for passage in passages)
+
+
 def search(
     model, tokenizer, documents: list[Document], retriever, limits: Limits,
     samples: int = 1, greedy: bool = False, top: int = 3, progress: str | None = None,
@@ -364,13 +370,13 @@ def search(
     allowed, ends the episode without an answer.
     """
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
-    results = ["(none)"] * len(trajectories)
+    results = [NOTHING] * len(trajectories)
     going = list(range(len(trajectories)))
     for turn_number in tqdm(range(limits.searches + 1), desc=progress, disable=progress is None, leave=False):
         texts = [
             fill(
                 SEARCH_PROMPT, problem=t.document.question, memory=t.memories[-1] if t.memories else EMPTY_MEMORY,
-                query=t.searches[-1] if t.searches else "(none)", result=results[n], left=limits.searches - turn_number,
+                query=t.searches[-1] if t.searches else NOTHING, result=results[n], left=limits.searches - turn_number,
             )  # fmt: skip
             for n in going
             for t in (trajectories[n],)
@@ -390,7 +396,6 @@ def search(
                 trajectory.prediction = boxed(turn.text)
         passages = retriever.search([trajectories[n].searches[-1] for n in asking], top) if asking else []
         for n, found in zip(asking, passages, strict=True):
-            text = "\n\n".join(f"{passage['title']}\n{passage['text']}" for passage in found)
-            results[n] = cut(tokenizer, text, limits.result_tokens) or "(nothing found)"
+            results[n] = cut(tokenizer, result_text(found), limits.result_tokens) or "(nothing found)"
         going = asking
     return trajectories

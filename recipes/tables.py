@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from eval import paired_bootstrap, wilson  # noqa: E402
+from eval import load_pyplot, paired_bootstrap, wilson  # noqa: E402
 
 BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
 
@@ -80,14 +80,9 @@ def difference(results: dict, first: str, second: str, a: dict[int, list[float]]
 
 def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]], curve: dict[str, list[tuple[float, float]]]) -> None:
     """Accuracy by length, one panel a figure, and accuracy by training minutes. Says so where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not (pyplot := load_pyplot()):
         print("no plot: matplotlib is not installed (`pip install matplotlib`)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     _, panels = pyplot.subplots(1, len(figures) + 1, figsize=(4.5 * (len(figures) + 1), 3.6))
     for axes, (title, rows) in zip(panels, figures, strict=False):
         for name, scores in rows.items():

@@ -4,7 +4,8 @@ import random
 
 from masking import QUESTION, cut_chunks
 from matching import MASK, TARGET, mask
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, encode_prompt
+from qa import numbered_document
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, NOTHING, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, Limits, encode_prompt, result_text
 from tiny.world import Inventor, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS = 64, 64
@@ -115,9 +116,10 @@ class Demonstrations:
         """The passages as chunks; with `titles` they are numbered documents, as in qa.py, and no heading stands alone."""
         text, headings = "", []
         for n, lines in enumerate(passages):
-            heading = f"Document {n + 1}: {titles[n]}\n" if titles else ""
-            headings.append((len(text), len(text) + len(heading) + 1))
-            text += f"{heading}{' '.join(lines)}\n\n"
+            body = f"{' '.join(lines)}\n\n"
+            document = numbered_document(n + 1, titles[n], body[:-2]) if titles else body
+            headings.append((len(text), len(text) + len(document) - len(body) + 1))
+            text += document
         return cut_chunks(text.rstrip("\n"), headings, self.tokenizer, CHUNK_TOKENS)
 
     # ---- memories ----
@@ -248,7 +250,7 @@ class Demonstrations:
         hops = [hop for row in rows for hop in row["hops"]]
         turn = self.rng.randrange(len(hops) + 1)
         style = self.style(turn > 0)
-        notes, before, query, result = [], EMPTY_MEMORY, "(none)", "(none)"
+        notes, before, query, result = [], EMPTY_MEMORY, NOTHING, NOTHING
         for title, attribute in hops[:turn]:
             before = written(style, notes)
             pages = [passage(by_title[title], self.rng, (attribute,) if n == 0 else ()) for n in range(self.rng.choice((1, 2, 3)))]
@@ -258,7 +260,7 @@ class Demonstrations:
                     pages.append(passage(other, self.rng))
                     names.append(other["title"])
             order = self.rng.sample(range(len(pages)), len(pages))
-            query, result = title, "\n\n".join(f"{names[n]}\n{' '.join(pages[n])}" for n in order)
+            query, result = title, result_text([{"title": names[n], "text": " ".join(pages[n])} for n in order])
             value = by_title[title]["facts"][attribute]
             found = [next(line for line in pages[0] if value in line)]
             if style == LOOSE:
@@ -271,7 +273,7 @@ class Demonstrations:
         action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
         prompt = SEARCH_PROMPT.format(
             problem="; ".join(row["question"] for row in rows), memory=before, query=query,
-            result=result, left=6 - turn,
+            result=result, left=Limits.searches - turn,
         )  # fmt: skip
         return prompt, f"{written(style, notes)}\n\n{action}"
 
