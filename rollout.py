@@ -9,6 +9,7 @@ for the next memory, and is never encoded again for training.
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
-from batching import by_length, can_share_prompts, roomy_cache
+from batching import PromptLayer, RoomyLayer, SharedPrompts, by_length, cache_of, can_set_prompts_aside, can_share_prompts
 from masking import Document, Recall
 from retrieval import UserError
 from rewards import boxed
@@ -169,25 +170,32 @@ def end_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[DynamicCache | None, SharedPrompts | None]:
     """Cache of all but the last token of each left-padded prompt, ids and mask (rows, width), equal rows computed once.
 
-    Empty where that saves nothing, None where it can't be done with this model. `generate` goes on from what is there.
+    Empty where that saves nothing, None where it can't be done with this model. `generate` goes on from what is there,
+    with the attention that comes with it.
     """
     if not can_share_prompts(model):
-        return None
+        return None, None
     # -1 for padding: a real token may have the padding's id.
-    unique, row = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)  # (unique, width), (rows,)
-    if len(unique) == len(ids) or ids.shape[1] < 2:
-        return roomy_cache(model)
+    unique, row, counts = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True, return_counts=True)
+    if len(unique) == len(ids) or ids.shape[1] < 2:  # unique (prompts, width), row (rows,), counts (prompts,)
+        return cache_of(model, RoomyLayer), None
+    # Groups of much the same size: the largest sets the work of all.
+    aside = can_set_prompts_aside(model) and len(unique) * int(counts.max()) <= 2 * len(ids)
     mask = (unique >= 0).long()
-    cache = roomy_cache(model)
+    cache = cache_of(model, PromptLayer if aside else RoomyLayer)
     model.get_decoder()(
         input_ids=unique.clamp(min=0)[:, :-1], attention_mask=mask[:, :-1],
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, use_cache=True,
     )  # fmt: skip
+    if aside:
+        for layer in cache.layers:
+            layer.set_prompts_aside()
+        return cache, SharedPrompts(cache, row, mask[:, :-1])
     cache.batch_select_indices(row)
-    return cache
+    return cache, None
 
 
 def answered(text: str) -> bool:
@@ -272,11 +280,12 @@ def generate_batch(model, tokenizer, prompts: list[list[int]], config: Generatio
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = share_prefill(model, ids, mask)
+    cache, shared = share_prefill(model, ids, mask)
     stop = Stop(done, tokenizer, len(prompts), width, ids.device) if done else None
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
-    )
+    with shared.used_by(model) if shared else nullcontext():
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
+        )
     lengths = stop.lengths.tolist() if stop else [0] * len(prompts)
     completions = []
     for prompt, row, length in zip(prompts, output[:, width:].tolist(), lengths, strict=True):

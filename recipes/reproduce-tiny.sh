@@ -13,20 +13,25 @@ lengths="2 8 32 128" # 1 to 64 times the length of a task's training documents
 # Guessed from one run; to be chosen on the development questions (--eval-split dev) before its tables are shown.
 task="--lr 2e-4 --lr-schedule constant --save-every $task_steps --keep 9"
 
-train() { # NAME ARGUMENTS
+# A core for each part: so small a model makes poor use of two.
+export OMP_NUM_THREADS=1
+
+train() { # NAME ARGUMENTS: the run in $out/NAME
     [ -e "$out/$1/finished" ] && return
-    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}"
-    [ -e "$out/$1/finished" ] # a run that Ctrl-C stopped ends well too
+    mkdir -p "$out/${1%/*}"
+    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}" >> "$out/$1.log" 2>&1 &&
+        [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return # a run that Ctrl-C stopped ends well too
+    tail -n 3 "$out/$1.log" >&2 && return 255 # on which xargs begins nothing more
 }
 
-measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json. A core each: so small a model makes poor use of two
+measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json
     [ -e "$out/$1.json" ] && return
-    OMP_NUM_THREADS=1 python eval.py --model "$2" --out "$out/$1.part" --eval-documents 32 "${@:3}" > "$out/$1.log" 2>&1 ||
-        { tail -n 3 "$out/$1.log" >&2 && return 1; }
-    mv "$out/$1.part" "$out/$1.json"
+    python eval.py --model "$2" --out "$out/$1.part" --eval-documents 32 "${@:3}" > "$out/$1.log" 2>&1 &&
+        mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
+    tail -n 3 "$out/$1.log" >&2 && return 255
 }
-export -f measure
-all() { xargs -r -P "$(nproc)" -L 1 bash -euc 'measure "$@"' measure; } # a line each on stdin: the arguments of measure
+export -f train measure
+all() { xargs -r -P "$(nproc)" -L 1 bash -uc '"$@"' part; } # lines on stdin: train or measure, and its arguments
 
 mkdir -p "$out"
 # Search finds passages about all subjects. Its questions are split by subject, and shuffled: two in a row are asked as one.
@@ -45,45 +50,45 @@ for name in ("train", "dev", "test"):
 P
 longqa="--task longqa --chunks 2" search="--task searchqa --questions $out/train.jsonl --eval-questions $out/test.jsonl --corpus $out/passages.jsonl"
 
-for seed in $seeds; do train $seed/memtrain --seed $seed --eval-documents 64; done
-
 # Table 1 and Figure 4
 for seed in $seeds; do
-    train $seed/memtrain-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/memtrain/checkpoint
-    train $seed/task $longqa --seed $seed $task --steps $long_steps
-done
+    echo train $seed/memtrain --seed $seed
+    echo train $seed/task $longqa --seed $seed $task --steps $long_steps
+done | all
+for seed in $seeds; do echo train $seed/memtrain-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/memtrain/checkpoint; done | all
 for seed in $seeds; do
     read_long="$longqa --seed $seed --lengths $lengths"
-    echo $seed/longqa-memtrain-task $out/$seed/memtrain-task/checkpoint $read_long
     for steps in $(seq $task_steps $task_steps $long_steps); do
-        echo $seed/longqa-task-$steps $out/$seed/task/checkpoints/step-$(printf %06d $steps) $read_long
+        echo measure $seed/longqa-task-$steps $out/$seed/task/checkpoints/step-$(printf %06d $steps) $read_long
     done
-    echo $seed/longqa-memtrain $out/$seed/memtrain/checkpoint $read_long
-    echo $seed/longqa-base tiny/model $read_long
+    for run in memtrain memtrain-task; do echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $read_long; done
+    echo measure $seed/longqa-base tiny/model $read_long
 done | all
 python recipes/tables.py "$out" $readme
 
 # Table 2
 for seed in $seeds; do
-    train $seed/search $search --seed $seed $task --steps $search_steps
-    train $seed/memtrain-search $search --seed $seed $task --steps $search_steps --model $out/$seed/memtrain/checkpoint
-done
+    echo train $seed/search $search --seed $seed $task --steps $search_steps
+    echo train $seed/memtrain-search $search --seed $seed $task --steps $search_steps --model $out/$seed/memtrain/checkpoint
+done | all
 for seed in $seeds; do
-    echo $seed/search-base tiny/model $search --seed $seed
-    for model in memtrain search memtrain-search; do echo $seed/search-$model $out/$seed/$model/checkpoint $search --seed $seed; done
+    echo measure $seed/search-base tiny/model $search --seed $seed
+    for run in memtrain search memtrain-search; do echo measure $seed/search-$run $out/$seed/$run/checkpoint $search --seed $seed; done
 done | all
 python recipes/tables.py "$out" $readme
 
 # Figure 3
 for seed in $seeds; do
-    for ablation in end_to_end decoupled; do
-        train $seed/$ablation --seed $seed --ablation $ablation
-        train $seed/$ablation-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/$ablation/checkpoint
-    done
-done
+    for ablation in end_to_end decoupled; do echo train $seed/$ablation --seed $seed --ablation $ablation; done
+done | all
 for seed in $seeds; do
-    for model in end_to_end-task decoupled-task; do
-        echo $seed/longqa-$model $out/$seed/$model/checkpoint $longqa --seed $seed --lengths $lengths
+    for run in end_to_end decoupled; do
+        echo train $seed/$run-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/$run/checkpoint
+    done
+done | all
+for seed in $seeds; do
+    for run in end_to_end-task decoupled-task; do
+        echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $longqa --seed $seed --lengths $lengths
     done
 done | all
 python recipes/tables.py "$out" $readme

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
+from batching import SharedPrompts
 from masking import QUESTION, Document, Recall
 from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
 
@@ -21,10 +22,12 @@ def random_model(kind: str):
     torch.manual_seed(0)
     config, model = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
-    model = model(config(**SIZE, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, initializer_range=0.5)).eval()
+    whole = {"sliding_window": None} if kind == "mistral" else {}
+    model = model(config(**SIZE, **whole, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, initializer_range=0.5)).eval()
     model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
     return model
 
@@ -68,14 +71,17 @@ def test_sampling_ignores_the_models_generation_config():
     assert (seen > 0).sum() > 20
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
-    """Greedy decoding from a copied cache equals one row a prompt, with and without padding, and prefills each once."""
+    """Greedy decoding behind shared prompts equals one row a prompt, with and without padding, and prefills each once."""
     model, rng = random_model(kind), random.Random(1)
     short = [rng.randrange(8, 300) for _ in range(4)]
     distinct = [short, [7, 7, *short], *[[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]]  # 7 also pads
-    for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3):
-        prompts = rng.sample(prompts, len(prompts))
+    attend, calls = SharedPrompts.__call__, []
+    monkeypatch.setattr(SharedPrompts, "__call__", lambda self, *given, **named: calls.append(1) or attend(self, *given, **named))
+    # The fourth has groups of too different sizes: their prompts are copied instead.
+    for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3, [distinct[2]] * 9 + [distinct[3], distinct[3][::-1]]):
+        prompts, calls[:] = rng.sample(prompts, len(prompts)), []
         widths = []
         hook = model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -87,6 +93,7 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
             assert shared == generate(model, Plain, prompts, 12, Limits(), greedy=True)
         if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
             assert widths[0] == (1, len(prompts[0]) - 1)
+        assert bool(calls) == (len(prompts) != 11 and prompts[0] != distinct[5])
 
 
 def test_models_that_cannot_share_fall_back():
