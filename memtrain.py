@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import checkpoints
 import parallel
-from batching import can_pack_completions
+from attention import can_pack_completions
 from eval import Setting, default_lengths, evaluate, evaluate_questions, limits, load_model, load_source, option, parse, run, score, table
 from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
 from masking import draw_recall
@@ -221,7 +221,7 @@ def main() -> None:
         retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
     recalls = setting.task == "memtrain" and training.ablation != "end_to_end"
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
     pack = can_pack_completions(model)
     if rank == 0 and not pack:

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
-from batching import PromptLayer, RoomyLayer, SharedPrompts, by_length, cache_of, can_set_prompts_aside, can_share_prompts
+from attention import PromptLayer, RoomyLayer, SharedPrompts, cache_of, can_share_prompts, is_plain
+from batching import by_length
 from masking import Document, Recall
 from retrieval import UserError
 from rewards import boxed
@@ -183,7 +184,7 @@ def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Dynamic
     if len(unique) == len(ids) or ids.shape[1] < 2:  # unique (prompts, width), row (rows,), counts (prompts,)
         return cache_of(model, RoomyLayer), None
     # Groups of much the same size: the largest sets the work of all.
-    aside = can_set_prompts_aside(model) and len(unique) * int(counts.max()) <= 2 * len(ids)
+    aside = is_plain(model) and len(unique) * int(counts.max()) <= 2 * len(ids)
     mask = (unique >= 0).long()
     cache = cache_of(model, PromptLayer if aside else RoomyLayer)
     model.get_decoder()(

@@ -24,7 +24,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from batching import by_prompt, can_pack_completions  # noqa: E402
+from attention import can_pack_completions  # noqa: E402
+from batching import by_prompt  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from masters import MasterAdamW  # noqa: E402
 from memtrain import Training, logprobs_of, update  # noqa: E402
@@ -124,7 +125,7 @@ def measure(arguments, device: str) -> list[dict]:
     model = random_model(arguments.shape, arguments.dtype, device)
     reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl else None
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     training = Training(
         documents=arguments.prompts, kl=arguments.kl, lr=1e-6, train_tokens=arguments.train_tokens,
         gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,

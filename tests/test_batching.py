@@ -1,15 +1,8 @@
-"""batching.py: partitions within a budget, equal prompts, and which models can share them."""
+"""batching.py: partitions within a budget, and equal prompts."""
 
 import random
-from types import SimpleNamespace
 
-import pytest
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.cache_utils import DynamicLayer
-
-from batching import PromptLayer, RoomyLayer, SharedPrompts, by_length, by_prompt
+from batching import by_length, by_prompt
 
 
 def test_batches_hold_everything_once_within_the_budget():
@@ -32,70 +25,3 @@ def test_batches_hold_everything_once_within_the_budget():
 def test_equal_prompts_are_grouped_by_their_tokens():
     """Equality of ids, not of objects, in order of first appearance."""
     assert by_prompt([[1, 2], [3], [1, 2], [], [3], [2, 1]]) == [[0, 2], [1, 4], [3], [5]]
-
-
-def test_a_roomy_layer_holds_what_a_plain_one_holds():
-    """Over random appends, selections of rows, crops and resets, with little room, so that it often has to grow."""
-    rng = random.Random(0)
-    torch.manual_seed(0)
-    for _ in range(40):
-        plain, roomy, rows, seen = DynamicLayer(), RoomyLayer(), 3, []
-        roomy.room = rng.randrange(1, 6)
-        for _ in range(25):
-            kind, held = rng.random(), plain.get_seq_length()
-            if kind < 0.7 or not held:
-                new = torch.randn(2, rows, 2, rng.choice((1, 1, 1, 5)), 4)
-                given = plain.update(new[0], new[1]), roomy.update(new[0], new[1])
-                assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
-                seen.append((given[0][0].clone(), given[1][0]))
-            elif kind < 0.85:
-                chosen = torch.randint(rows, (rng.randrange(1, 5),))
-                rows = len(chosen)
-                plain.batch_select_indices(chosen)
-                roomy.batch_select_indices(chosen)
-            elif kind < 0.95:
-                plain.crop(-1)
-                roomy.crop(-1)
-                seen = []  # the next append may write where these end
-            else:
-                plain.reset()
-                roomy.reset()
-            assert plain.get_seq_length() == roomy.get_seq_length()
-            assert not plain.get_seq_length() or torch.equal(plain.values, roomy.values)
-        assert all(torch.equal(a, b) for a, b in seen)  # what was handed out stays as it was
-
-
-@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
-def test_attention_over_shared_prompts_equals_attention_over_copies(heads, groups):
-    """Random prompts with left padding, random rows of each in random order, against torch's attention over copied keys."""
-    torch.manual_seed(0)
-    for _ in range(20):
-        prompts, tokens, size = *torch.randint(1, 6, (2,)).tolist(), 8
-        prompt_of = torch.cat([torch.arange(prompts), torch.randint(prompts, (7,))])  # each has a row at least
-        prompt_of = prompt_of[torch.randperm(len(prompt_of))]  # (rows,)
-        mask = torch.arange(tokens) >= torch.randint(0, tokens + 1, (prompts, 1))  # some are padding alone
-        layer = PromptLayer()
-        held = layer.update(*torch.randn(2, prompts, groups, tokens, size))
-        layer.set_prompts_aside()
-        shared = SharedPrompts(SimpleNamespace(layers=[layer]), prompt_of, mask)
-        written = torch.randn(2, len(prompt_of), groups, 3, size)
-        for n in range(3):  # a token a time
-            own = layer.update(*written[..., n : n + 1, :])
-            query = torch.randn(len(prompt_of), heads, 1, size)
-            got, _ = shared(SimpleNamespace(layer_idx=0), query, *own, None, scaling=0.3)
-            keys, values = (torch.cat([h[prompt_of], w[..., : n + 1, :]], 2).repeat_interleave(heads // groups, 1) for h, w in zip(held, written))
-            seen = torch.cat([mask[prompt_of], torch.ones(len(prompt_of), n + 1, dtype=torch.bool)], 1)
-            wanted = scaled_dot_product_attention(query, keys, values, seen[:, None, None], scale=0.3).transpose(1, 2)
-            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
-            assert layer.get_seq_length() == tokens + n + 1
-
-
-def test_the_usual_attention_comes_back():
-    """Also after an error: training and the next batch attend as the model was loaded to."""
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4))
-    before = model.config._attn_implementation
-    shared = SharedPrompts(None, torch.tensor([0]), torch.ones(1, 1))
-    with pytest.raises(KeyError), shared.used_by(model):
-        assert model.config._attn_implementation != before
-        raise KeyError
-    assert model.config._attn_implementation == before == "sdpa"

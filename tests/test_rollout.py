@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers import MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
-from batching import SharedPrompts
+from attention import SharedPrompts
 from masking import QUESTION, Document, Recall
 from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
 
