@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoints
 import parallel
 from attention import can_pack_completions
-from eval import Setting, default_lengths, evaluate, evaluate_questions, limits, load_model, load_source, option, parse, run, score, table
+from eval import default_lengths, evaluate, evaluate_questions, score, table
 from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
 from masking import draw_recall
 from masters import MasterAdamW
@@ -39,6 +39,7 @@ from parallel import gather
 from retrieval import UserError, open_retriever
 from rewards import recall_reward, trajectory_reward
 from rollout import Trajectory, Turn, read, recall, search
+from settings import Setting, limits, load_model, load_source, option, parse, run
 
 
 @dataclass

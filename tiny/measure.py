@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import Setting, limits, load_corpus, load_model, wilson  # noqa: E402
+from eval import wilson  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
 from qa import Pool, load_questions, long_documents  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
 from rollout import read, recall  # noqa: E402
+from settings import Setting, limits, load_corpus, load_model  # noqa: E402
 
 HERE = Path(__file__).parent
 DOCUMENTS, SAMPLES = 60, 4
