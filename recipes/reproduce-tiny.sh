@@ -14,7 +14,8 @@ lengths="2 8 32 128" # 1 to 64 times the length of a task's training documents
 # The rate was chosen on the development questions (--eval-split dev), see README.
 task="--lr 1e-4 --lr-schedule constant --save-every 8 --keep 9"
 
-# A core for each part: so small a model makes poor use of two.
+# A core for each part: so small a model makes poor use of two. Counted first, as nproc counts by this variable.
+cores=$(nproc)
 export OMP_NUM_THREADS=1
 
 train() { # NAME ARGUMENTS: the run in $out/NAME
@@ -32,7 +33,7 @@ measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json
     tail -n 3 "$out/$1.log" >&2 && return 255
 }
 export -f train measure
-all() { xargs -r -P "$(nproc)" -L 1 bash -uc '"$@"' part; } # lines on stdin: train or measure, and its arguments
+all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: train or measure, and its arguments
 
 mkdir -p "$out"
 # Search finds passages about all subjects. Its questions are split by subject, and shuffled: two in a row are asked as one.
