@@ -1,8 +1,7 @@
-"""Attention over prompts that several samples share: each prompt is computed and held once.
+"""Sampling behind prompts that several samples share: each prompt is computed once and held once.
 
-`rollout.generate` lets all samples of a prompt attend to it where it lies in the cache (`SharedPrompts`), instead of to
-copies. `grpo.completion_logprobs` packs all completions of a prompt behind it in one row, each blind to the others
-(`Packing`). A model for which that can't be done falls back to copies, to a mask, or to a row for every sample.
+All samples of a prompt attend to it where it lies in the cache (`SharedPrompts`), instead of to copies. For a model that
+`is_plain` doesn't know the cache is copied; one that can't share at all computes every row by itself.
 """
 
 import inspect
@@ -14,23 +13,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# What these models hand to their attention is all that it is: no sinks, no soft cap, no bias by position. So ours can stand
-# in for it, as the tests compare.
+# What these models hand to their attention is all that it is: no sinks, no soft cap, no bias by position. So SharedPrompts
+# can stand in for it, as the tests compare.
 PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
-sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def sdpa_or_packed(module, query, key, value, attention_mask, packing=None, **more):
-    """transformers' sdpa, and what it becomes where a model is called with `packing`, a Packing, among its arguments.
-
-    Not a switch like `used_by`: gradient checkpointing calls it again in backward, with the same arguments.
-    """
-    if packing is None:
-        return sdpa(module, query, key, value, attention_mask, **more)
-    return packing(module, query, key, value, **more)
-
-
-ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_or_packed)
 
 
 class RoomyLayer(DynamicLayer):
@@ -60,7 +45,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class PromptLayer(RoomyLayer):
-    """A cache layer that holds each prompt once, apart from the tokens of the rows that go on from it."""
+    """A cache layer that holds each prompt once, apart from the tokens of the rows that go on from it. Rows only grow."""
 
     prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
 
@@ -99,13 +84,13 @@ class SharedPrompts:
         shared, shared_sum = self.attend(together, layer.prompt_keys, layer.prompt_values, scaling, self.hidden)
         own, own_sum = self.attend(query, key, value, scaling)  # (rows, key heads, heads a group, size), (..., 1)
         share = torch.sigmoid(self.by_row(shared_sum) - own_sum)
-        return torch.lerp(own.float(), self.by_row(shared).float(), share).to(value.dtype).view(rows, 1, heads, size), None
+        return torch.lerp(own, self.by_row(shared), share).to(value.dtype).view(rows, 1, heads, size), None
 
     @staticmethod
     def attend(query, keys, values, scaling, hidden=0.0) -> tuple[Tensor, Tensor]:
-        """The attended values, and the log of the sum under the softmax."""
-        scores = (query @ keys.mT).float() * scaling + hidden
-        return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1, keepdim=True)
+        """The attended values, and the log of the sum under the softmax, in float32 as inside of torch's own kernels."""
+        scores = query.float() @ keys.float().mT * scaling + hidden
+        return scores.softmax(-1) @ values.float(), scores.logsumexp(-1, keepdim=True)
 
     def by_row(self, together: Tensor) -> Tensor:  # (prompts, key heads, most rows * heads a group, n) -> (rows, key heads, heads a group, n)
         return together.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
@@ -121,6 +106,7 @@ class SharedPrompts:
             yield
         finally:
             config._attn_implementation = usual
+            ALL_ATTENTION_FUNCTIONS.register("shared_prompts", None)  # or it would keep the whole cache alive
 
 
 def cache_of(model, layer: type[DynamicLayer]) -> DynamicCache:
@@ -128,40 +114,6 @@ def cache_of(model, layer: type[DynamicLayer]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [layer() for _ in cache.layers]
     return cache
-
-
-class Packing:
-    """The attention of packed rows: [prompt, completion, completion, ...], each completion seeing its prompt and itself.
-
-    One mask over a row would have every token compared with every other. Instead a prompt attends to itself, which needs
-    no mask, and each completion to a copy of its prompt's keys with its own behind.
-    """
-
-    def __init__(self, prompts: list[int], completions: list[tuple[int, int, int]], device):
-        """prompts: tokens of each row's prompt. completions: (row, first position, tokens) of each turn."""
-        self.prompt_tokens = max(prompts)
-        self.row, start, length = torch.tensor(completions, device=device).T  # (turns,) each
-        n = torch.arange(int(length.max()), device=device)  # (longest completion,)
-        self.real = n < length[:, None]  # (turns, longest completion)
-        self.position = torch.where(self.real, start[:, None] + n, 0)  # in its row; 0 where there is only padding
-        prompt = torch.arange(self.prompt_tokens, device=device) < torch.tensor(prompts, device=device)[self.row, None]
-        own = (n <= n[:, None]).expand(len(prompt), -1, -1)  # (turns, from, to)
-        self.mask = torch.cat([prompt[:, None].expand(-1, len(n), -1), own], 2)[:, None]  # (turns, 1, from, prompt + to)
-
-    def __call__(self, module, query: Tensor, key: Tensor, value: Tensor, **more) -> tuple[Tensor, None]:
-        """query (rows, heads, longest, size), key and value (rows, key heads, longest, size) -> (rows, longest, heads, size)."""
-        prompts = [x[:, :, : self.prompt_tokens] for x in (query, key, value)]
-        # In rows of shorter prompts this range reaches into completions, which are written over below.
-        longest = query.shape[2]
-        of_prompts, _ = sdpa(module, *prompts, None, **more)  # causal: (rows, prompt, heads, size)
-        query, key, value = (x.transpose(1, 2)[self.row[:, None], self.position].transpose(1, 2) for x in (query, key, value))
-        key, value = (torch.cat([of[self.row], own], 2) for of, own in zip(prompts[1:], (key, value), strict=True))
-        of_completions, _ = sdpa(module, query, key, value, self.mask, **more)  # (turns, longest completion, heads, size)
-        found = of_prompts.new_zeros(len(of_prompts), longest, *of_prompts.shape[2:])
-        found[:, : self.prompt_tokens] = of_prompts
-        row = self.row[:, None].expand_as(self.real)
-        found[row[self.real], self.position[self.real]] = of_completions[self.real]
-        return found, None
 
 
 def can_share_prompts(model) -> bool:
@@ -180,5 +132,5 @@ def can_pack_completions(model) -> bool:
 
 
 def is_plain(model) -> bool:
-    """can_pack_completions, and an attention that SharedPrompts and Packing can stand in for."""
+    """Whether SharedPrompts can stand in for the model's attention."""
     return can_pack_completions(model) and model.config.get_text_config().model_type in PLAIN_ATTENTION

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from attention import Packing, is_plain
 from batching import by_length, by_prompt
 
 # Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
@@ -133,7 +132,7 @@ def completion_logprobs(
 
     # Segment 0 is the prompt, 1, 2, ... are its completions, -1 is padding; positions go on from the prompt's in each.
     # Masks come from lengths, never from token values: where pad and EOS are one token, values would untrain the EOS.
-    ids, segments, positions, source, spans = [], [], [], [[] for _ in turns], []
+    ids, segments, positions, source = [], [], [], [[] for _ in turns]
     for row, members in enumerate(rows):
         prompt = turns[members[0]].prompt_ids
         ids.append(list(prompt))
@@ -143,7 +142,6 @@ def completion_logprobs(
             length, start = len(turns[i].completion_ids), len(ids[row])
             # The state that predicts a completion's first token is the prompt's last; its own states predict the rest.
             source[i] = [(row, p) for p in [len(prompt) - 1, *range(start, start + length - 1)][:length]]
-            spans.append((row, start, length))
             ids[row] += turns[i].completion_ids
             segments[row] += [n] * length
             positions[row] += range(len(prompt), len(prompt) + length)
@@ -157,14 +155,9 @@ def completion_logprobs(
         # in use, and positions count 0, 1, 2, ... by default as they did while sampling.
         layout = {}
     else:
-        layout = {"position_ids": padded(positions, 0)}
-        if is_plain(model):
-            packing = Packing([segment.count(0) for segment in segments], spans, model.device)
-            layout |= {"packing": packing, "attention_mask": packing.mask}  # 4-D, so transformers makes none of its own
-        else:
-            segment = padded(segments, -1)
-            visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (rows, from, to)
-            layout |= {"attention_mask": visible.tril()[:, None]}
+        segment = padded(segments, -1)
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (rows, from, to)
+        layout = {"attention_mask": visible.tril()[:, None], "position_ids": padded(positions, 0)}
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state  # (rows, longest, width)
 
     row, position = torch.tensor([at for places in source for at in places], dtype=torch.long).reshape(-1, 2).T

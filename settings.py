@@ -161,7 +161,7 @@ def check_window(setting: Setting, model, tokenizer) -> None:
     if window and needed > window:
         raise UserError(
             f"--chunk-tokens {setting.chunk_tokens}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
-            f"{setting.answer_tokens} need a window of {needed} tokens, {setting.model} has {window}; make them smaller"
+            f"{setting.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has {window}; make them smaller"
         )
 
 

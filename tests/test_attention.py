@@ -1,6 +1,7 @@
 """attention.py: what a cache holds, and prompts held once, against torch's attention over copies."""
 
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from attention import Packing, PromptLayer, RoomyLayer, SharedPrompts
+from attention import PromptLayer, RoomyLayer, SharedPrompts
 
 
 def test_a_roomy_layer_holds_what_a_plain_one_holds():
@@ -43,9 +44,13 @@ def test_a_roomy_layer_holds_what_a_plain_one_holds():
         assert all(torch.equal(a, b) for a, b in seen)  # what was handed out stays as it was
 
 
-@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
-def test_attention_over_shared_prompts_equals_attention_over_copies(heads, groups):
-    """Random prompts with left padding, random rows of each in random order, against torch's attention over copied keys."""
+@pytest.mark.parametrize("heads, groups, dtype", [(4, 4, "float32"), (6, 2, "float32"), (3, 1, "float32"), (4, 2, "bfloat16")])
+def test_attention_over_shared_prompts_equals_attention_over_copies(heads, groups, dtype):
+    """Random prompts with left padding, random rows of each in random order, against torch's attention over copied keys.
+
+    In bfloat16 only the result is rounded: against float32 it is off by half a unit in the last of its 8 bits.
+    """
+    dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     for _ in range(20):
         prompts, tokens, size = *torch.randint(1, 6, (2,)).tolist(), 8
@@ -53,23 +58,25 @@ def test_attention_over_shared_prompts_equals_attention_over_copies(heads, group
         prompt_of = prompt_of[torch.randperm(len(prompt_of))]  # (rows,)
         mask = torch.arange(tokens) >= torch.randint(0, tokens + 1, (prompts, 1))  # some are padding alone
         layer = PromptLayer()
-        held = layer.update(*torch.randn(2, prompts, groups, tokens, size))
+        held = layer.update(*torch.randn(2, prompts, groups, tokens, size).to(dtype))
         layer.set_prompts_aside()
         shared = SharedPrompts(SimpleNamespace(layers=[layer]), prompt_of, mask)
-        written = torch.randn(2, len(prompt_of), groups, 3, size)
+        written = torch.randn(2, len(prompt_of), groups, 3, size).to(dtype)
         for n in range(3):  # a token a time
             own = layer.update(*written[..., n : n + 1, :])
-            query = torch.randn(len(prompt_of), heads, 1, size)
+            query = 3 * torch.randn(len(prompt_of), heads, 1, size).to(dtype)
             got, _ = shared(SimpleNamespace(layer_idx=0), query, *own, None, scaling=0.3)
             keys, values = (torch.cat([h[prompt_of], w[..., : n + 1, :]], 2).repeat_interleave(heads // groups, 1) for h, w in zip(held, written))
             seen = torch.cat([mask[prompt_of], torch.ones(len(prompt_of), n + 1, dtype=torch.bool)], 1)
-            wanted = scaled_dot_product_attention(query, keys, values, seen[:, None, None], scale=0.3).transpose(1, 2)
-            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+            keys, values = keys.float(), values.float()
+            wanted = scaled_dot_product_attention(query.float(), keys, values, seen[:, None, None], scale=0.3).transpose(1, 2)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.float(), wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
             assert layer.get_seq_length() == tokens + n + 1
 
 
 def test_the_usual_attention_comes_back():
-    """Also after an error: training and the next batch attend as the model was loaded to."""
+    """Also after an error: training and the next batch attend as the model was loaded to, and the cache is let go."""
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4))
     before = model.config._attn_implementation
     shared = SharedPrompts(None, torch.tensor([0]), torch.ones(1, 1))
@@ -77,3 +84,6 @@ def test_the_usual_attention_comes_back():
         assert model.config._attn_implementation != before
         raise KeyError
     assert model.config._attn_implementation == before == "sdpa"
+    alive = weakref.ref(shared)
+    del shared
+    assert alive() is None  # and with it its cache

@@ -1,6 +1,7 @@
 """recipes/: argument files that hold what the paper says, and the tables of a reproduction."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,10 +109,17 @@ def test_tables_pair_questions_and_wait_for_all_seeds(measured, monkeypatch, cap
 
 SHIM = """#!{python}
 # Stands in for python: notes what it is asked for, and leaves behind what the script looks for.
-import sys
+import os, sys, time
 from pathlib import Path
 
 arguments = sys.argv[1:]
+if "--out" in arguments:  # how many are at work at once
+    at_work = Path("{log}.{{}}".format(os.getpid()))
+    at_work.touch()
+    time.sleep(0.05)
+    with open("{log}-at-once", "a") as file:
+        print(len(list(at_work.parent.glob("log.*"))), os.environ["OMP_NUM_THREADS"], file=file)
+    at_work.unlink()
 if arguments[0] != "-":
     with open("{log}", "a") as file:
         print(*arguments, file=file)
@@ -146,4 +154,6 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
         model = call[call.index("--model") + 1] if "--model" in call else "tiny/model"
         assert model == "tiny/model" or model.split("/checkpoint")[0] in trained
         trained |= {out} if call[0] == "memtrain.py" else set()
+    at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
+    assert max(int(number) for number, _ in at_once) == os.cpu_count() and {threads for _, threads in at_once} == {"1"}
     assert len(trained) == 3 * 9 and sum("longqa-task-" in out for out in set(outs)) == 3 * 3

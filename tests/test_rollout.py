@@ -93,7 +93,7 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
             assert shared == generate(model, Plain, prompts, 12, Limits(), greedy=True)
         if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
             assert widths[0] == (1, len(prompts[0]) - 1)
-        assert bool(calls) == (len(prompts) != 11 and prompts[0] != distinct[5])
+        assert bool(calls) == (len(prompts) != 11 and max(map(len, prompts)) > 1)
 
 
 def test_models_that_cannot_share_fall_back():
