@@ -155,5 +155,6 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
         assert model == "tiny/model" or model.split("/checkpoint")[0] in trained
         trained |= {out} if call[0] == "memtrain.py" else set()
     at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
-    assert max(int(number) for number, _ in at_once) == os.cpu_count() and {threads for _, threads in at_once} == {"1"}
+    assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
+    assert {threads for _, threads in at_once} == {"1"}
     assert len(trained) == 3 * 9 and sum("longqa-task-" in out for out in set(outs)) == 3 * 3
