@@ -6,6 +6,7 @@ End-to-end and recall on training documents, and the questions of tiny/questions
 hop and two, each answered by reading its ten paragraphs.
 """
 
+import random
 import sys
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from eval import wilson  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
 from qa import Pool, load_questions, long_documents  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
-from rollout import read, recall  # noqa: E402
+from rollout import EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill, generate, read, recall  # noqa: E402
 from settings import Setting, limits, load_corpus, load_model  # noqa: E402
+from tiny.demonstrations import FOCUSED, Demonstrations  # noqa: E402
+from tiny.world import encyclopedia, split  # noqa: E402
 
 HERE = Path(__file__).parent
 DOCUMENTS, SAMPLES = 60, 4
@@ -29,6 +32,24 @@ def question_documents(tokenizer, setting: Setting, hops: int) -> list[Document]
     questions = [q for q in load_questions(HERE / "questions.jsonl") if len(q.gold) == hops]
     some = questions[:: max(1, len(questions) // DOCUMENTS)][:DOCUMENTS]
     return long_documents(some, Pool([], tokenizer), seed=0, chunk_tokens=setting.chunk_tokens, documents=10)
+
+
+def focused_notes(model, tokenizer, demonstrations: Demonstrations, world: list[dict], setting: Setting) -> list[bool]:
+    """Whether greedy notes on one section, begun as the focused begin theirs, hold the paragraph about what is asked.
+
+    Half of the questions are of two hops; then it is the paragraph about the first.
+    """
+    prompts, wanted = [], []
+    while len(prompts) < 2 * DOCUMENTS:
+        row = demonstrations.question(world)
+        titles, passages, _ = demonstrations.context(row, world, 10)
+        asked = titles.index(row["hops"][0][0])
+        section = next(s for s in demonstrations.sections(passages, titles) if f"Document {asked + 1}:" in s)
+        text = fill(READ_PROMPT, problem=row["question"], memory=EMPTY_MEMORY, section=section)
+        prompts.append(encode_prompt(tokenizer, text) + tokenizer(FOCUSED)["input_ids"])
+        wanted.append(passages[asked][0])
+    notes = generate(model, tokenizer, prompts, setting.memory_tokens, limits(setting), greedy=True)
+    return [sentence in tokenizer.decode(ids) for sentence, (ids, *_) in zip(wanted, notes, strict=True)]
 
 
 def report(name: str, hits: list[bool]) -> None:
@@ -54,6 +75,11 @@ def main() -> None:
         for name, empty in (("", False), (", empty memory", True)):
             trajectories = read(model, tokenizer, documents, limits(setting), samples=SAMPLES, empty_memory=empty, progress="questions")
             report(f"question of {hops} hops{name}", [exact_match(t.prediction, t.document.answers) for t in trajectories])
+    known, unseen = split(encyclopedia(), random.Random(0))
+    demonstrations = Demonstrations(known, tokenizer, seed=2)
+    worlds = {"known": known, "unseen": unseen, "invented": demonstrations.inventor.fresh(60)}
+    for name, world in worlds.items():
+        report(f"focused notes hold what is asked, {name} subjects", focused_notes(model, tokenizer, demonstrations, world, setting))
 
 
 if __name__ == "__main__":
