@@ -45,7 +45,10 @@ class RoomyLayer(DynamicLayer):
 
 
 class PromptLayer(RoomyLayer):
-    """A cache layer that holds each prompt once, apart from the tokens of the rows that go on from it. Rows only grow."""
+    """A cache layer that can hold each prompt once, apart from the tokens of the rows that go on from it.
+
+    Once prompts are set aside rows only grow: they are neither selected nor reset.
+    """
 
     prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
 
@@ -109,10 +112,10 @@ class SharedPrompts:
             ALL_ATTENTION_FUNCTIONS.register("shared_prompts", None)  # or it would keep the whole cache alive
 
 
-def cache_of(model, layer: type[DynamicLayer]) -> DynamicCache:
-    """An empty cache of such layers, for a model of which can_share_prompts holds."""
+def empty_cache(model) -> DynamicCache:
+    """For a model of which can_share_prompts holds."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [layer() for _ in cache.layers]
+    cache.layers = [PromptLayer() for _ in cache.layers]
     return cache
 
 
@@ -132,5 +135,6 @@ def can_pack_completions(model) -> bool:
 
 
 def is_plain(model) -> bool:
-    """Whether SharedPrompts can stand in for the model's attention."""
-    return can_pack_completions(model) and model.config.get_text_config().model_type in PLAIN_ATTENTION
+    """Whether SharedPrompts can stand in for the attention of a model of which can_share_prompts holds."""
+    config = model.config.get_text_config()
+    return config._attn_implementation == "sdpa" and config.model_type in PLAIN_ATTENTION

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
-from attention import PromptLayer, RoomyLayer, SharedPrompts, cache_of, can_share_prompts, is_plain
+from attention import SharedPrompts, can_share_prompts, empty_cache, is_plain
 from batching import by_length
 from masking import Document, Recall
 from retrieval import UserError
@@ -181,17 +181,16 @@ def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Dynamic
         return None, None
     # -1 for padding: a real token may have the padding's id.
     unique, row, counts = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True, return_counts=True)
-    if len(unique) == len(ids) or ids.shape[1] < 2:  # unique (prompts, width), row (rows,), counts (prompts,)
-        return cache_of(model, RoomyLayer), None
-    # Groups of much the same size: the largest sets the work of all.
-    aside = is_plain(model) and len(unique) * int(counts.max()) <= 2 * len(ids)
+    cache = empty_cache(model)  # unique (prompts, width), row (rows,), counts (prompts,)
+    if len(unique) == len(ids) or ids.shape[1] < 2:
+        return cache, None
     mask = (unique >= 0).long()
-    cache = cache_of(model, PromptLayer if aside else RoomyLayer)
     model.get_decoder()(
         input_ids=unique.clamp(min=0)[:, :-1], attention_mask=mask[:, :-1],
         position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, use_cache=True,
     )  # fmt: skip
-    if aside:
+    # Groups of much the same size: the largest sets the work of all.
+    if is_plain(model) and len(unique) * int(counts.max()) <= 2 * len(ids):
         for layer in cache.layers:
             layer.set_prompts_aside()
         return cache, SharedPrompts(cache, row, mask[:, :-1])

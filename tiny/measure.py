@@ -3,7 +3,7 @@
     python tiny/measure.py [MODEL]
 
 End-to-end and recall on training documents, and the questions of tiny/questions.jsonl about unseen subjects, of one
-hop and two, each answered by reading its ten paragraphs.
+hop and two, each answered by reading its ten paragraphs. Then, greedy: whether focused notes find what is asked.
 """
 
 import random
