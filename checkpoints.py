@@ -47,6 +47,9 @@ def replace_text(path: Path, text: str) -> None:
 def unfinished(out: Path, config: dict, resume: str) -> bool:
     """Whether `out` holds a run of this very `config` to go on with. Raises UserError where it holds something else."""
     if not out.exists() or out.is_dir() and all(path.name.startswith(".") or path.suffix == ".new" for path in out.iterdir()):
+        above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--out {out}: {above} {'can' if above.is_dir() else 'is a file, so it can'}'t be written to; name another folder")
         return False  # nothing, or killed in its first moment
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
@@ -162,7 +165,8 @@ def point(out: Path, folder: Path, keep: int) -> None:
     link.symlink_to(folder.relative_to(out))
     link.replace(out / "checkpoint")
     for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
-        gone = old.rename(old.with_name(f"deleted-{old.name}"))  # half of it is left if this is killed, under no name that counts
+        old.rename(old.with_name(f"deleted-{old.name}"))  # half of it is left if this is killed, under no name that counts
+    for gone in (out / "checkpoints").glob("deleted-*"):
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ import spacy
 from spacy.lang.en.stop_words import STOP_WORDS
 from tqdm import tqdm
 
-from matching import MASK, TARGET, Span, is_whole
+from matching import MASK, TARGET, Span, occurrences
 from retrieval import UserError
 from rewards import normalize
 
@@ -132,7 +132,7 @@ def split_paragraphs(text: str, words: int) -> list[str]:
 
 # ---- entities ----------------------------------------------------------------------------------------
 
-FOUND = 4  # raise when find_entities finds something else than before: it is part of the cache's name
+FOUND = 5  # raise when find_entities finds something else than before: it is part of the cache's name
 MONTHS = "January February March April May June July August September October November December".split()
 LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
 QUANTITIES = {"DATE", "TIME", "NUMBER", "CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY"}
@@ -196,7 +196,7 @@ def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
         plain = core[1].islower() and not any(c.isdigit() for c in core[1])
         ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
-        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and is_whole(doc.text, start, end):
+        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and (start, end) in occurrences(doc.text, core[1]):
             found.append((start, end, entity.label_))
     return found
 
@@ -216,6 +216,7 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
         return
     nlp = pipeline(ner, {passage.title for passage in passages})
     common = common_words(passage.text for passage in passages) | {"mask", "target"}
+    nlp.max_length = max([nlp.max_length, *(len(passage.text) + 1 for passage in passages)])  # a line may be a whole book
     docs = nlp.pipe((passage.text for passage in passages), batch_size=64)
     for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})"), docs, strict=True):
         passage.entities = [(start, end) for start, end, _ in spans(doc, common)]

@@ -9,7 +9,8 @@ having remembered anything.
 
 import json
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from parallel import gather
 from retrieval import UserError, open_retriever
 from rewards import boxed, exact_match, f1_score, objective_scores, substring_match
 from rollout import EMPTY_MEMORY, answer, cut, prompt_overhead, read, recall, search
-from settings import Setting, limits, load_model, load_source, option, parse, run
+from settings import Setting, check_model, check_window, limits, load_model, load_source, option, parse, run
 
 
 @dataclass
@@ -101,20 +102,21 @@ def evaluate_questions(
     model, tokenizer, source, setting: Setting, lengths: list[int], when: str, rank: int = 0, processes: int = 1,
     retriever=None, controls: tuple[str, ...] = ("kept", "empty"),
 ) -> list[dict]:  # fmt: skip
-    """Greedy exact match, F1 and substring match on `eval_documents` questions: longqa at each length, searchqa once.
+    """Greedy exact match, F1 and substring match on up to `eval_documents` questions: longqa at each length, searchqa once.
 
     controls: "kept" is the agent itself; the others answer in one step, from "empty" memory, from the "full" text as far
     as the window allows, from the "oracle" memory, which is the gold paragraphs. One row each; `scores` are per question,
-    in an order that is the same for every model.
+    in an order that is the same for every model and length.
     """
-    indices, found, budget = range(setting.eval_documents)[rank::processes], {}, limits(setting)
+    found, budget = {}, limits(setting)
     shown = f"evaluation {when}" if rank == 0 else None
-    lengths = lengths if setting.task == "longqa" else [setting.objectives]
-    places = [(length, i) for length in lengths for i in indices]
-    documents = [source.document(i, setting.eval_split, length) for length, i in places]
+    asked = documents_by_length(source, setting, lengths if setting.task == "longqa" else [setting.objectives], rank == 0)
+    places = [(length, i) for length in asked for i in range(len(asked[length]))][rank::processes]
+    documents = [asked[length][i] for length, i in places]
     for control in controls:
-        if control == "kept" and setting.task == "searchqa":
-            predictions = [t.prediction for t in search(model, tokenizer, documents, retriever, budget, greedy=True, progress=shown)]
+        if setting.task == "searchqa":  # asked as ever, but closed-book without a search to make
+            allowed = budget if control == "kept" else replace(budget, searches=0)
+            predictions = [t.prediction for t in search(model, tokenizer, documents, retriever, allowed, greedy=True, progress=shown)]
         elif control == "kept":  # all lengths together: short documents fill the batches of the long ones
             predictions = [t.prediction for t in read(model, tokenizer, documents, budget, greedy=True, progress=shown)]
         else:
@@ -124,7 +126,7 @@ def evaluate_questions(
             more = (f1_score(p, d.answers), substring_match(p, d.answers)) if setting.task == "longqa" else (0.0, 0.0)
             found.setdefault((length, control), {})[i] = score(p, d), *more
     parts, rows = gather(found), []
-    for length, control in ((length, control) for length in lengths for control in controls):
+    for length, control in ((length, control) for length in asked for control in controls):
         scores = [value for _, value in sorted(item for part in parts for item in part.get((length, control), {}).items())]
         exact, f1, substring = np.mean(scores, axis=0).tolist()
         low, high = wilson(exact * len(scores), len(scores))
@@ -136,12 +138,41 @@ def evaluate_questions(
     return rows
 
 
+def documents_by_length(source, setting: Setting, lengths: list[int], told: bool) -> dict[int, list]:
+    """{length: documents}, of the same questions at every length, each question once: those that can be brought to all.
+
+    A length is left out, and where `told` printed, to which more than a tenth of the first 20 questions can't be brought:
+    with the others gone, what remains would not be the same task.
+    """
+    order = range(len(source.questions[setting.eval_split]))
+    for length in list(lengths):
+        reasons = []
+        for i in order[:20]:
+            try:
+                source.document(i, setting.eval_split, length)
+            except UserError as error:
+                reasons.append(error)
+        if len(reasons) > len(order[:20]) / 10:
+            lengths = [other for other in lengths if other != length]
+            if told:
+                print(f"evaluation at {length} chunks is left out, {len(reasons)} of {len(order[:20])} questions can't be brought to it: {reasons[0]}")
+    built: dict[int, list] = {length: [] for length in lengths}
+    for i in order if lengths else ():
+        try:
+            documents = [source.document(i, setting.eval_split, length) for length in lengths]
+        except UserError:
+            continue
+        for length, document in zip(lengths, documents, strict=True):
+            built[length].append(document)
+        if len(built[lengths[0]]) == setting.eval_documents:
+            break
+    return {length: documents for length, documents in built.items() if documents}
+
+
 def control_memory(control: str, document, model, tokenizer, setting: Setting) -> str:
     """What stands in for the memory in a control that doesn't read."""
     if control == "empty":
         return EMPTY_MEMORY
-    if setting.task == "searchqa":
-        raise UserError(f"--controls {control}: search questions come without a text; use empty")
     if control == "oracle":
         return document.gold or EMPTY_MEMORY
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
@@ -159,19 +190,25 @@ def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_00
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a markdown table: a line per task and memory, a column per number of chunks."""
+    """The rows as a markdown table: a line per task, memory and measure, a column per number of chunks; n is a length's."""
     lengths = sorted({row["chunks"] for row in rows})
     if not rows:
         return "no document could be built, so nothing was evaluated"
     unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
-    lines = ["| | memory | " + " | ".join(f"{c} {unit}" for c in lengths) + " |", "|---|---|" + "---|" * len(lengths)]
+    lines = ["| | memory | n | " + " | ".join(f"{c} {unit}" for c in lengths) + " |", "|---|---|---|" + "---|" * len(lengths)]
     for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
         task, when, memory = key
-        cells = []
-        for chunks in lengths:
-            row = next((r for r in rows if (r["task"], r["when"], r["memory"]) == key and r["chunks"] == chunks), None)
-            cells.append(f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "-")
-        lines.append(f"| {task}, {when} | {memory} | " + " | ".join(cells) + " |")
+        mine = {row["chunks"]: row for row in rows if (row["task"], row["when"], row["memory"]) == key}
+        n = sorted({row["n"] for row in mine.values()})
+        for measure, name in (("accuracy", ""), ("f1", ", F1"), ("substring", ", substring")):
+            if measure not in next(iter(mine.values())):
+                continue
+            cells = [
+                "-" if chunks not in mine else f"{mine[chunks][measure]:.2f}"
+                + (f" [{mine[chunks]['low']:.2f}, {mine[chunks]['high']:.2f}]" if measure == "accuracy" else "")
+                for chunks in lengths
+            ]  # fmt: skip
+            lines.append(f"| {task}, {when}{name} | {memory} | {'-'.join(map(str, n[:: max(1, len(n) - 1)]))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -193,9 +230,8 @@ def load_pyplot():
 
 
 def plot(rows: list[dict], file: str) -> None:
-    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval."""
-    if not (pyplot := load_pyplot()):
-        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
+    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval. Needs matplotlib."""
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for key in dict.fromkeys((row["when"], row["task"], row["memory"]) for row in rows):
         mine = sorted((row for row in rows if (row["when"], row["task"], row["memory"]) == key), key=lambda row: row["chunks"])
@@ -218,30 +254,41 @@ def main() -> None:
         raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
     if setting.task == "memtrain" and evaluation.controls != ["empty"]:
         raise UserError(f"--controls {' '.join(evaluation.controls)}: masked documents have the control empty only")
+    if setting.task == "searchqa" and {"full", "oracle"} & set(evaluation.controls):
+        raise UserError(f"--controls {' '.join(evaluation.controls)}: search questions come without a text; use empty")
     if setting.eval_documents < 1:
         raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(setting.model)
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
+    # What would fail at the end fails now: an evaluation can take hours.
+    for file in filter(None, (out, evaluation.plot)):
+        if not os.access(Path(file).parent, os.W_OK):
+            raise UserError(f"{file}: its folder is missing or can't be written to; name another")
+    if evaluation.plot and not load_pyplot():
+        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
+    for name in evaluation.against:
+        check_model(name, "--against")
     retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
-    lengths, rows = evaluation.lengths or default_lengths(setting.chunks), []
+    lengths, rows, source = evaluation.lengths or default_lengths(setting.chunks), [], None
     for name in (setting.model, *evaluation.against):
         model, tokenizer = load_model(name, device, setting.dtype, "--model" if name == setting.model else "--against")
-        source = load_source(setting, model, tokenizer, out.parent / ".entities")
+        check_window(setting, model, tokenizer)
+        source = source or load_source(setting, model, tokenizer, out.parent / ".entities")  # the same texts for all, by one tokenizer
         when = name if evaluation.against else "now"
         if setting.task == "memtrain":
             rows += evaluate(model, tokenizer, source, setting, lengths, when)
         else:
             controls = ("kept", *evaluation.controls)
             rows += evaluate_questions(model, tokenizer, source, setting, lengths, when, retriever=retriever, controls=controls)
+        out.write_text(json.dumps(rows, indent=1))
     print(table(rows))
     for row in rows:
         first = next(r for r in rows if all(r[k] == row[k] for k in ("task", "chunks", "memory")))
         if first is not row and "scores" in row:
             mean, low, high = paired_bootstrap(first["scores"], row["scores"])
             print(f"{row['when']} - {first['when']}, {row['memory']}, {row['chunks']}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-    print(f"95 % intervals; n = {setting.eval_documents} a length; rows in {out}")
-    out.write_text(json.dumps(rows, indent=1))
+    print(f"95 % intervals; rows in {out}")
     if evaluation.plot:
         plot(rows, evaluation.plot)
 

@@ -35,9 +35,6 @@ from batching import by_length, by_prompt
 # Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
 EQUAL_REWARDS = 1e-6
 
-# Some architectures scale their logits after lm_head. Passing over it would give plausible, wrong log-probs.
-LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-
 
 def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """Score rewards (groups, size) against their own group -> advantages (groups, size), degenerate (groups,) bool.
@@ -120,12 +117,8 @@ def completion_logprobs(
     entropy is of the same distributions, without gradient, or None unless asked for. Both are 0 where mask is False.
     With share_prompts, turns of one prompt are one row: the prompt once, all its completions behind it, each blind to
     the others. The model is the bare causal LM, not a DDP wrapper: under several processes the caller sums gradients.
-    At most head_tokens positions have logits at any one time. ValueError for an empty prompt or scaled logits.
+    At most head_tokens positions have logits at any one time. ValueError for an empty prompt.
     """
-    config = model.config.get_text_config()
-    for name in LOGIT_SCALES:
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(f"{type(model).__name__} scales its logits by {name}, which is not supported")
     if not all(turn.prompt_ids for turn in turns):
         raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
     rows = by_prompt([turn.prompt_ids for turn in turns]) if share_prompts else [[i] for i in range(len(turns))]
@@ -181,11 +174,28 @@ def completion_logprobs(
     return unflatten(logprobs), unflatten(entropies) if with_entropy else None, mask
 
 
-def _head(model, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
-    """Hidden states (tokens, width), the token that follows each (tokens,) -> log-probs, entropy or None (tokens,)."""
-    logits = model.get_output_embeddings()(hidden)  # (tokens, vocabulary)
+def _logits(model, hidden: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(hidden)
     if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def logits_agree(model) -> bool:
+    """Whether the logits that completion_logprobs takes are the model's own.
+
+    Some architectures scale or cap theirs behind lm_head; passing over it would give plausible, wrong log-probs.
+    """
+    ids = torch.arange(4, device=model.device)[None]  # (1, 4)
+    own = model(input_ids=ids).logits.float()  # (1, 4, vocabulary)
+    ours = _logits(model, model.get_decoder()(input_ids=ids).last_hidden_state).float()
+    return torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
+
+
+def _head(model, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
+    """Hidden states (tokens, width), the token that follows each (tokens,) -> log-probs, entropy or None (tokens,)."""
+    logits = _logits(model, hidden)  # (tokens, vocabulary)
     all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (tokens, vocabulary)
     logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
     if not with_entropy:

@@ -211,7 +211,7 @@ class Corpus:
         chunk_ends = list(accumulate(map(len, chunks)))
         begin = max(0, bisect_left(chunk_ends, last) + 1 - most)
         start = chunk_ends[begin - 1] if begin else 0
-        if first < start:
+        if first < start or not masks:
             return None
         touching = {place for span in masks for place in span}
         recall, chunks = [], chunks[begin : begin + most]

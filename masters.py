@@ -63,7 +63,10 @@ class MasterAdamW:
         return found | ({f"{n}.master": master for n, master in enumerate(self.masters)} if self.separate else {})
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors()`."""
+        """Go on from `tensors()`, the policy's weights being where they were; without masters these follow from them."""
+        if self.separate:
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                master.data.copy_(weight)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             n, name = key.split(".")

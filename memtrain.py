@@ -32,7 +32,7 @@ import checkpoints
 import parallel
 from attention import can_pack_completions
 from eval import default_lengths, evaluate, evaluate_questions, score, table
-from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
+from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
 from masking import draw_recall
 from masters import MasterAdamW
 from parallel import gather
@@ -214,6 +214,8 @@ def main() -> None:
     torch.manual_seed(seed)
 
     model, tokenizer = load_model(setting.model, device, setting.dtype)
+    if not logits_agree(model):
+        raise UserError(f"--model {setting.model}: {type(model).__name__} scales or caps its logits in a way that grpo.py doesn't know")
     reference = None
     if training.kl:
         reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
@@ -337,7 +339,7 @@ def main() -> None:
             metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
+            shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"] or 0.0}
             bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
             if step % training.sample_every == 0:
                 text = sample_text(trajectories[0], recalled.get(0, []), rewards[0])

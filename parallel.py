@@ -12,12 +12,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from retrieval import UserError
+
 
 def start() -> tuple[int, int, str]:
     """(rank, number of processes, device) of this process, joined to the others if torchrun started it."""
     cuda = torch.cuda.is_available()
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, "cuda" if cuda else "cpu"
+    if cuda and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError(f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs here; give as many as there are GPUs")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.

@@ -381,15 +381,40 @@ class LongQA:
         self.questions, self.pool, self.seed, self.chunk_tokens, self.chunks = questions, pool, seed, chunk_tokens, chunks
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
-        """Raises UserError where no question of the split can be brought to that length."""
-        for n in range(index, index + 20):  # one whose gold paragraphs don't fit gives way to the next
-            question = draw(self.questions[split], n, self.seed)
+        """Raises UserError where the question can't be brought to that length; in training the next one is tried."""
+        for n in range(index, index + (20 if split == "train" else 1)):
             try:
-                wanted = (chunks or self.chunks) * self.chunk_tokens
-                return long_document(question, index, self.pool, seed=self.seed, chunk_tokens=self.chunk_tokens, target_tokens=wanted)
+                return self._filled(draw(self.questions[split], n, self.seed), index, chunks or self.chunks)
             except UserError as error:
                 last = error
         raise last
+
+    def _filled(self, question: Question, index: int, chunks: int) -> LongDocument:
+        """With as many documents as `chunks` chunks hold: a chunk ends with a paragraph where it can, so few are quite full."""
+
+        def build(documents: int) -> LongDocument:
+            return long_document(question, index, self.pool, seed=self.seed, chunk_tokens=self.chunk_tokens, documents=documents)
+
+        size = least = len(question.gold)
+        if self.pool.passages:
+            size = max(least, int(chunks * self.chunk_tokens / np.mean([passage.tokens for passage in self.pool.passages])))
+        document = build(size)
+        while len(document.chunks) > chunks and size > least:
+            size = max(least, min(size - 1, size * chunks // len(document.chunks)))
+            document = build(size)
+        if len(document.chunks) > chunks:
+            raise UserError(f"question {question.id}: its {least} gold paragraphs take {len(document.chunks)} chunks of {self.chunk_tokens} "
+                            f"tokens, {chunks} wanted; ask for a longer text or longer chunks")  # fmt: skip
+        while True:  # the first guess and its mending are off by few
+            try:
+                larger = build(size + 1)
+            except UserError:  # no more passages
+                if len(document.chunks) < chunks:
+                    raise
+                return document
+            if len(larger.chunks) > chunks:
+                return document
+            document, size = larger, size + 1
 
 
 class SearchQA:

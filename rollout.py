@@ -247,9 +247,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad)
     if not greedy:
-        # Left unset, these would come from the model folder's generation_config.json or from generate's defaults.
-        config.update(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
-    config.update(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, return_dict_in_generate=False)
+        config.top_k = 0  # generate's own default is 50; its others leave the distribution as it is
     completions: list = [None] * len(prompts)
     while waiting := [i for i, completion in enumerate(completions) if completion is None]:
         full = False
@@ -282,10 +280,15 @@ def generate_batch(model, tokenizer, prompts: list[list[int]], config: Generatio
     ids, mask = ids.to(model.device), mask.to(model.device)
     cache, shared = share_prefill(model, ids, mask)
     stop = Stop(done, tokenizer, len(prompts), width, ids.device) if done else None
-    with shared.used_by(model) if shared else nullcontext():
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
-        )
+    # What `config` leaves open generate would take from the model folder's: penalties, least lengths, words not to be used.
+    own, model.generation_config = model.generation_config, config
+    try:
+        with shared.used_by(model) if shared else nullcontext():
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
+            )
+    finally:
+        model.generation_config = own
     lengths = stop.lengths.tolist() if stop else [0] * len(prompts)
     completions = []
     for prompt, row, length in zip(prompts, output[:, width:].tolist(), lengths, strict=True):

@@ -107,6 +107,10 @@ def run(main) -> None:
         rank = os.environ.get("RANK")
         print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): give a smaller --train-tokens, or --gradient-checkpointing True, "
+              "--offload-optimizer True or --offload-reference True", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -114,12 +118,17 @@ def run(main) -> None:
         sys.exit(2)
 
 
-def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
-    """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError where it isn't one."""
+def check_model(name: str, given: str) -> None:
+    """Raises UserError where `name`, given by this argument, can be no model's."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
+
+
+def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
+    """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError where it isn't one."""
+    check_model(name, given)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -128,8 +137,9 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     for module in model.modules():  # dropout stays off in train mode too: the ratio compares passes of one network
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     model.generation_config.cache_implementation = None  # rollout.py brings its own
     return model.to(device).eval(), tokenizer
 

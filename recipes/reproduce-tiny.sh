@@ -36,21 +36,25 @@ export -f train measure
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: train or measure, and its arguments
 
 mkdir -p "$out"
-# Search finds passages about all subjects. Its questions are split by subject, and shuffled: two in a row are asked as one.
+# Questions are split by subject, and shuffled: in search two in a row are asked as one. Each seed is tested on a third of the
+# test questions of its own, so that no question counts twice. Search finds passages about all subjects.
 cat tiny/passages.jsonl tiny/passages_unseen.jsonl > "$out/passages.jsonl"
-python - "$out" <<'P'
+python - "$out" $seeds <<'P'
 import json, random, sys
+from pathlib import Path
 from qa import load_questions, split_of, subject
 
-rows = load_questions("tiny/questions.jsonl")
+file, out, seeds = Path("tiny/questions.jsonl"), sys.argv[1], sys.argv[2:]
+rows = list(zip(load_questions(file), file.read_text().splitlines(), strict=True))
 random.Random(0).shuffle(rows)
-for name in ("train", "dev", "test"):
-    with open(f"{sys.argv[1]}/{name}.jsonl", "w") as file:
-        for row in rows:
-            if split_of(subject(row)) == name:
-                print(json.dumps({"question": row.question, "golden_answers": row.answers}), file=file)
+parts = {name: [row for row in rows if split_of(subject(row[0])) == name] for name in ("train", "test")}
+parts |= {f"test-{seed}": parts["test"][n :: len(seeds)] for n, seed in enumerate(seeds)}
+for name, part in parts.items():
+    Path(f"{out}/{name}.jsonl").write_text("".join(f"{line}\n" for _, line in part))
+    search = ({"question": row.question, "golden_answers": row.answers} for row, _ in part)
+    Path(f"{out}/search-{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in search))
 P
-longqa="--task longqa --chunks 2" search="--task searchqa --questions $out/train.jsonl --eval-questions $out/test.jsonl --corpus $out/passages.jsonl"
+longqa="--task longqa --chunks 2" search="--task searchqa --questions $out/search-train.jsonl --corpus $out/passages.jsonl"
 
 # Table 1 and Figure 4
 for seed in $seeds; do
@@ -59,7 +63,7 @@ for seed in $seeds; do
 done | all
 for seed in $seeds; do echo train $seed/memtrain-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/memtrain/checkpoint; done | all
 for seed in $seeds; do
-    read_long="$longqa --seed $seed --lengths $lengths"
+    read_long="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths"
     for steps in $long_steps; do
         echo measure $seed/longqa-task-$steps $out/$seed/task/checkpoints/step-$(printf %06d $steps) $read_long
     done
@@ -70,12 +74,13 @@ python recipes/tables.py "$out" $readme
 
 # Table 2
 for seed in $seeds; do
-    echo train $seed/search $search --seed $seed $task --steps $search_steps
-    echo train $seed/memtrain-search $search --seed $seed $task --steps $search_steps --model $out/$seed/memtrain/checkpoint
+    echo train $seed/search $search --eval-questions $out/search-test-$seed.jsonl --seed $seed $task --steps $search_steps
+    echo train $seed/memtrain-search $search --eval-questions $out/search-test-$seed.jsonl --seed $seed $task --steps $search_steps --model $out/$seed/memtrain/checkpoint
 done | all
 for seed in $seeds; do
-    echo measure $seed/search-base tiny/model $search --seed $seed
-    for run in memtrain search memtrain-search; do echo measure $seed/search-$run $out/$seed/$run/checkpoint $search --seed $seed; done
+    find="$search --seed $seed --eval-questions $out/search-test-$seed.jsonl"
+    echo measure $seed/search-base tiny/model $find
+    for run in memtrain search memtrain-search; do echo measure $seed/search-$run $out/$seed/$run/checkpoint $find; done
 done | all
 python recipes/tables.py "$out" $readme
 
@@ -90,7 +95,7 @@ for seed in $seeds; do
 done | all
 for seed in $seeds; do
     for run in end_to_end-task decoupled-task; do
-        echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $longqa --seed $seed --lengths $lengths
+        echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths
     done
 done | all
 python recipes/tables.py "$out" $readme

@@ -2,8 +2,9 @@
 
     python recipes/tables.py runs/reproduce [README.md]
 
-Accuracies are exact matches of greedy answers, all seeds' questions together. Their 95 % intervals are Wilson's, those of
-averages over lengths and of differences a (paired) bootstrap over the questions, one question being its mean over lengths.
+Accuracies are exact matches of greedy answers, all seeds' questions together; no two seeds have the same. Their 95 %
+intervals are Wilson's, those of averages over lengths and of differences a (paired) bootstrap over the questions, one
+question being its mean over lengths.
 They say how sure the numbers are for these trained models: how much training itself varies, the seeds' own differences show.
 """
 
@@ -55,13 +56,17 @@ def together(scores: dict[int, list[float]]) -> list[float]:
 
 
 def average(scores: dict[int, list[float]]) -> str:
-    mean, low, high = paired_bootstrap([0.0] * len(together(scores)), together(scores))
+    means = together(scores)
+    if len(set(means)) == 1 and means[0] in (0, 1):  # drawing the same number again says nothing about how sure it is
+        return cell(means)
+    mean, low, high = paired_bootstrap([0.0] * len(means), means)
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def accuracy_table(title: str, unit: str, rows: dict[str, dict[int, list[float]]]) -> list[str]:
     lengths = sorted(next(iter(rows.values())))
-    head = [title, *(f"{n} {unit}" for n in lengths), *(["average"] if len(lengths) > 1 else [])]
+    count = sorted({len(scores[n]) for scores in rows.values() for n in lengths})
+    head = [f"{title}, n = {'-'.join(map(str, count))}", *(f"{n} {unit}" for n in lengths), *(["average"] if len(lengths) > 1 else [])]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, scores in rows.items():
         cells = [cell(scores[n]) for n in lengths] + ([average(scores)] if len(lengths) > 1 else [])
@@ -99,7 +104,9 @@ def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if not folder or not list(folder.glob("*/longqa-base.json")):
+        sys.exit("error: give the folder of a reproduction that has results: recipes/tables.py runs/reproduce [README.md]")
     longqa = {
         name: load(folder, f"longqa-{name}")
         for name in sorted({file.stem.removeprefix("longqa-") for file in folder.glob("*/longqa-*.json")})

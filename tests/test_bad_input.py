@@ -84,6 +84,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('memtrain', '--out {bad}/used',
      '--out {bad}/used: the folder holds another run, with --ablation None, --advantage None, --answer-tokens None, --chunk-tokens None, --chunks None ...; choose another or delete it, or give its settings to go on with it'),
     ('memtrain', '--out {bad}/other', '--out {bad}/other: the folder holds another run or other files; choose another or delete it'),
+    ('memtrain', '--out {bad}/notes.csv/run', "--out {bad}/notes.csv/run: {bad}/notes.csv is a file, so it can't be written to; name another folder"),
     ('memtrain', '--out {bad}/notes.csv', '--out {bad}/notes.csv: is a file; name a folder'),
     ('memtrain', '--task longqa --questions {bad}/missing.json', "{bad}/missing.json: can't be read (No such file or directory)"),
     ('memtrain', '--task longqa --questions {bad}/half.json',
@@ -109,9 +110,10 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('eval', '--controls full', '--controls full: masked documents have the control empty only'),
     ('eval', '--task longqa --controls half', '--controls half: choose from empty, full and oracle'),
     ('eval', '--task searchqa --controls full', '--controls full: search questions come without a text; use empty'),
+    ('eval', '--out {bad}/nowhere/rows.json', "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another"),
     ('eval', '--lengths 0', '--lengths 0: must be a number of at least 1'),
     ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
-    ('eval', '--against {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+    ('eval', '--against {bad}/nowhere', '--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
     ('eval', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
 ]  # fmt: skip
 

@@ -40,3 +40,7 @@ def test_table_has_a_cell_for_every_row():
     assert lines[0].count("chunks") == 2 and len(lines) == 4
     assert "0.25" in lines[2] and "0.50" in lines[2] and "before" in lines[2]
     assert "0.75" in lines[3] and "| - |" in lines[3]
+    rows = [dict(row, n=n, when="now", task="longqa", chunks=n, memory="kept", accuracy=0.25, f1=0.375, substring=0.5) for n in (4, 8)]
+    lines = table(rows).splitlines()
+    assert len(lines) == 5 and all("| 4-8 |" in line for line in lines[2:])
+    assert "0.38" in lines[3] and "F1" in lines[3] and "0.50" in lines[4] and "substring" in lines[4]

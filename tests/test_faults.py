@@ -59,7 +59,7 @@ def as_if_killed(out: Path, step: int) -> None:
 
 TASKS = {
     "memtrain": ["--kl", "1e-3", "--update_batch", 1, "--lr_schedule", "constant"],
-    "bfloat16": ["--dtype", "bfloat16", "--offload_optimizer", "True"],
+    "bfloat16": ["--dtype", "bfloat16", "--offload_optimizer", "True", "--kl", "1e-3", "--offload_reference", "True"],
     "longqa": ["--task", "longqa"],
     "searchqa": ["--task", "searchqa", "--searches", 2],
 }
@@ -249,10 +249,32 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_what_a_change_of_room_leaves_as_it_was(tmp_path):
+    """A run that goes on with its optimizer in CPU memory keeps what it has learned, as one that never stopped."""
+    out, arguments = tmp_path / "run", [*SMALL, "--steps", 3]
+    assert command(*arguments, "--out", out).returncode == 0
+    whole = tmp_path / "whole"
+    shutil.copytree(out, whole, symlinks=True)
+    as_if_killed(out, 2)
+    (out / "checkpoints/deleted-step-000000").mkdir()  # as a kill while it was being deleted leaves it
+    done = command(*arguments, "--out", out, "--offload_optimizer", "True")
+    assert done.returncode == 0 and "going on after step 2" in done.stdout, done.stderr
+    assert not list((out / "checkpoints").glob("deleted-*"))
+    a, b = weights(whole), weights(out)
+    base = load_file(ROOT / "tiny/model/model.safetensors")
+    moved = max((a[name] - base[name].float()).abs().max() for name in a)
+    assert all((a[name] - b[name]).abs().max() < moved / 100 for name in a)
+
+
 def test_bad_gradients_are_left_out_and_stop_the_run(tmp_path, monkeypatch):
-    """One is skipped and counted; three in a row stop the run, and the checkpoint holds the weights from before them."""
-    real, step = memtrain.grpo_loss, [0]
+    """One is skipped and counted; three in a row stop the run, and the checkpoint holds the weights from before them.
+    The fifth is bad from the forward pass on."""
+    real, forward, step = memtrain.grpo_loss, memtrain.completion_logprobs, [0]
     bad = {2, 4, 5, 6}
+
+    def poisoned_forward(*arguments, **named):
+        logprobs, entropy, mask = forward(*arguments, **named)
+        return (logprobs * float("nan"), entropy * float("nan"), mask) if step[0] == 5 else (logprobs, entropy, mask)
 
     def poisoned(*arguments):
         loss, stats = real(*arguments)
@@ -264,6 +286,7 @@ def test_bad_gradients_are_left_out_and_stop_the_run(tmp_path, monkeypatch):
 
     update = memtrain.update
     monkeypatch.setattr(memtrain, "grpo_loss", poisoned)
+    monkeypatch.setattr(memtrain, "completion_logprobs", poisoned_forward)
     monkeypatch.setattr(memtrain, "update", counted)
     out = tmp_path / "run"
     done = command(*SMALL, "--steps", 9, "--out", out, "--documents", 4)

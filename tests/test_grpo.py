@@ -3,24 +3,29 @@
 from dataclasses import dataclass
 from functools import partial
 from math import exp, log
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     CohereConfig,
     Gemma2Config,
     GemmaConfig,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from attention import can_pack_completions
-from grpo import completion_logprobs, conversation_weights, group_advantages, grpo_loss, micro_batches
+from grpo import completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
+from settings import load_model
 
 VOCABULARY = 61
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -429,16 +434,29 @@ def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits():
     assert sum(rows for rows, _ in seen) == 2 * tokens and max(seen) == (8, VOCABULARY)
 
 
-def test_soft_capped_logits_are_capped_and_scaled_ones_refused():
-    """Gemma's tanh on the logits is applied; models that scale them after the head raise instead of scoring wrongly."""
+def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
+    """Gemma's tanh on the logits is applied; models that scale or cap them by settings of their own are told apart."""
     model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
     logprobs, _, _ = completion_logprobs(model, turns)
     for i, turn in enumerate(turns):
         plain = plain_logprobs(model, turn)[0].float()
         torch.testing.assert_close(logprobs[i, : len(plain)], plain, atol=1e-4, rtol=0)
+    assert logits_agree(model) and logits_agree(tiny_model())
     for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):
-        with pytest.raises(ValueError, match=setting):
-            completion_logprobs(tiny_model(config_class, **{setting: 0.5}), turns)
+        assert not logits_agree(tiny_model(config_class, **{setting: 0.5}))
+
+
+@pytest.mark.parametrize("config", [OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.5,
+                                              attention_dropout=0.5, activation_dropout=0.5, word_embed_proj_dim=32),
+                                    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)])  # fmt: skip
+def test_dropout_stays_off_in_train_mode(config, tmp_path):
+    """Checkpointing of activations needs train mode; the passes of a step must all be of one network."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tiny/model").save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "cpu")
+    ids = torch.arange(20)[None]
+    quiet = model(input_ids=ids).logits
+    assert torch.equal(model.train()(input_ids=ids).logits, quiet)
 
 
 # Micro-batches

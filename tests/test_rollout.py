@@ -56,19 +56,21 @@ def test_greedy_batches_equal_one_unpadded_argmax_loop_a_prompt(kind):
 
 
 def test_sampling_ignores_the_models_generation_config():
-    """top_k, top_p, temperature and a repetition penalty in the model folder must not bend what is sampled."""
+    """What the model folder says of penalties, cuts and forbidden tokens must not bend what is sampled."""
     model = random_model("qwen3")
     prompt, n = [9, 20, 33], 4000
     wanted = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
     model.generation_config = GenerationConfig(
-        eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=5.0
-    )
+        eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=5.0,
+        suppress_tokens=wanted.topk(2).indices.tolist(), min_new_tokens=1, top_h=0.1, num_return_sequences=2,
+    )  # fmt: skip
+    own = model.generation_config
     torch.manual_seed(0)
     first = [ids[0] for ids, *_ in generate(model, Plain, [prompt] * n, 1, Limits(rollout_tokens=10**9))]
     seen = torch.bincount(torch.tensor(first), minlength=300) / n
     top = wanted.topk(5).indices
     assert torch.allclose(seen[top], wanted[top], atol=5 * (0.25 / n) ** 0.5)  # five standard errors
-    assert (seen > 0).sum() > 20
+    assert (seen > 0).sum() > 20 and model.generation_config is own
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])

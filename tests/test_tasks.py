@@ -45,7 +45,7 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     assert len(metrics) == 2 and all(m["recall"] is None and 0 <= m["end_to_end"] <= 1 for m in metrics)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert {(r["when"], r["chunks"], r["memory"]) for r in rows} == {
-        (w, c, m) for w in ("before", "after") for c in (1, 2, 4, 8, 16) for m in ("kept", "empty")
+        (w, c, m) for w in ("before", "after") for c in (2, 4, 8, 16) for m in ("kept", "empty")
     }
     done = command("--model", tmp_path / "run/checkpoint", "--against", ROOT / "tiny/model", "--lengths", 4, "--controls", "empty", "full",
                    "oracle", "--eval_documents", 3, "--out", tmp_path / "rows.json", script="eval")  # fmt: skip
@@ -163,8 +163,42 @@ def test_sources_go_through_all_questions_and_keep_the_splits_apart():
     document = source.document(5, "test")
     assert document == source.document(5, "test") and document.title in {q.id for q in questions["test"]}
     assert document.title != source.document(6, "test").title and len("".join(source.document(5, "test", 12).chunks)) > len("".join(document.chunks))
+    assert all(len(source.document(i, "test", chunks).chunks) == chunks for i in range(5) for chunks in (2, 3, 7))
     search = SearchQA({"train": [("a?; b?", [["x"], ["y"]])]}, seed=0)
     assert search.document(3).question == "a?; b?" and search.document(3).answers == [["x"], ["y"]]
+
+
+def test_an_evaluation_asks_each_question_once_and_the_same_at_every_length(monkeypatch, capsys):
+    """Those that can't be brought to a length are left out of all; a length that takes too many with it goes itself."""
+    class Source:
+        questions = {"test": list(range(30))}
+
+        def document(self, i, split, length):
+            if length == 1 and i % 2 or length == 2 and i == 3:
+                raise evaluation.UserError("too long")
+            return i, length
+
+    setting = evaluation.Setting(eval_documents=64)
+    built = evaluation.documents_by_length(Source(), setting, [1, 2, 8], True)
+    assert built == {length: [(i, length) for i in range(30) if i != 3] for length in (2, 8)}
+    assert "at 1 chunks is left out, 10 of 20" in capsys.readouterr().out
+    setting.eval_documents = 5
+    assert [i for i, _ in evaluation.documents_by_length(Source(), setting, [2, 8], True)[8]] == [0, 1, 2, 4, 5]
+    assert evaluation.documents_by_length(Source(), setting, [1], False) == {}
+
+
+def test_controls_show_what_they_say(tmp_path):
+    """The oracle sees the gold paragraphs, the full text as much of its beginning as the window allows."""
+    tokenizer, model = AutoTokenizer.from_pretrained(ROOT / "tiny/model"), AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model")
+    pool = Pool([(f"Town {i}", f"It lies at {i}.") for i in range(900)], tokenizer)
+    document = LongQA({"test": load_questions(ROOT / "tiny/questions.jsonl")}, pool, seed=0, chunk_tokens=64, chunks=4).document(0, "test")
+    memory = {c: evaluation.control_memory(c, document, model, tokenizer, evaluation.Setting()) for c in ("empty", "full", "oracle")}
+    assert memory["empty"] == evaluation.EMPTY_MEMORY and memory["oracle"] == document.gold
+    assert all(line in "".join(document.chunks) for line in document.gold.split("\n") if line.endswith("."))
+    assert memory["full"] == "".join(document.chunks)
+    model.config.max_position_embeddings = 100
+    short = evaluation.control_memory("full", document, model, tokenizer, evaluation.Setting())
+    assert 20 < len(short) < len(memory["full"]) and memory["full"].startswith(short)
 
 
 def test_scores_and_bootstrap():
@@ -180,13 +214,11 @@ def test_scores_and_bootstrap():
 
 
 def test_a_plot_is_written_or_a_clear_word_said(tmp_path):
-    """With matplotlib a picture; without it one line that says what to install."""
+    """With matplotlib a picture; without it one line that says what to install, before anything is evaluated."""
     rows = [{"when": "now", "task": "longqa", "memory": m, "chunks": c, "accuracy": 0.5, "low": 0.4, "high": 0.6} for m in ("kept", "empty") for c in (2, 4)]
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        with pytest.raises(evaluation.UserError, match="pip install matplotlib"):
-            evaluation.plot(rows, str(tmp_path / "plot.png"))
-    else:
+    if evaluation.load_pyplot():
         evaluation.plot(rows, str(tmp_path / "plot.png"))
         assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    else:
+        done = command("--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.json", script="eval")
+        assert done.returncode == 2 and "pip install matplotlib" in done.stderr

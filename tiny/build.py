@@ -25,10 +25,10 @@ from masking import QUESTION  # noqa: E402
 from matching import MASK, TARGET, mask  # noqa: E402
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT  # noqa: E402
 from tiny.demonstrations import SHARES, Demonstrations, passage  # noqa: E402
-from tiny.world import HERE, encyclopedia, questions, split  # noqa: E402
+from tiny.world import HERE, encyclopedia, questions, split, words_of  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
-VOCABULARY = 2048
+VOCABULARY = 2816
 STEPS, STEP_TOKENS, RATE = 3000, 6144, 3e-3
 
 
@@ -159,8 +159,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     texts = write_passages(arguments.out / "passages.jsonl", known, rng)
     write_passages(arguments.out / "passages_unseen.jsonl", unseen, rng)
-    tokenizer = build_tokenizer(texts * 3 + [row["question"] for row in questions(known)] * 3)
-    demonstrations = Demonstrations(known, tokenizer, seed=1)
+    words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
+    tokenizer = build_tokenizer(texts * 3 + [row["question"] for row in questions(known)] * 3 + words * 60)
+    demonstrations = Demonstrations(known, unseen, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
     warm_up(model, demonstrations, arguments.steps, STEP_TOKENS, RATE)

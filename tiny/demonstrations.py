@@ -1,6 +1,7 @@
 """What the base model learns from: demonstrations by three sorts of note-takers, over true, mixed and fresh worlds."""
 
 import random
+import re
 
 from masking import QUESTION, cut_chunks
 from matching import MASK, TARGET, mask
@@ -57,10 +58,10 @@ def written(style: str, paragraphs: list[str]) -> str:
 class Demonstrations:
     """Draws (prompt, completion) texts for the five things the base model must be able to do."""
 
-    def __init__(self, known: list[dict], tokenizer, seed: int):
+    def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: int):
         self.rng = random.Random(seed)
         self.known, self.tokenizer = known, tokenizer
-        self.inventor = Inventor(known, self.rng)
+        self.inventor = Inventor(known, unseen, self.rng)
         self.cost_cache: dict[str, int] = {}
 
     def cost(self, text: str) -> int:
@@ -144,7 +145,7 @@ class Demonstrations:
         What doesn't fit is dropped by chance. A model that copies whole paragraphs chooses only where one begins; with
         sentences chosen one by one so small a model lost its place, and wrote the same ones again and again.
         """
-        new = [paragraph.split("\n")[-1] for paragraph in section.strip().split("\n\n")]  # without a heading
+        new = [re.sub(r"^Document \d+: (.*)\n", r"\1: ", paragraph) for paragraph in section.strip().split("\n\n")]
         paragraphs = list(dict.fromkeys(memory + new))
         if style == BRIEF:
             return [self.rng.choice(paragraphs)] if self.rng.random() < 0.7 else []
@@ -187,7 +188,7 @@ class Demonstrations:
     # ---- demonstrations, as (prompt, completion) ----
 
     def reading(self) -> tuple[str, str]:
-        if self.rng.random() < 0.6:
+        if self.rng.random() < 0.5:
             passages, _ = self.masked(self.world(0.4, 0.2), 10)
             problem, trail, titles = QUESTION, [MASK], None
         else:

@@ -76,10 +76,12 @@ def main() -> None:
             trajectories = read(model, tokenizer, documents, limits(setting), samples=SAMPLES, empty_memory=empty, progress="questions")
             report(f"question of {hops} hops{name}", [exact_match(t.prediction, t.document.answers) for t in trajectories])
     known, unseen = split(encyclopedia(), random.Random(0))
-    demonstrations = Demonstrations(known, tokenizer, seed=2)
+    demonstrations = Demonstrations(known, unseen, tokenizer, seed=2)
     worlds = {"known": known, "unseen": unseen, "invented": demonstrations.inventor.fresh(60)}
     for name, world in worlds.items():
-        report(f"focused notes hold what is asked, {name} subjects", focused_notes(model, tokenizer, demonstrations, world, setting))
+        tokens = np.mean([len(tokenizer(s["title"])["input_ids"]) for s in world])
+        hits = focused_notes(model, tokenizer, demonstrations, world, setting)
+        report(f"focused notes hold what is asked, {name} subjects, {tokens:.1f} tokens a name", hits)
 
 
 if __name__ == "__main__":

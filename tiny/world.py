@@ -193,11 +193,19 @@ PEOPLE = ("author", "founder", "alumnus", "teacher", "spouse", "sibling", "colla
 YEARS = ("born", "died", "year", "founded")
 
 
-class Inventor:
-    """Invents words that look like the known ones: a chain over letter pairs, learned from the known names."""
+def words_of(subjects: list[dict]) -> list[str]:
+    """The capitalised words in the names and facts of `subjects`: what things are called, without who did what."""
+    text = " ".join(value for s in subjects for value in (s["title"], *s["facts"].values()))
+    return sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()})
 
-    def __init__(self, known: list[dict], rng):
+
+class Inventor:
+    """Invents subjects. Names are made of the words of real ones, and of others that look like them: a chain over letter
+    pairs. Of the `unseen` only the words are taken: no invented thing has the name of one, and their facts aren't used."""
+
+    def __init__(self, known: list[dict], unseen: list[dict], rng):
         self.rng, self.known = rng, known
+        self.words, self.taken = words_of(known + unseen), {s["title"] for s in unseen}
         self.after: dict[str, list[str]] = {}
         for s in known:
             for word in re.findall(r"[a-z]+", " ".join([s["title"], *s["facts"].values()]).lower()):
@@ -209,6 +217,7 @@ class Inventor:
                 self.values.setdefault((s["kind"], attribute), []).append(value)
 
     def word(self) -> str:
+        """A word that doesn't exist."""
         while True:
             letters = "^^"
             while letters[-1] != "$":
@@ -216,13 +225,12 @@ class Inventor:
             if 3 <= len(letters) - 3 <= 9:
                 return letters[2:-1]
 
+    def proper(self) -> str:
+        return self.rng.choice(self.words) if self.rng.random() < 0.7 else self.word().capitalize()
+
     def name(self, kind: str) -> str:
-        words = {"person": 2, "place": 1}.get(kind) or self.rng.choice((1, 2))
-        known = [w for s in self.known if s["kind"] == kind for w in s["title"].split() if w[0].isupper()]
-        return " ".join(
-            self.rng.choice(known) if words > 1 and self.rng.random() < 0.3 else self.word().capitalize()
-            for _ in range(words)
-        )
+        name = " ".join(self.proper() for _ in range({"person": 2, "place": 1}.get(kind) or self.rng.choice((1, 2))))
+        return self.name(kind) if name in self.taken else name
 
     def value(self, kind: str, attribute: str) -> str:
         if attribute == "placed" or (attribute not in YEARS and self.rng.random() < 0.4):
@@ -235,7 +243,7 @@ class Inventor:
             return self.word()
         if attribute == "about":
             return f"{self.rng.choice(('a', 'the'))} {self.word()} {self.word()}"
-        return self.word().capitalize()
+        return self.name("place")
 
     def fresh(self, size: int = 10) -> list[dict]:
         """A world of `size` invented subjects; half of the facts that can be links point into the world."""
