@@ -110,7 +110,7 @@ def evaluate_questions(
     """
     found, budget = {}, limits(setting)
     shown = f"evaluation {when}" if rank == 0 else None
-    asked = documents_by_length(source, setting, lengths if setting.task == "longqa" else [setting.objectives], rank == 0)
+    asked = documents_by_length(source, setting, source.lengths(lengths, setting.eval_split), rank == 0)
     places = [(length, i) for length in asked for i in range(len(asked[length]))][rank::processes]
     documents = [asked[length][i] for length, i in places]
     for control in controls:
@@ -174,7 +174,9 @@ def control_memory(control: str, document, model, tokenizer, setting: Setting) -
     if control == "empty":
         return EMPTY_MEMORY
     if control == "oracle":
-        return document.gold or EMPTY_MEMORY
+        if not document.gold:
+            raise UserError(f"--controls oracle: question {document.title} comes without gold paragraphs; leave it out")
+        return document.gold
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     question = len(tokenizer(document.question)["input_ids"])
     return cut(tokenizer, "".join(document.chunks), window - prompt_overhead(tokenizer) - question - setting.answer_tokens)
@@ -269,7 +271,7 @@ def main() -> None:
         raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
     for name in evaluation.against:
         check_model(name, "--against")
-    retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
+    retriever = open_retriever(setting.retriever, setting.text, setting.encoder) if setting.task == "searchqa" else None
     lengths, rows, source = evaluation.lengths or default_lengths(setting.chunks), [], None
     for name in (setting.model, *evaluation.against):
         model, tokenizer = load_model(name, device, setting.dtype, "--model" if name == setting.model else "--against")

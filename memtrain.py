@@ -156,7 +156,7 @@ def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> 
 def model_card(setting: Setting, step: int) -> str:
     return (
         f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{setting.model}` after {step} steps of {setting.task} (arXiv 2606.03197) on `{setting.corpus}`: it reads a text "
+        f"`{setting.model}` after {step} steps of {setting.task} (arXiv 2606.03197) on `{setting.text}`: it reads a text "
         f"chunk by chunk ({setting.chunk_tokens} tokens) and keeps a memory of up to {setting.memory_tokens} tokens.\n"
         "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
     )
@@ -221,7 +221,7 @@ def main() -> None:
         reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
     with parallel.main_first(rank):  # the others find what it has cached
         corpus = load_source(setting, model, tokenizer, out.parent / ".entities", left_out := Counter())
-        retriever = open_retriever(setting.retriever, setting.corpus, setting.encoder) if setting.task == "searchqa" else None
+        retriever = open_retriever(setting.retriever, setting.text, setting.encoder) if setting.task == "searchqa" else None
     recalls = setting.task == "memtrain" and training.ablation != "end_to_end"
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable()

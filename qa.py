@@ -1,9 +1,8 @@
 """Questions people asked: long-text QA for the reading agent, search QA for the searching one (paper 4.2 and 4.3).
 
-    load_questions    records of HotpotQA, 2WikiMultihopQA or MuSiQue in one form
+    load_questions    records of HotpotQA, 2WikiMultihopQA or MuSiQue in one form, or MemAgent's with their own texts
     Pool              passages to fill a long text with
     long_document     one question's gold paragraphs hidden in a text of any length, cut into chunks
-    memagent_documents  the same from MemAgent's published files, which bring their text along
     load_search       questions and answers without text: FlashRAG's fields, NQ-open, HotpotQA, MuSiQue
     objectives        n questions asked as one
     LongQA, SearchQA  both as sources of documents to train and evaluate on, like masking.Corpus
@@ -41,6 +40,7 @@ class Question:
     answers: list[str]  # any one of them is right
     gold: list[Paragraph]  # what the answer follows from
     other: list[Paragraph]  # distractors
+    context: str | None = None  # the text to read, where the source brings it along
 
 
 @dataclass
@@ -53,12 +53,17 @@ class LongDocument(Document):
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions of a .jsonl file or a .json list in the layout of HotpotQA, 2WikiMultihopQA or MuSiQue.
+    """Questions of a .jsonl file or a .json list in the layout of HotpotQA, 2WikiMultihopQA or MuSiQue; or of MemAgent's
+    .json (evaluation) and .parquet (training) files (arXiv 2507.02259), which bring their texts along.
 
     Raises UserError naming the file, the record and what it lacks.
     """
-    questions = []
-    for record, where in _records(Path(path)):
+    path, questions = Path(path), []
+    for record, where in _parquet(path) if path.suffix == ".parquet" else _records(path):
+        if {"input", "extra_info", "reward_model"} & record.keys():
+            id, question, answers, context = _memagent(record, where)
+            questions.append(Question(id, question, answers, [], [], context))
+            continue
         if "context" in record:
             gold, other = _from_context(record, where)
         elif "paragraphs" in record:
@@ -98,6 +103,16 @@ def _records(path: Path) -> Iterator[tuple[dict, str]]:
         yield record, where
 
 
+def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
+    """(row, "file: row 3") of a .parquet file."""
+    try:
+        for n, row in enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
+            yield row, f"{path}: row {n}"
+    except Exception as error:  # each kind of damage has its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is no readable .parquet file ({reason})") from None
+
+
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
@@ -121,6 +136,19 @@ def _answers(record: dict, where: str) -> list[str]:
     if not answers:
         raise UserError(f"{where}: no answer in field {field!r}")
     return list(answers)
+
+
+def _memagent(record: dict, where: str) -> tuple[str, str, list[str], str]:
+    """(id, question, answers, text) of MemAgent's layouts. Evaluation: context, input, answers, index. Training: context,
+    extra_info {question, index}, reward_model {ground_truth}."""
+    if "input" in record:
+        id, question, answers = record.get("index", ""), _text(record, "input", where), _answers(record, where)
+    else:
+        extra, reward = (record[name] if isinstance(record.get(name), dict) else {} for name in ("extra_info", "reward_model"))
+        id, question = extra.get("index", ""), _text(extra, "question", f"{where}, extra_info")
+        answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
+    _text(record, "context", where)
+    return str(id), question, answers, record["context"]  # as it is, not stripped
 
 
 def _from_context(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
@@ -313,34 +341,6 @@ def _numbered(passages: list[Measured], taken: list[int], places: np.ndarray) ->
     return "".join(texts).rstrip("\n"), headings
 
 
-def memagent_documents(path: str | Path, tokenizer, *, chunk_tokens: int) -> Iterator[LongDocument]:
-    """MemAgent's files (arXiv 2507.02259), one document at a time, with the text they bring.
-
-    Evaluation: a .json list of {context, input, answers, index}. Training: .parquet with the columns context, extra_info
-    {question, index} and reward_model {ground_truth}. Raises UserError naming the file, the record and what it lacks.
-    """
-    path = Path(path)
-    for index, (record, where) in enumerate(_parquet(path) if path.suffix == ".parquet" else _records(path)):
-        if "input" in record:
-            question, answers, number = _text(record, "input", where), _answers(record, where), record.get("index")
-        else:
-            extra, reward = (record[name] if isinstance(record.get(name), dict) else {} for name in ("extra_info", "reward_model"))
-            question, number = _text(extra, "question", f"{where}, extra_info"), extra.get("index")
-            answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
-        _text(record, "context", where)
-        chunks = cut_chunks(record["context"], [], tokenizer, chunk_tokens)
-        yield LongDocument(index, str(index if number is None else number), question, answers, chunks, [[] for _ in chunks])
-
-
-def _parquet(path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, "file: row 3") of a .parquet file."""
-    try:
-        for n, row in enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
-            yield row, f"{path}: row {n}"
-    except Exception as error:  # each kind of damage has its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: is no readable .parquet file ({reason})") from None
-
 # ---- questions without text --------------------------------------------------------------------------
 
 
@@ -375,7 +375,10 @@ def draw(items: list, index: int, seed: int):
 
 
 class LongQA:
-    """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks)."""
+    """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks).
+
+    A question that brings its text is as long as that is.
+    """
 
     def __init__(self, questions: dict[str, list[Question]], pool: Pool, *, seed: int, chunk_tokens: int, chunks: int):
         self.questions, self.pool, self.seed, self.chunk_tokens, self.chunks = questions, pool, seed, chunk_tokens, chunks
@@ -389,8 +392,16 @@ class LongQA:
                 last = error
         raise last
 
+    def lengths(self, asked: list[int], split: str) -> list[int]:
+        """The lengths to evaluate at: those asked for, or one, as the first has it, where the texts are given."""
+        return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
+
     def _filled(self, question: Question, index: int, chunks: int) -> LongDocument:
         """With as many documents as `chunks` chunks hold: a chunk ends with a paragraph where it can, so few are quite full."""
+
+        if question.context is not None:
+            given = cut_chunks(question.context, [], self.pool.tokenizer, self.chunk_tokens)
+            return LongDocument(index, question.id, question.question, question.answers, given, [[] for _ in given])
 
         def build(documents: int) -> LongDocument:
             return long_document(question, index, self.pool, seed=self.seed, chunk_tokens=self.chunk_tokens, documents=documents)
@@ -422,6 +433,10 @@ class SearchQA:
 
     def __init__(self, questions: dict[str, list[tuple[str, list[list[str]]]]], seed: int):
         self.questions, self.seed = questions, seed
+
+    def lengths(self, asked: list[int], split: str) -> list[int]:
+        """One: the number of objectives."""
+        return [len(self.questions[split][0][1])]
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> Document:
         question, answers = draw(self.questions[split], index, self.seed)

@@ -42,7 +42,8 @@ class Setting:
     retriever: str = option("bm25", "searchqa: bm25 or dense over the corpus, or the http://... of a Search-R1 server")
     encoder: str | None = option(None, "searchqa: model of the dense retriever")
 
-    corpus: str = option(str(HERE / "tiny/passages.jsonl"), "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set")
+    corpus: str | None = option(None, "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set (default: tiny/passages.jsonl, "
+                                "to search in tiny/passages_all.jsonl)")  # fmt: skip
     corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
     corpus_split: str = option("train", "split of a hub data set")
     text_field: str = option("text", "field that holds the text")
@@ -59,6 +60,11 @@ class Setting:
     answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
     rollout_tokens: int = option(24576, "padded tokens of one generate batch")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
+
+    @property
+    def text(self) -> str:
+        """--corpus, or else the tiny default that belongs to the task."""
+        return self.corpus or str(HERE / "tiny" / ("passages_all.jsonl" if self.task == "searchqa" else "passages.jsonl"))
 
 
 # Whatever is smaller is a mistake; numbers that are not here may be anything.
@@ -148,7 +154,7 @@ def load_corpus(setting: Setting, model, tokenizer, cache: Path, left_out: Count
     """The masked documents of `setting`; `left_out` counts the passages that can't be used."""
     check_window(setting, model, tokenizer)
     passages = load_passages(
-        setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
+        setting.text, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
         max_passages=setting.max_passages, left_out=left_out,
     )  # fmt: skip
     find_entities(passages, setting.ner, cache)
@@ -159,18 +165,18 @@ def load_corpus(setting: Setting, model, tokenizer, cache: Path, left_out: Count
     )  # fmt: skip
 
 
-def check_window(setting: Setting, model, tokenizer) -> None:
-    """Raises UserError where a conversation can't fit the model's window."""
-    question = len(tokenizer(QUESTION)["input_ids"])
+def check_window(setting: Setting, model, tokenizer, question: str = QUESTION) -> None:
+    """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
     if setting.task == "searchqa":  # the last query stands beside its result
-        shown, written = setting.result_tokens + setting.memory_tokens, setting.memory_tokens + setting.answer_tokens
+        shown, written = ("result_tokens", "memory_tokens"), setting.memory_tokens + setting.answer_tokens
     else:
-        shown, written = setting.chunk_tokens, max(setting.memory_tokens, setting.answer_tokens)
-    needed = prompt_overhead(tokenizer) + question + shown + setting.memory_tokens + written
+        shown, written = ("chunk_tokens",), max(setting.memory_tokens, setting.answer_tokens)
+    asked = prompt_overhead(tokenizer) + len(tokenizer(question)["input_ids"])
+    needed = asked + sum(getattr(setting, name) for name in shown) + setting.memory_tokens + written
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and needed > window:
         raise UserError(
-            f"--chunk-tokens {setting.chunk_tokens}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
+            f"--{shown[0].replace('_', '-')} {getattr(setting, shown[0])}, --memory-tokens {setting.memory_tokens} and --answer-tokens "
             f"{setting.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has {window}; make them smaller"
         )
 
@@ -179,12 +185,12 @@ def load_source(setting: Setting, model, tokenizer, cache: Path, left_out: Count
     """What `--task` trains and evaluates on, as something with `document(index, split, chunks)`."""
     if setting.task == "memtrain":
         return load_corpus(setting, model, tokenizer, cache, left_out)
-    check_window(setting, model, tokenizer)
     if setting.task == "longqa":
         train = load_questions(setting.questions)
         other = load_questions(setting.eval_questions) if setting.eval_questions else None
         questions = split_questions(train, other, subject)
-        passages = load_passages(setting.corpus, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
+        asked = [question.question for part in questions.values() for question in part]
+        passages = load_passages(setting.text, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
                                  max_passages=setting.max_passages, left_out=left_out)  # fmt: skip
         pool = Pool([(passage.title, passage.text) for passage in passages], tokenizer)
         source = LongQA(questions, pool, seed=setting.seed, chunk_tokens=setting.chunk_tokens, chunks=setting.chunks)
@@ -193,10 +199,13 @@ def load_source(setting: Setting, model, tokenizer, cache: Path, left_out: Count
         other = load_search(setting.eval_questions) if setting.eval_questions else None
         # The split is by question here: a file of FlashRAG's fields doesn't name its subjects.
         questions = split_questions(train, other, lambda item: item[0])
-        source = SearchQA({name: objectives(items, setting.objectives) for name, items in questions.items()}, setting.seed)
+        questions = {name: objectives(items, setting.objectives) for name, items in questions.items()}
+        asked = [question for part in questions.values() for question, _ in part]
+        source = SearchQA(questions, setting.seed)
     for name in ("train", setting.eval_split):
         if not source.questions[name]:
             raise UserError(f"--questions {setting.questions}: no question is left for {name!r}; bring more, or --eval-questions")
+    check_window(setting, model, tokenizer, max(asked, key=len))
     return source
 
 

@@ -37,8 +37,7 @@ all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: trai
 
 mkdir -p "$out"
 # Questions are split by subject, and shuffled: in search two in a row are asked as one. Each seed is tested on a third of the
-# test questions of its own, so that no question counts twice. Search finds passages about all subjects.
-cat tiny/passages.jsonl tiny/passages_unseen.jsonl > "$out/passages.jsonl"
+# test questions of its own, so that no question counts twice.
 python - "$out" $seeds <<'P'
 import json, random, sys
 from pathlib import Path
@@ -54,7 +53,7 @@ for name, part in parts.items():
     search = ({"question": row.question, "golden_answers": row.answers} for row, _ in part)
     Path(f"{out}/search-{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in search))
 P
-longqa="--task longqa --chunks 2" search="--task searchqa --questions $out/search-train.jsonl --corpus $out/passages.jsonl"
+longqa="--task longqa --chunks 2" search="--task searchqa --questions $out/search-train.jsonl"
 
 # Table 1 and Figure 4
 for seed in $seeds; do

@@ -108,7 +108,7 @@ def test_odd_but_legal_passages(tmp_path, suffix, capsys):
 def url():
     server = Server("127.0.0.1", 0)
     server.server_bind()
-    server.retriever = open_retriever("bm25", ROOT / "tiny/passages_unseen.jsonl")
+    server.retriever = open_retriever("bm25", ROOT / "tiny/passages_all.jsonl")
     server.server_activate()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/retrieve"

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from masking import is_heldout
 from qa import (
-    Pool, Question, load_questions, load_search, long_document, long_documents, memagent_documents, objectives, split_of, subject,
+    LongQA, Pool, Question, load_questions, load_search, long_document, long_documents, objectives, split_of, subject,
 )  # fmt: skip
 from retrieval import UserError
 
@@ -340,8 +340,10 @@ def test_memagents_files(tmp_path, tokenizer, kind):
             for n, t in enumerate(texts)
         ]  # fmt: skip
         datasets.Dataset.from_list(rows).to_parquet(str(file))
-    made = list(memagent_documents(file, tokenizer, chunk_tokens=32))
-    assert ["".join(d.chunks) for d in made] == texts and [d.index for d in made] == [0, 1, 2]
+    source = LongQA({"test": load_questions(file)}, Pool([], tokenizer), seed=0, chunk_tokens=32, chunks=4)
+    made = sorted((source.document(i, "test", 99) for i in range(3)), key=lambda d: int(d.title))
+    assert source.lengths([2, 4], "test") == [len(source.document(0, "test").chunks)]
+    assert ["".join(d.chunks) for d in made] == texts and sorted(d.index for d in made) == [0, 1, 2]
     assert [(d.title, d.question, d.answers) for d in made] == [(str(7 * n), f"Q{n}?", ["A", f"{n}"]) for n in range(3)]
     assert all(len(d.recall) == len(d.chunks) > 1 and tokens(c, tokenizer) <= 32 for d in made for c in d.chunks)
 
@@ -359,11 +361,11 @@ def test_a_malformed_file_of_memagents(tmp_path, tokenizer, row, words):
     """The error names the record and what it lacks; a .parquet file that is none is named too."""
     (tmp_path / "x.json").write_text(json.dumps([row]))
     with pytest.raises(UserError) as caught:
-        list(memagent_documents(tmp_path / "x.json", tokenizer, chunk_tokens=32))
+        load_questions(tmp_path / "x.json")
     assert all(word in str(caught.value) for word in ["x.json", *words]), caught.value
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"x\.parquet: is no readable"):
-        list(memagent_documents(tmp_path / "x.parquet", tokenizer, chunk_tokens=32))
+        load_questions(tmp_path / "x.parquet")
 
 # ---- questions without text --------------------------------------------------------------------------
 

@@ -76,7 +76,8 @@ def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and
     text = "\n".join(p["text"] for p in passages)
     assert not [s["title"] for s in unseen if occurrences(text, s["title"])]
     assert {p["title"] for p in passages} == {s["title"] for s in known}
-    assert {p["title"] for p in lines("passages_unseen.jsonl")} == {s["title"] for s in unseen}
+    searched = lines("passages_all.jsonl")
+    assert searched[: len(passages)] == passages and {p["title"] for p in searched[len(passages) :]} == {s["title"] for s in unseen}
     versions = Counter(p["title"] for p in passages)
     assert min(versions.values()) >= 3
     assert len({p["text"] for p in passages}) > 0.95 * len(passages)
@@ -220,7 +221,7 @@ def test_build_is_deterministic(tmp_path):
             [sys.executable, TINY / "build.py", "--steps", "2", "--out", tmp_path / name],
             check=True, env={"PYTHONHASHSEED": seed, "PATH": ""},
         )  # fmt: skip
-    for file in ("passages.jsonl", "passages_unseen.jsonl", "questions.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+    for file in ("passages.jsonl", "passages_all.jsonl", "questions.jsonl", "model/model.safetensors", "model/tokenizer.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
         if file.endswith("jsonl") or "tokenizer" in file:
             assert (tmp_path / "a" / file).read_bytes() == (TINY / file).read_bytes(), file

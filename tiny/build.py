@@ -126,10 +126,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_passages(path: Path, subjects: list[dict], rng) -> list[str]:
-    rows = [{"title": s["title"], "text": " ".join(passage(s, rng))} for s in subjects for _ in range(VERSIONS)]
-    write_jsonl(path, rows)
-    return [row["text"] for row in rows]
+def passages_about(subjects: list[dict], rng) -> list[dict]:
+    return [{"title": s["title"], "text": " ".join(passage(s, rng))} for s in subjects for _ in range(VERSIONS)]
 
 
 def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demonstrations: Demonstrations) -> None:
@@ -157,10 +155,11 @@ def main() -> None:
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    texts = write_passages(arguments.out / "passages.jsonl", known, rng)
-    write_passages(arguments.out / "passages_unseen.jsonl", unseen, rng)
+    passages = passages_about(known, rng)
+    write_jsonl(arguments.out / "passages.jsonl", passages)
+    write_jsonl(arguments.out / "passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
     words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
-    tokenizer = build_tokenizer(texts * 3 + [row["question"] for row in questions(known)] * 3 + words * 60)
+    tokenizer = build_tokenizer([p["text"] for p in passages] * 3 + [row["question"] for row in questions(known)] * 3 + words * 60)
     demonstrations = Demonstrations(known, unseen, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
