@@ -9,10 +9,10 @@ cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
 readme=$([ $# -gt 0 ] || echo README.md)
 seeds="0 1 2" task_steps=16 search_steps=16
-long_steps="16 40 64" # of task RL alone; the last takes longer than MemTrain and task RL together
+long_steps="16 48 96" # of task RL alone; the last takes longer than MemTrain and task RL together
 lengths="2 8 32 128" # 1 to 64 times the length of a task's training documents
 # The rate was chosen on the development questions (--eval-split dev), see README.
-task="--lr 1e-4 --lr-schedule constant --save-every 8 --keep 9"
+task="--lr 2e-4 --lr-schedule constant --save-every 16 --keep 9"
 
 # A core for each part: so small a model makes poor use of two. Counted first, as nproc counts by this variable.
 cores=$(nproc)

@@ -132,7 +132,7 @@ if arguments[0] != "-":
 """
 
 
-@pytest.mark.parametrize("stops_at, code", [("1/memtrain-task --eval", 9), ("1/memtrain --eval", 0), ("1/longqa-task-40.part", 2)])
+@pytest.mark.parametrize("stops_at, code", [("1/memtrain-task --eval", 9), ("1/memtrain --eval", 0), ("1/longqa-task-48.part", 2)])
 def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     """Stopped in the middle, by Ctrl-C with exit code 0, and called again: nothing is trained from what is not finished, and
     only what was stopped is done twice."""
