@@ -103,7 +103,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('memtrain', '--task longqa --questions {bad}/questions.json',
      "--questions {bad}/questions.json: no question is left for 'test'; bring more, or --eval-questions"),
     ('memtrain', '--task searchqa --result_tokens 4000',
-     '--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4254 tokens, {root}/tiny/model has 2048; make them smaller'),
+     '--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4244 tokens, {root}/tiny/model has 2048; make them smaller'),
     ('memtrain', '--task searchqa --questions {bad}/nq.jsonl', "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'"),
     ('memtrain', '--task searchqa --retriever tfidf', '--retriever tfidf: neither bm25 nor dense, nor the http://... of a server'),
     ('memtrain', '--task searchqa --retriever dense',
