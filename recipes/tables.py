@@ -21,17 +21,17 @@ from eval import load_pyplot, paired_bootstrap, wilson  # noqa: E402
 BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
 
 
-def load(folder: Path, name: str, memory: str = "kept") -> dict[int, list[float]]:
-    """{chunks or objectives: scores of all seeds' questions, seed by seed} of what `measure SEED/name` wrote.
+Scores = dict[int, list[list[float]]]  # by chunks or objectives, one list for each seed, of its questions
 
-    Empty unless every seed has it.
-    """
-    scores: dict[int, list[float]] = {}
+
+def load(folder: Path, name: str, memory: str = "kept") -> Scores:
+    """What `measure SEED/name` wrote. Empty unless every seed has it."""
+    scores: Scores = {}
     files = sorted(folder.glob(f"*/{name}.json"))
     for file in files if len(files) == len(list(folder.glob("*/memtrain"))) else []:
         for row in json.loads(file.read_text()):
             if row["memory"] == memory:
-                scores.setdefault(row["chunks"], []).extend(row["scores"])
+                scores.setdefault(row["chunks"], []).append(row["scores"])
     return scores
 
 
@@ -50,40 +50,44 @@ def cell(scores: list[float]) -> str:
     return f"{np.mean(scores):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def together(scores: dict[int, list[float]]) -> list[float]:
-    """Each question's mean over the lengths at which it was asked."""
-    return np.mean([scores[length] for length in sorted(scores)], axis=0).tolist()
+def together(scores: Scores) -> list[list[float]]:
+    """Each question's mean over the lengths at which it was asked, seed by seed."""
+    return [np.mean(lengths, axis=0).tolist() for lengths in zip(*scores.values(), strict=True)]
 
 
-def average(scores: dict[int, list[float]]) -> str:
-    means = together(scores)
+def flat(seeds: list[list[float]]) -> list[float]:
+    return [score for seed in seeds for score in seed]
+
+
+def average(scores: Scores) -> str:
+    means = flat(together(scores))
     if len(set(means)) == 1 and means[0] in (0, 1):  # drawing the same number again says nothing about how sure it is
         return cell(means)
     mean, low, high = paired_bootstrap([0.0] * len(means), means)
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def accuracy_table(title: str, unit: str, rows: dict[str, dict[int, list[float]]]) -> list[str]:
+def accuracy_table(title: str, unit: str, rows: dict[str, Scores]) -> list[str]:
     lengths = sorted(next(iter(rows.values())))
-    count = sorted({len(scores[n]) for scores in rows.values() for n in lengths})
+    count = sorted({len(flat(scores[n])) for scores in rows.values() for n in lengths})
     head = [f"{title}, n = {'-'.join(map(str, count))}", *(f"{n} {unit}" for n in lengths), *(["average"] if len(lengths) > 1 else [])]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, scores in rows.items():
-        cells = [cell(scores[n]) for n in lengths] + ([average(scores)] if len(lengths) > 1 else [])
+        cells = [cell(flat(scores[n])) for n in lengths] + ([average(scores)] if len(lengths) > 1 else [])
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
 
-def difference(results: dict, first: str, second: str, a: dict[int, list[float]], b: dict[int, list[float]]) -> str:
+def difference(results: dict, first: str, second: str, a: Scores, b: Scores) -> str:
     """A line that says by how much the second is better; kept in `results` too."""
     a, b = together(a), together(b)
-    mean, low, high = paired_bootstrap(a, b)
-    by_seed = (np.asarray(b) - np.asarray(a)).reshape(results["seeds"], -1).mean(1).tolist()
-    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(a), "by_seed": by_seed})
-    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(a)}; by seed {', '.join(f'{d:+.2f}' for d in by_seed)}"
+    mean, low, high = paired_bootstrap(flat(a), flat(b))
+    by_seed = [float(np.mean(after) - np.mean(before)) for before, after in zip(a, b, strict=True)]
+    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(flat(a)), "by_seed": by_seed})
+    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(flat(a))}; by seed {', '.join(f'{d:+.2f}' for d in by_seed)}"
 
 
-def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]], curve: dict[str, list[tuple[float, float]]]) -> None:
+def plot(file: Path, figures: list[tuple[str, dict[str, Scores]]], curve: dict[str, list[tuple[float, float]]]) -> None:
     """Accuracy by length, one panel a figure, and accuracy by training minutes. Says so where matplotlib is missing."""
     if not (pyplot := load_pyplot()):
         print("no plot: matplotlib is not installed (`pip install matplotlib`)")
@@ -91,7 +95,7 @@ def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]
     _, panels = pyplot.subplots(1, len(figures) + 1, figsize=(4.5 * (len(figures) + 1), 3.6))
     for axes, (title, rows) in zip(panels, figures, strict=False):
         for name, scores in rows.items():
-            axes.plot(sorted(scores), [np.mean(scores[n]) for n in sorted(scores)], marker="o", label=name)
+            axes.plot(sorted(scores), [np.mean(flat(scores[n])) for n in sorted(scores)], marker="o", label=name)
         axes.set(title=title, xscale="log", xlabel="chunks", ylabel="exact match", ylim=(0, 1))
         axes.set_xticks(sorted(scores), labels=map(str, sorted(scores)))
         axes.legend(fontsize="small")
@@ -104,9 +108,7 @@ def plot(file: Path, figures: list[tuple[str, dict[str, dict[int, list[float]]]]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    if not folder or not list(folder.glob("*/longqa-base.json")):
-        sys.exit("error: give the folder of a reproduction that has results: recipes/tables.py runs/reproduce [README.md]")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/reproduce")
     longqa = {
         name: load(folder, f"longqa-{name}")
         for name in sorted({file.stem.removeprefix("longqa-") for file in folder.glob("*/longqa-*.json")})
@@ -114,6 +116,9 @@ def main() -> None:
     search = {name: load(folder, f"search-{file}") for name, file in
               (("base", "base"), ("+ MemTrain", "memtrain"), ("+ task RL", "search"), ("+ MemTrain + task RL", "memtrain-search"))}  # fmt: skip
     steps = sorted(int(name.removeprefix("task-")) for name, scores in longqa.items() if scores and name.startswith("task-"))
+    if not steps or not all(longqa.get(name) for name in ("base", "memtrain", "memtrain-task")):
+        print(f"error: {folder} lacks results of Table 1 for every seed; recipes/reproduce-tiny.sh makes them", file=sys.stderr)
+        sys.exit(2)
     seeds, task = len(list(folder.glob("*/longqa-base.json"))), f"task-{steps[0]}"
     results: dict = {"seeds": seeds, "longqa": longqa, "search": search, "differences": [], "minutes": {}}
 
@@ -142,7 +147,7 @@ def main() -> None:
     text += ["", "**Figure 4**, by minutes of training, all lengths together:", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
     for name, stages in (("task RL", alone), ("MemTrain, then task RL", after)):
         text += [f"| {name} | {n} | {time:.1f} | {average(longqa[stage])} |" for n, stage, time in stages]
-        results["minutes"][name] = [(time, float(np.mean(together(longqa[stage])))) for _, stage, time in stages]
+        results["minutes"][name] = [(time, float(np.mean(flat(together(longqa[stage]))))) for _, stage, time in stages]
     # Not less than the other had, where a run is that long.
     equal, stage, spent = next((found for found in alone if found[2] >= after[1][2]), alone[-1])
     text += ["", difference(results, f"task RL of {equal} steps, {spent:.1f} minutes", f"MemTrain + task RL, {after[1][2]:.1f} minutes",

@@ -52,7 +52,7 @@ def measured(tmp_path):
             rows = []
             for chunks in (4, 16) if name.startswith("longqa") else (2,):
                 for memory in ("kept", "empty"):
-                    scores = (rng.random(20) < number / 12).astype(float).tolist()
+                    scores = (rng.random(20 + seed) < number / 12).astype(float).tolist()
                     rows.append({"chunks": chunks, "memory": memory, "scores": scores})
                     made.setdefault((name, chunks, memory), []).extend(scores)
             (tmp_path / str(seed)).mkdir(exist_ok=True)
@@ -82,8 +82,8 @@ def test_tables_say_what_was_measured(measured, monkeypatch, capsys):
     results = json.loads((folder / "results.json").read_text())
     first = results["differences"][0]
     wanted = sum(np.mean(made["longqa-memtrain-task", n, "kept"]) - np.mean(made["longqa-task-16", n, "kept"]) for n in (4, 16)) / 2
-    assert abs(first["mean"] - wanted) < 1e-12 and first["low"] < wanted < first["high"] and first["n"] == 40
-    assert np.mean(first["by_seed"]) == pytest.approx(wanted)
+    assert abs(first["mean"] - wanted) < 1e-12 and first["low"] < wanted < first["high"] and first["n"] == 41
+    assert np.average(first["by_seed"], weights=[20, 21]) == pytest.approx(wanted)
     assert results["minutes"]["task RL"][0][0] == pytest.approx(16 * 6 / 60)
     assert results["minutes"]["MemTrain, then task RL"][1][0] == pytest.approx((10 + 16) * 6 / 60)
     assert results["differences"][-1]["minus"] == "task RL of 32 steps, 3.2 minutes"  # the first with at least 2.6
@@ -104,6 +104,10 @@ def test_tables_pair_questions_and_wait_for_all_seeds(measured, monkeypatch, cap
     first = json.loads((folder / "results.json").read_text())["differences"][0]
     assert first["mean"] == first["low"] == first["high"] == 0.25
     printed = capsys.readouterr().out
+    (folder / "1/longqa-base.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        tables.main()
+    assert "lacks results of Table 1" in capsys.readouterr().err
     assert "Table 1" in printed and "Figure 4" in printed and "Table 2" not in printed and "Figure 3" not in printed
 
 
