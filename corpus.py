@@ -196,9 +196,15 @@ def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
         plain = core[1].islower() and not any(c.isdigit() for c in core[1])
         ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
-        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and (start, end) in occurrences(doc.text, core[1]):
+        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and found_again(doc.text, start, end):
             found.append((start, end, entity.label_))
     return found
+
+
+def found_again(text: str, start: int, end: int) -> bool:
+    """Whether masking finds this span: an edge of the raw text need not be one in NFKC, where Ulm\u2122 is UlmTM."""
+    first = max(0, start - 8)
+    return (start - first, end - first) in occurrences(text[first : end + 8], text[start:end])
 
 
 def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:

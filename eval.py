@@ -11,6 +11,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,8 @@ def evaluate_questions(
 ) -> list[dict]:  # fmt: skip
     """Greedy exact match, F1 and substring match on up to `eval_documents` questions: longqa at each length, searchqa once.
 
-    controls: "kept" is the agent itself; the others answer in one step, from "empty" memory, from the "full" text as far
-    as the window allows, from the "oracle" memory, which is the gold paragraphs. One row each; `scores` are per question,
+    controls: "kept" is the agent itself; the others answer in one step, from "empty" memory (searchqa: with no search
+    left), from the "full" text as far as the window allows, from the "oracle" memory, the gold paragraphs. One row each; `scores` are per question,
     in an order that is the same for every model and length.
     """
     found, budget = {}, limits(setting)
@@ -113,6 +114,8 @@ def evaluate_questions(
     asked = documents_by_length(source, setting, source.lengths(lengths, setting.eval_split), rank == 0)
     places = [(length, i) for length in asked for i in range(len(asked[length]))][rank::processes]
     documents = [asked[length][i] for length, i in places]
+    if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
+        raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
     for control in controls:
         if setting.task == "searchqa":  # asked as ever, but closed-book without a search to make
             allowed = budget if control == "kept" else replace(budget, searches=0)
@@ -145,11 +148,12 @@ def documents_by_length(source, setting: Setting, lengths: list[int], told: bool
     with the others gone, what remains would not be the same task.
     """
     order = range(len(source.questions[setting.eval_split]))
+    document = cache(lambda i, length: source.document(i, setting.eval_split, length))  # the first ones are asked for twice
     for length in list(lengths):
         reasons = []
         for i in order[:20]:
             try:
-                source.document(i, setting.eval_split, length)
+                document(i, length)
             except UserError as error:
                 reasons.append(error)
         if len(reasons) > len(order[:20]) / 10:
@@ -159,11 +163,11 @@ def documents_by_length(source, setting: Setting, lengths: list[int], told: bool
     built: dict[int, list] = {length: [] for length in lengths}
     for i in order if lengths else ():
         try:
-            documents = [source.document(i, setting.eval_split, length) for length in lengths]
+            documents = [document(i, length) for length in lengths]
         except UserError:
             continue
-        for length, document in zip(lengths, documents, strict=True):
-            built[length].append(document)
+        for length, one in zip(lengths, documents, strict=True):
+            built[length].append(one)
         if len(built[lengths[0]]) == setting.eval_documents:
             break
     return {length: documents for length, documents in built.items() if documents}
@@ -174,8 +178,6 @@ def control_memory(control: str, document, model, tokenizer, setting: Setting) -
     if control == "empty":
         return EMPTY_MEMORY
     if control == "oracle":
-        if not document.gold:
-            raise UserError(f"--controls oracle: question {document.title} comes without gold paragraphs; leave it out")
         return document.gold
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     question = len(tokenizer(document.question)["input_ids"])
@@ -265,8 +267,10 @@ def main() -> None:
     out = Path(evaluation.out) if evaluation.out else folder / "eval.json" if folder.is_dir() else Path("eval.json")
     # What would fail at the end fails now: an evaluation can take hours.
     for file in filter(None, (out, evaluation.plot)):
-        if not os.access(Path(file).parent, os.W_OK):
+        if not Path(file).parent.is_dir() or not os.access(Path(file).parent, os.W_OK):
             raise UserError(f"{file}: its folder is missing or can't be written to; name another")
+        if Path(file).is_dir():
+            raise UserError(f"{file}: is a folder; name a file in it")
     if evaluation.plot and not load_pyplot():
         raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
     for name in evaluation.against:

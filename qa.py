@@ -62,7 +62,7 @@ def load_questions(path: str | Path) -> list[Question]:
     for record, where in _parquet(path) if path.suffix == ".parquet" else _records(path):
         if {"input", "extra_info", "reward_model"} & record.keys():
             id, question, answers, context = _memagent(record, where)
-            questions.append(Question(id, question, answers, [], [], context))
+            questions.append(Question(str(len(questions)) if id is None else str(id), question, answers, [], [], context))
             continue
         if "context" in record:
             gold, other = _from_context(record, where)
@@ -138,17 +138,17 @@ def _answers(record: dict, where: str) -> list[str]:
     return list(answers)
 
 
-def _memagent(record: dict, where: str) -> tuple[str, str, list[str], str]:
-    """(id, question, answers, text) of MemAgent's layouts. Evaluation: context, input, answers, index. Training: context,
+def _memagent(record: dict, where: str) -> tuple[object, str, list[str], str]:
+    """(id or None, question, answers, text) of MemAgent's layouts. Evaluation: context, input, answers, index. Training: context,
     extra_info {question, index}, reward_model {ground_truth}."""
     if "input" in record:
-        id, question, answers = record.get("index", ""), _text(record, "input", where), _answers(record, where)
+        id, question, answers = record.get("index"), _text(record, "input", where), _answers(record, where)
     else:
         extra, reward = (record[name] if isinstance(record.get(name), dict) else {} for name in ("extra_info", "reward_model"))
-        id, question = extra.get("index", ""), _text(extra, "question", f"{where}, extra_info")
+        id, question = extra.get("index"), _text(extra, "question", f"{where}, extra_info")
         answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
     _text(record, "context", where)
-    return str(id), question, answers, record["context"]  # as it is, not stripped
+    return id, question, answers, record["context"]  # as it is, not stripped
 
 
 def _from_context(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
@@ -406,26 +406,29 @@ class LongQA:
         def build(documents: int) -> LongDocument:
             return long_document(question, index, self.pool, seed=self.seed, chunk_tokens=self.chunk_tokens, documents=documents)
 
-        size = least = len(question.gold)
-        if self.pool.passages:
-            size = max(least, int(chunks * self.chunk_tokens / np.mean([passage.tokens for passage in self.pool.passages])))
-        document = build(size)
-        while len(document.chunks) > chunks and size > least:
-            size = max(least, min(size - 1, size * chunks // len(document.chunks)))
-            document = build(size)
+        least = len(question.gold)
+        document = build(least)
         if len(document.chunks) > chunks:
             raise UserError(f"question {question.id}: its {least} gold paragraphs take {len(document.chunks)} chunks of {self.chunk_tokens} "
                             f"tokens, {chunks} wanted; ask for a longer text or longer chunks")  # fmt: skip
-        while True:  # the first guess and its mending are off by few
+        mean = np.mean([passage.tokens for passage in self.pool.passages]) if self.pool.passages else self.chunk_tokens
+        fits, too_many, size = least, None, max(least + 1, int(0.9 * chunks * self.chunk_tokens / mean))
+        while too_many != fits + 1:
             try:
-                larger = build(size + 1)
-            except UserError:  # no more passages
-                if len(document.chunks) < chunks:
+                tried = build(size)
+            except UserError:  # there are not so many passages
+                if size == fits + 1 and len(document.chunks) < chunks:
                     raise
-                return document
-            if len(larger.chunks) > chunks:
-                return document
-            document, size = larger, size + 1
+                too_many, size = size, (fits + size) // 2
+                continue
+            if len(tried.chunks) <= chunks:
+                document, fits = tried, size
+            else:
+                too_many = size
+            # As many as at this rate would reach into the last chunk, but between what is known.
+            size = max(fits + 1, int(size * (chunks - 0.3) / (len(tried.chunks) - 0.5)))
+            size = min(size, too_many - 1) if too_many else size
+        return document
 
 
 class SearchQA:

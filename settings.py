@@ -114,8 +114,8 @@ def run(main) -> None:
         print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): give a smaller --train-tokens, or --gradient-checkpointing True, "
-              "--offload-optimizer True or --offload-reference True", file=sys.stderr)  # fmt: skip
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): give smaller --rollout-tokens or --chunk-tokens; in training "
+              "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference True", file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

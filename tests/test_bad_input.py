@@ -113,6 +113,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('eval', '--task longqa --controls half', '--controls half: choose from empty, full and oracle'),
     ('eval', '--task searchqa --controls full', '--controls full: search questions come without a text; use empty'),
     ('eval', '--out {bad}/nowhere/rows.json', "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another"),
+    ('eval', '--out {bad}', '{bad}: is a folder; name a file in it'),
     ('eval', '--lengths 0', '--lengths 0: must be a number of at least 1'),
     ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
     ('eval', '--against {bad}/nowhere', '--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),

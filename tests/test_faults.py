@@ -21,7 +21,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import checkpoints
 import memtrain
+import parallel
 import rollout
+import settings
 from checkpoints import newest
 from command import command
 from masters import MasterAdamW
@@ -264,6 +266,25 @@ def test_what_a_change_of_room_leaves_as_it_was(tmp_path):
     base = load_file(ROOT / "tiny/model/model.safetensors")
     moved = max((a[name] - base[name].float()).abs().max() for name in a)
     assert all((a[name] - b[name]).abs().max() < moved / 100 for name in a)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, capsys):
+    """Logits that training would get wrong, more processes than GPUs, a GPU that is full: one line each and exit code 2."""
+    monkeypatch.setattr(memtrain, "logits_agree", lambda model: False)
+    done = command(*SMALL, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "Qwen3ForCausalLM scales or caps its logits" in done.stderr
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(parallel.UserError, match="more processes than the 2 GPUs"):
+        parallel.start()
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    with pytest.raises(SystemExit, match="2"):
+        settings.run(full)
+    assert "--train-tokens" in capsys.readouterr().err
 
 
 def test_bad_gradients_are_left_out_and_stop_the_run(tmp_path, monkeypatch):

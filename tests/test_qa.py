@@ -333,6 +333,8 @@ def test_memagents_files(tmp_path, tokenizer, kind):
     if kind == "json":
         rows = [{"context": t, "input": f"Q{n}?", "answers": ["A", f"{n}"], "num_docs": n + 2, "index": 7 * n} for n, t in enumerate(texts)]
         file.write_text(json.dumps(rows))
+        (tmp_path / "bare.json").write_text(json.dumps([{k: v for k, v in row.items() if k != "index"} for row in rows]))
+        assert [q.id for q in load_questions(tmp_path / "bare.json")] == ["0", "1", "2"]
     else:
         rows = [
             {"data_source": "hotpotqa", "prompt": [{"role": "user", "content": f"Q{n}?"}], "ability": "memory", "context": t,

@@ -106,6 +106,7 @@ def test_search_task_over_http(tmp_path, random_qwen, monkeypatch):
     assert len(shown) >= 4 and all("Weimar" in text for text in shown)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert [r["memory"] for r in rows] == ["kept", "empty"] * 2 and rows[0]["task"] == "searchqa"
+    assert sum("Searches left: 0" in text for text in prompts) >= 2 * 2  # the control: two questions, before and after
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 

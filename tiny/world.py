@@ -194,14 +194,14 @@ YEARS = ("born", "died", "year", "founded")
 
 
 def words_of(subjects: list[dict]) -> list[str]:
-    """The capitalised words in the names and facts of `subjects`: what things are called, without who did what."""
+    """The capitalised words in the names and facts of `subjects`: what things are called, but not what belongs to whom."""
     text = " ".join(value for s in subjects for value in (s["title"], *s["facts"].values()))
     return sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()})
 
 
 class Inventor:
     """Invents subjects. Names are made of the words of real ones, and of others that look like them: a chain over letter
-    pairs. Of the `unseen` only the words are taken: no invented thing has the name of one, and their facts aren't used."""
+    pairs. Of the `unseen` only words are taken, not what belongs to whom: no invented thing has the name of one."""
 
     def __init__(self, known: list[dict], unseen: list[dict], rng):
         self.rng, self.known = rng, known
