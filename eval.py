@@ -106,8 +106,8 @@ def evaluate_questions(
     """Greedy exact match, F1 and substring match on up to `eval_documents` questions: longqa at each length, searchqa once.
 
     controls: "kept" is the agent itself; the others answer in one step, from "empty" memory (searchqa: with no search
-    left), from the "full" text as far as the window allows, from the "oracle" memory, the gold paragraphs. One row each; `scores` are per question,
-    in an order that is the same for every model and length.
+    left), from the "full" text as far as the window allows, from the "oracle" memory, the gold paragraphs. One row each;
+    `scores` are per question, in an order that is the same for every model and length.
     """
     found, budget = {}, limits(setting)
     shown = f"evaluation {when}" if rank == 0 else None
@@ -279,8 +279,10 @@ def main() -> None:
     lengths, rows, source = evaluation.lengths or default_lengths(setting.chunks), [], None
     for name in (setting.model, *evaluation.against):
         model, tokenizer = load_model(name, device, setting.dtype, "--model" if name == setting.model else "--against")
-        check_window(setting, model, tokenizer)
-        source = source or load_source(setting, model, tokenizer, out.parent / ".entities")  # the same texts for all, by one tokenizer
+        if source:  # the same texts for all, by one tokenizer
+            check_window(setting, model, tokenizer)
+        else:
+            source = load_source(setting, model, tokenizer, out.parent / ".entities")
         when = name if evaluation.against else "now"
         if setting.task == "memtrain":
             rows += evaluate(model, tokenizer, source, setting, lengths, when)

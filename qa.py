@@ -244,6 +244,7 @@ class Pool:
     def __init__(self, paragraphs: Iterable[Paragraph], tokenizer):
         self.tokenizer = tokenizer
         self.passages = measure(paragraphs, tokenizer)
+        self.mean_tokens = float(np.mean([passage.tokens for passage in self.passages])) if self.passages else None
 
 
 def long_documents(questions: list[Question], pool: Pool, **how) -> list[LongDocument]:
@@ -411,7 +412,7 @@ class LongQA:
         if len(document.chunks) > chunks:
             raise UserError(f"question {question.id}: its {least} gold paragraphs take {len(document.chunks)} chunks of {self.chunk_tokens} "
                             f"tokens, {chunks} wanted; ask for a longer text or longer chunks")  # fmt: skip
-        mean = np.mean([passage.tokens for passage in self.pool.passages]) if self.pool.passages else self.chunk_tokens
+        mean = self.pool.mean_tokens or self.chunk_tokens
         fits, too_many, size = least, None, max(least + 1, int(0.9 * chunks * self.chunk_tokens / mean))
         while too_many != fits + 1:
             try:

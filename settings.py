@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from corpus import find_entities, load_passages
+from corpus import Passage, find_entities, load_passages
 from masking import QUESTION, Corpus
 from qa import LongQA, Pool, SearchQA, load_questions, load_search, objectives, split_questions, subject
 from retrieval import UserError
@@ -150,13 +150,18 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     return model.to(device).eval(), tokenizer
 
 
-def load_corpus(setting: Setting, model, tokenizer, cache: Path, left_out: Counter | None = None) -> Corpus:
-    """The masked documents of `setting`; `left_out` counts the passages that can't be used."""
-    check_window(setting, model, tokenizer)
-    passages = load_passages(
+def load_text(setting: Setting, left_out: Counter | None) -> list[Passage]:
+    """The passages of --corpus, as the settings beside it say; `left_out` counts those that can't be used."""
+    return load_passages(
         setting.text, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
         max_passages=setting.max_passages, left_out=left_out,
     )  # fmt: skip
+
+
+def load_corpus(setting: Setting, model, tokenizer, cache: Path, left_out: Counter | None = None) -> Corpus:
+    """The masked documents of `setting`; `left_out` counts the passages that can't be used."""
+    check_window(setting, model, tokenizer)
+    passages = load_text(setting, left_out)
     find_entities(passages, setting.ner, cache)
     return Corpus(
         passages, tokenizer, seed=setting.seed, n_passages=setting.passages, n_related=setting.related,
@@ -190,8 +195,7 @@ def load_source(setting: Setting, model, tokenizer, cache: Path, left_out: Count
         other = load_questions(setting.eval_questions) if setting.eval_questions else None
         questions = split_questions(train, other, subject)
         asked = [question.question for part in questions.values() for question in part]
-        passages = load_passages(setting.text, config=setting.corpus_config, split=setting.corpus_split, text_field=setting.text_field,
-                                 max_passages=setting.max_passages, left_out=left_out)  # fmt: skip
+        passages = load_text(setting, left_out)
         pool = Pool([(passage.title, passage.text) for passage in passages], tokenizer)
         source = LongQA(questions, pool, seed=setting.seed, chunk_tokens=setting.chunk_tokens, chunks=setting.chunks)
     else:
