@@ -1,7 +1,8 @@
-"""Sampling behind prompts that several samples share: each prompt is computed once and held once.
+"""Attention while rows write behind their prompts, from a cache that holds each prompt once.
 
-All samples of a prompt attend to it where it lies in the cache (`SharedPrompts`), instead of to copies. For a model that
-`is_plain` doesn't know the cache is copied; one that can't share at all computes every row by itself.
+`prefill` computes prompts in batches of similar length and lays them side by side, so that all rows write together,
+however long their prompts are. In writing, the samples of a prompt attend to it where it lies (`Writing`), instead of to
+copies. For a model that `is_plain` doesn't know copies are made; one that can't do this at all computes every row by itself.
 """
 
 import inspect
@@ -9,12 +10,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# What these models hand to their attention is all that it is: no sinks, no soft cap, no bias by position. So SharedPrompts
-# can stand in for it, as the tests compare.
+from batching import by_length, by_prompt
+
+# What these models hand to their attention is all that it is: no sinks, no soft cap, no bias by position. So Writing can
+# stand in for it, as the tests compare.
 PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -35,6 +39,12 @@ class RoomyLayer(DynamicLayer):
         buffer[..., past:total, :] = new
         return buffer
 
+    def make_room(self, like: Tensor, rows: int, width: int) -> None:
+        """Hold `rows` rows of `width` tokens, all zero, for keys and values such as `like` (any, heads, any, head size)."""
+        self.lazy_initialization(like, like)
+        self.buffers = tuple(like.new_zeros(rows, like.shape[1], width + self.room, like.shape[3]) for _ in range(2))
+        self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
+
     def update(self, key_states, value_states, *more, **named):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -47,7 +57,7 @@ class RoomyLayer(DynamicLayer):
 class PromptLayer(RoomyLayer):
     """A cache layer that can hold each prompt once, apart from the tokens of the rows that go on from it.
 
-    Once prompts are set aside rows only grow: they are neither selected nor reset.
+    Once prompts are set aside, rows only grow or are selected, and their prompts stay.
     """
 
     prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
@@ -60,24 +70,40 @@ class PromptLayer(RoomyLayer):
         return super().get_seq_length() + (0 if self.prompt_keys is None else self.prompt_keys.shape[-2])
 
 
-class SharedPrompts:
+class Writing:
     """The attention of rows that write, a token a time, behind prompts which `cache` holds once (Hydragen, arXiv 2402.05099).
 
     A row's softmax over its prompt and its own tokens is a mix of one over each, by what either adds to the sum under
-    the softmax. So all rows of a prompt read it in one matrix product, where copies would be read row by row.
+    the softmax. So all rows of a prompt read it in one matrix product, where copies would be read row by row; and with
+    one row a prompt it still costs half of what torch's attention does on a CPU, which is made for many queries.
     """
 
     def __init__(self, cache: DynamicCache, prompt_of: Tensor, mask: Tensor):
         """prompt_of (rows,): each row's prompt. mask (prompts, tokens): 0 where a prompt is padded."""
         self.cache = cache
-        counts, order = prompt_of.bincount(), prompt_of.argsort(stable=True)  # (prompts,), (rows,)
+        # The lowest number and not minus infinity: a prompt of padding alone then weighs nothing, instead of nan.
+        self.hidden = (mask == 0)[:, None, None] * torch.finfo(torch.float32).min  # (prompts, 1, 1, tokens)
+        self.arrange(prompt_of)
+
+    def arrange(self, prompt_of: Tensor) -> None:
+        """The rows of each prompt side by side, as many for each: others fill up, and what they attend to is not looked at."""
+        self.prompt_of = prompt_of
+        counts, order = prompt_of.bincount(minlength=len(self.hidden)), prompt_of.argsort(stable=True)  # (prompts,), (rows,)
         nth = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prompt_of[order]]  # among its prompt's
         self.place = torch.empty_like(order)  # (rows,), in `members` laid flat
         self.place[order] = prompt_of[order] * counts.max() + nth
         self.members = order.new_zeros(len(counts), int(counts.max()))  # (prompts, most rows); row 0 fills up
         self.members.view(-1)[self.place] = torch.arange(len(order), device=order.device)
-        # The lowest number and not minus infinity: a prompt of padding alone then weighs nothing, instead of nan.
-        self.hidden = (mask == 0)[:, None, None] * torch.finfo(torch.float32).min  # (prompts, 1, 1, tokens)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, and with their prompts."""
+        prompts, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        self.cache.batch_select_indices(rows)
+        if len(prompts) < len(self.hidden):
+            self.hidden = self.hidden[prompts]
+            for layer in self.cache.layers:
+                layer.prompt_keys, layer.prompt_values = layer.prompt_keys[prompts], layer.prompt_values[prompts]
+        self.arrange(prompt_of)
 
     def __call__(self, module, query, key, value, attention_mask, scaling: float, **more) -> tuple[Tensor, None]:
         """query (rows, heads, 1, size), the rows' own key and value (rows, key heads, tokens, size) -> (rows, 1, heads, size)."""
@@ -92,8 +118,11 @@ class SharedPrompts:
     @staticmethod
     def attend(query, keys, values, scaling, hidden=0.0) -> tuple[Tensor, Tensor]:
         """The attended values, and the log of the sum under the softmax, in float32 as inside of torch's own kernels."""
-        scores = query.float() @ keys.float().mT * scaling + hidden
-        return scores.softmax(-1) @ values.float(), scores.logsumexp(-1, keepdim=True)
+        scores = (query.float() * scaling) @ keys.float().mT + hidden
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp_()  # torch's softmax and logsumexp would each take all the exponentials
+        total = weights.sum(-1, keepdim=True)
+        return weights @ values.float() / total, top + total.log()
 
     def by_row(self, together: Tensor) -> Tensor:  # (prompts, key heads, most rows * heads a group, n) -> (rows, key heads, heads a group, n)
         return together.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
@@ -112,11 +141,47 @@ class SharedPrompts:
             ALL_ATTENTION_FUNCTIONS.register("shared_prompts", None)  # or it would keep the whole cache alive
 
 
-def empty_cache(model) -> DynamicCache:
-    """For a model of which can_share_prompts holds."""
-    cache = DynamicCache(config=model.config)
+def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCache, Writing | None, list[int]]:
+    """All but the last token of each prompt, computed once each, for a model of which can_share_prompts holds.
+
+    Returns a cache with a row for each prompt, its tokens at the right end; the attention that comes with it, if any;
+    and each prompt's padding in the batch that computed it, of at most `max_tokens` tokens or of one prompt.
+    """
+    groups = by_prompt(prompts)
+    lengths = [len(prompts[group[0]]) - 1 for group in groups]
+    cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
     cache.layers = [PromptLayer() for _ in cache.layers]
-    return cache
+    for places in by_length(lengths, max_tokens):
+        places = [n for n in places if lengths[n]]  # a prompt of one token leaves nothing to compute
+        if not places:
+            continue
+        # Padded on the right, where causal attention never looks: no mask is needed, so fast kernels stay in use.
+        ids = pad_sequence([torch.tensor(prompts[groups[n][0]][:-1]) for n in places], batch_first=True).to(model.device)  # (batch, longest)
+        part = DynamicCache(config=model.config)
+        model.get_decoder()(input_ids=ids, past_key_values=part, use_cache=True)
+        for layer, computed in zip(cache.layers, part.layers, strict=True):
+            if not layer.is_initialized:
+                layer.make_room(computed.keys, len(groups), width)
+            for row, n in enumerate(places):
+                layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
+                layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]
+        for n in places:
+            for i in groups[n]:
+                padding[i] = ids.shape[1] - lengths[n]
+    prompt_of = torch.empty(len(prompts), dtype=torch.long)  # (rows,)
+    for n, group in enumerate(groups):
+        prompt_of[group] = n
+    # Groups of much the same size stay together: the largest sets the work of all.
+    if width and not (is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)):
+        cache.batch_select_indices(prompt_of.to(model.device))
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        prompt_of = torch.arange(len(prompts))
+    if not width or not is_plain(model):
+        return cache, None, padding
+    for layer in cache.layers:
+        layer.set_prompts_aside()
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # (prompts, width)
+    return cache, Writing(cache, prompt_of.to(model.device), mask.to(model.device)), padding
 
 
 def can_share_prompts(model) -> bool:
@@ -135,6 +200,6 @@ def can_pack_completions(model) -> bool:
 
 
 def is_plain(model) -> bool:
-    """Whether SharedPrompts can stand in for the attention of a model of which can_share_prompts holds."""
+    """Whether Writing can stand in for the attention of a model of which can_share_prompts holds."""
     config = model.config.get_text_config()
     return config._attn_implementation == "sdpa" and config.model_type in PLAIN_ATTENTION

@@ -7,17 +7,17 @@ keeps its own reward and advantage.
 """
 
 
-def by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def by_length(lengths: list[int], max_tokens: int, fill: float = 0.875) -> list[list[int]]:
     """Positions in batches of at most `max_tokens` tokens with padding, longest first; one over the budget stands alone.
 
-    A batch also ends where padding would take more than an eighth of it, so that sizes that differ much don't meet.
+    A batch also ends where less than `fill` of it would be tokens and the rest padding: sizes that differ much don't meet.
     """
     batches: list[list[int]] = []
     used = 0  # tokens of the last batch without its padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         # The first of a batch is its longest, so it sets the width of every row.
         padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
-        if batches and padded <= max_tokens and used + lengths[i] >= 0.875 * padded:
+        if batches and padded <= max_tokens and used + lengths[i] >= fill * padded:
             batches[-1].append(i)
             used += lengths[i]
         else:

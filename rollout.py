@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from attention import SharedPrompts, can_share_prompts, empty_cache, is_plain
+from attention import can_share_prompts, prefill
 from batching import by_length
 from masking import Document, Recall
 from retrieval import UserError
@@ -118,7 +118,7 @@ class Turn:
     completion_ids: list[int]
     ended: bool  # with EOS or a closed box; False: cut at the token limit
     text: str
-    padding: int = 0  # tokens that its batch put before the prompt
+    padding: int = 0  # of the prompt, in the batch that computed it
     document: int = -1
     advantage: float = 0.0
 
@@ -171,33 +171,6 @@ def end_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def share_prefill(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple[DynamicCache | None, SharedPrompts | None]:
-    """Cache of all but the last token of each left-padded prompt, ids and mask (rows, width), equal rows computed once.
-
-    Empty where that saves nothing, None where it can't be done with this model. `generate` goes on from what is there,
-    with the attention that comes with it.
-    """
-    if not can_share_prompts(model):
-        return None, None
-    # -1 for padding: a real token may have the padding's id.
-    unique, row, counts = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True, return_counts=True)
-    cache = empty_cache(model)  # unique (prompts, width), row (rows,), counts (prompts,)
-    if len(unique) == len(ids) or ids.shape[1] < 2:
-        return cache, None
-    mask = (unique >= 0).long()
-    model.get_decoder()(
-        input_ids=unique.clamp(min=0)[:, :-1], attention_mask=mask[:, :-1],
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, use_cache=True,
-    )  # fmt: skip
-    # Groups of much the same size: the largest sets the work of all.
-    if is_plain(model) and len(unique) * int(counts.max()) <= 2 * len(ids):
-        for layer in cache.layers:
-            layer.set_prompts_aside()
-        return cache, SharedPrompts(cache, row, mask[:, :-1])
-    cache.batch_select_indices(row)
-    return cache, None
-
-
 def answered(text: str) -> bool:
     return boxed(text) is not None
 
@@ -214,47 +187,67 @@ def closing_tokens(tokenizer) -> list[int]:
     return sorted(i for token, i in tokenizer.get_vocab().items() if ("}" in token or ">" in token) and i not in special)
 
 
+class Draw(LogitsProcessor):
+    """Leaves of each row's scores (rows, vocabulary) one token, drawn from their distribution, for an argmax to find.
+
+    torch.multinomial takes a random number for every word of the vocabulary, one after the other on a CPU: a quarter of
+    the tiny model's sampling. This takes one a row. Sums in float64, since tokens of 1e-7 count too.
+    """
+
+    def __call__(self, ids, scores):
+        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
+        at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1): the first above `at`
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
 class Stop(StoppingCriteria):
     """Ends each row where `done(text)` first holds: what a model says after its answer is not read by anyone.
 
-    `lengths` (rows,) are the new tokens up to there, 0 where it didn't come; behind them generate only pads.
+    `lengths` (rows,) are the new tokens up to there, 0 where it didn't come; behind them generate only pads. Where no
+    more than `few` rows go on, all are ended: `generate_batch` then goes on without the rest.
     """
 
-    def __init__(self, done, tokenizer, rows: int, width: int, device):
-        self.done, self.tokenizer, self.width = done, tokenizer, width
-        self.closing = torch.tensor(closing_tokens(tokenizer), device=device)
+    def __init__(self, done, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
+        self.done, self.tokenizer, self.width, self.few = done, tokenizer, width, few
+        self.closing = torch.tensor(closing_tokens(tokenizer) if done else [], dtype=torch.long, device=device)
+        self.ends = torch.tensor(ends, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
     def __call__(self, ids, scores, **more):
-        closed = torch.isin(ids[:, -1], self.closing) & (self.lengths == 0)  # (rows,)
-        for row in closed.nonzero().flatten().tolist():
-            new = ids[row, self.width :]
-            if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
-                self.lengths[row] = len(new)
-        return self.lengths > 0
+        if self.done:
+            closed = torch.isin(ids[:, -1], self.closing) & ~self.ended  # (rows,)
+            for row in closed.nonzero().flatten().tolist():
+                new = ids[row, self.width :]
+                if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
+                    self.lengths[row] = len(new)
+        self.ended |= (self.lengths > 0) | torch.isin(ids[:, -1], self.ends)
+        return self.ended | ((~self.ended).sum() <= self.few)
 
 
 @torch.inference_mode()
 def generate(
     model, tokenizer, prompts: list[list[int]], new_tokens: int, limits: Limits, greedy: bool = False, done=None
 ) -> list[tuple[list[int], bool, int]]:
-    """One completion per prompt, as (token ids, ended by itself, padding before the prompt), in the order of `prompts`.
+    """One completion per prompt, as (token ids, ended by itself, padding of the prompt), in the order of `prompts`.
 
     Sampling is from the model's own distribution: temperature 1, no top-p, top-k or repetition penalty,
     so that the log-probs of training are of what was sampled. `done(text)`, if given, ends a completion early.
     """
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad)
-    if not greedy:
-        config.top_k = 0  # generate's own default is 50; its others leave the distribution as it is
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    draw = [] if greedy else [Draw()]
+    fill = 0.0 if can_share_prompts(model) else 0.875  # prompts that are computed apart needn't be of similar length
     completions: list = [None] * len(prompts)
     while waiting := [i for i, completion in enumerate(completions) if completion is None]:
         full = False
         try:
-            for places in by_length([len(prompts[i]) + new_tokens for i in waiting], limits.rollout_tokens):
+            for places in by_length([len(prompts[i]) + new_tokens for i in waiting], limits.rollout_tokens, fill):
                 batch = [waiting[n] for n in places]
-                for i, completion in zip(batch, generate_batch(model, tokenizer, [prompts[i] for i in batch], config, done), strict=True):
+                found = generate_batch(model, tokenizer, [prompts[i] for i in batch], new_tokens, limits.rollout_tokens // 8, config, draw, done)
+                for i, completion in zip(batch, found, strict=True):
                     completions[i] = completion
         except torch.OutOfMemoryError:
             full = True
@@ -269,32 +262,51 @@ def generate(
     return completions
 
 
-def generate_batch(model, tokenizer, prompts: list[list[int]], config: GenerationConfig, done=None) -> list[tuple[list[int], bool, int]]:
-    """One call of Hugging Face's generate, for `generate`."""
+def generate_batch(
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int, config: GenerationConfig, draw: list[Draw], done=None
+) -> list[tuple[list[int], bool, int]]:
+    """One batch of `generate`: Hugging Face's generate, called anew with the rows that go on once half of them have ended."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), config.pad_token_id)  # (batch, width)
+    ids = torch.full((len(prompts), width), config.pad_token_id)  # (rows, width)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):  # left padding: the completion follows the prompt without a gap
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache, shared = share_prefill(model, ids, mask)
-    stop = Stop(done, tokenizer, len(prompts), width, ids.device) if done else None
+    cache, writing, padding = None, None, [width - len(prompt) for prompt in prompts]
+    if can_share_prompts(model):
+        cache, writing, padding = prefill(model, prompts, prefill_tokens)
+    config.max_length = width + new_tokens
+    completions: list = [None] * len(prompts)
+    going = list(range(len(prompts)))  # the prompt of each row
     # What `config` leaves open generate would take from the model folder's: penalties, least lengths, words not to be used.
     own, model.generation_config = model.generation_config, config
     try:
-        with shared.used_by(model) if shared else nullcontext():
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, stopping_criteria=[stop] if stop else None
-            )
+        while going:
+            few = len(going) // 2 if cache and len(going) > 8 else 0
+            stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
+            with writing.used_by(model) if writing else nullcontext():
+                ids = model.generate(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=draw,
+                    stopping_criteria=[stop],
+                )  # fmt: skip
+            new = ids[:, width:].tolist()
+            rows = []  # that go on
+            for row, (i, length) in enumerate(zip(going, stop.lengths.tolist(), strict=True)):
+                # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
+                end = length or next((n for n, token in enumerate(new[row], start=1) if token in config.eos_token_id), None)
+                if end or len(new[row]) == new_tokens:
+                    completions[i] = (new[row][:end], end is not None, padding[i])
+                else:
+                    rows.append(row)
+            going = [going[row] for row in rows]
+            if going:
+                chosen = torch.tensor(rows, device=ids.device)
+                ids = ids[chosen]
+                mask = torch.cat([mask[chosen], mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], 1)
+                writing.keep(chosen) if writing else cache.batch_select_indices(chosen)
     finally:
         model.generation_config = own
-    lengths = stop.lengths.tolist() if stop else [0] * len(prompts)
-    completions = []
-    for prompt, row, length in zip(prompts, output[:, width:].tolist(), lengths, strict=True):
-        # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
-        end = length or next((n for n, token in enumerate(row, start=1) if token in config.eos_token_id), None)
-        completions.append((row[:end], end is not None, width - len(prompt)))
     return completions
 
 
