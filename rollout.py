@@ -273,9 +273,9 @@ def generate_batch(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache, writing, padding = None, None, [width - len(prompt) for prompt in prompts]
+    cache, shared, padding = None, None, [width - len(prompt) for prompt in prompts]
     if can_share_prompts(model):
-        cache, writing, padding = prefill(model, prompts, prefill_tokens)
+        cache, shared, padding = prefill(model, prompts, prefill_tokens)
     config.max_length = width + new_tokens
     completions: list = [None] * len(prompts)
     going = list(range(len(prompts)))  # the prompt of each row
@@ -285,7 +285,7 @@ def generate_batch(
         while going:
             few = len(going) // 2 if cache and len(going) > 8 else 0
             stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
-            with writing.used_by(model) if writing else nullcontext():
+            with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=draw,
                     stopping_criteria=[stop],
@@ -304,7 +304,7 @@ def generate_batch(
                 chosen = torch.tensor(rows, device=ids.device)
                 ids = ids[chosen]
                 mask = torch.cat([mask[chosen], mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], 1)
-                writing.keep(chosen) if writing else cache.batch_select_indices(chosen)
+                shared.keep(chosen) if shared else cache.batch_select_indices(chosen)
     finally:
         model.generation_config = own
     return completions

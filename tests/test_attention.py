@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from attention import PromptLayer, RoomyLayer, Writing
+from attention import PromptLayer, RoomyLayer, SharedPrompts
 
 
 def test_a_roomy_layer_holds_what_a_plain_one_holds():
@@ -60,7 +60,7 @@ def test_attention_over_shared_prompts_equals_attention_over_copies(heads, group
         layer = PromptLayer()
         held = layer.update(*torch.randn(2, prompts, groups, tokens, size).to(dtype))
         layer.set_prompts_aside()
-        shared = Writing(SimpleNamespace(layers=[layer]), prompt_of, mask)
+        shared = SharedPrompts(SimpleNamespace(layers=[layer]), prompt_of, mask)
         written = torch.randn(2, len(prompt_of), groups, 3, size).to(dtype)
         for n in range(3):  # a token a time
             own = layer.update(*written[..., n : n + 1, :])
@@ -79,7 +79,7 @@ def test_the_usual_attention_comes_back():
     """Also after an error: training and the next batch attend as the model was loaded to, and the cache is let go."""
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4))
     before = model.config._attn_implementation
-    shared = Writing(None, torch.tensor([0]), torch.ones(1, 1))
+    shared = SharedPrompts(None, torch.tensor([0]), torch.ones(1, 1))
     with pytest.raises(KeyError), shared.used_by(model):
         assert model.config._attn_implementation != before
         raise KeyError

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers import MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
-from attention import Writing
+from attention import SharedPrompts
 from masking import QUESTION, Document, Recall
 from rollout import EMPTY_MEMORY, Limits, can_share_prompts, encode_prompt, generate, read, recall
 
@@ -79,8 +79,8 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
     model, rng = random_model(kind), random.Random(1)
     short = [rng.randrange(8, 300) for _ in range(4)]
     distinct = [short, [7, 7, *short], *[[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]]  # 7 also pads
-    attend, calls = Writing.__call__, []
-    monkeypatch.setattr(Writing, "__call__", lambda self, *given, **named: calls.append(1) or attend(self, *given, **named))
+    attend, calls = SharedPrompts.__call__, []
+    monkeypatch.setattr(SharedPrompts, "__call__", lambda self, *given, **named: calls.append(1) or attend(self, *given, **named))
     # The fourth has groups of too different sizes: their prompts are copied instead.
     for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3, [distinct[2]] * 9 + [distinct[3], distinct[3][::-1]]):
         prompts, calls[:] = rng.sample(prompts, len(prompts)), []
