@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from batching import by_length, by_prompt
@@ -172,7 +173,7 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
         prompt_of[group] = n
     prompt_of = prompt_of.to(model.device)
     # Groups of much the same size stay together: the largest sets the work of all.
-    if width and not (is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)):
+    if width and len(groups) < len(prompts) and not (is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)):
         cache.batch_select_indices(prompt_of)
         lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
     alone = len(lengths) == len(prompts)
@@ -183,6 +184,31 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
         layer.set_prompts_aside()
     mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # (prompts, width)
     return cache, SharedPrompts(cache, prompt_of, mask.to(model.device)), padding
+
+
+def packed_mask(segments: Tensor, prompt: int) -> Tensor:
+    """What the positions from `prompt` on see, (rows, 1, longest - prompt, longest) bool, for `packed_sdpa`.
+
+    segments (rows, longest): 0 for a row's prompt, at least `prompt` tokens, 1, 2, ... for its completions, -1 for padding.
+    """
+    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, prompt:, None])
+    return visible.tril(prompt)[:, None]
+
+
+def packed_sdpa(module, query, key, value, attention_mask, **more):
+    """transformers' sdpa, where a mask may also be of the last queries alone: those before are causal, by a fast kernel.
+
+    Elsewhere such a mask would be an error, so this can take the place of "sdpa" for all models.
+    """
+    first = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if not first or attention_mask.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    causal, _ = sdpa_attention_forward(module, *(x[:, :, :first] for x in (query, key, value)), None, **more)
+    masked, _ = sdpa_attention_forward(module, query[:, :, first:], key, value, attention_mask, **more)
+    return torch.cat([causal, masked], 1), None  # (rows, queries, heads, size)
+
+
+ALL_ATTENTION_FUNCTIONS.register("sdpa", packed_sdpa)
 
 
 def can_share_prompts(model) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from attention import packed_mask
 from batching import by_length, by_prompt
 
 # Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
@@ -148,9 +149,8 @@ def completion_logprobs(
         # in use, and positions count 0, 1, 2, ... by default as they did while sampling.
         layout = {}
     else:
-        segment = padded(segments, -1)
-        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (rows, from, to)
-        layout = {"attention_mask": visible.tril()[:, None], "position_ids": padded(positions, 0)}
+        mask = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns))
+        layout = {"attention_mask": mask, "position_ids": padded(positions, 0)}
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state  # (rows, longest, width)
 
     row, position = torch.tensor([at for places in source for at in places], dtype=torch.long).reshape(-1, 2).T
@@ -196,7 +196,8 @@ def logits_agree(model) -> bool:
 def _head(model, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool):
     """Hidden states (tokens, width), the token that follows each (tokens,) -> log-probs, entropy or None (tokens,)."""
     logits = _logits(model, hidden)  # (tokens, vocabulary)
-    all_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (tokens, vocabulary)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    all_logprobs = torch.log_softmax(scaled, dim=-1)  # (tokens, vocabulary)
     logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
     if not with_entropy:
         return logprobs, None
