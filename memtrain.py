@@ -64,7 +64,7 @@ class Training:
     eps_high: float = option(0.2, "clip range above 1")
     kl: float = option(0.0, "beta, KL to the model that training started from (paper: 1e-3); 0 loads no reference")
     update_batch: int | None = option(None, "documents an update (default: all of a step's)")
-    train_tokens: int = option(8192, "padded tokens of one forward and backward; gradients add up over them")
+    train_tokens: int = option(4096, "padded tokens of one forward and backward; gradients add up over them")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
     offload_optimizer: bool = option(False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU")
     offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
