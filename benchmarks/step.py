@@ -11,15 +11,16 @@ memory, and which share of this machine's own matrix-product rate the step reach
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
@@ -27,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention import can_pack_completions  # noqa: E402
 from batching import by_prompt  # noqa: E402
 from grpo import group_advantages  # noqa: E402
+from masking import draw_recall  # noqa: E402
 from masters import MasterAdamW  # noqa: E402
-from memtrain import Training, logprobs_of, update  # noqa: E402
-from rollout import Limits, Turn, generate  # noqa: E402
+from memtrain import Training, logprobs_of, mark, update  # noqa: E402
+from rollout import Limits, Turn, generate, read, recall  # noqa: E402
+from settings import Setting, limits, load_model, load_source  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
 SHAPES = {
@@ -155,19 +158,42 @@ def measure(arguments, device: str) -> list[dict]:
     return found
 
 
-def measure_chunks(arguments, device: str) -> None:
-    """Tokens a second and peak memory of the tiny default's whole loop, by number of chunks."""
-    print("| chunks | tokens a second | peak memory, GiB |\n|---|---|---|")
-    for chunks in arguments.chunks:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(Path(__file__).resolve().parent.parent / "memtrain.py"), "--chunks", str(chunks), "--steps", "4",
-                       "--documents", "4", "--eval-documents", "0", "--out", f"{folder}/run"]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            assert status == 0, f"memtrain.py failed with {chunks} chunks"
-            rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
-        speed = sorted(row["tokens_per_second"] for row in rows[1:])[1]
-        print(f"| {chunks} | {speed:.0f} | {usage.ru_maxrss / 2**20:.2f} |", flush=True)
+def computed_tokens(turns: list[Turn]) -> int:
+    """Tokens of these turns, written at one time, where a shared prompt counts once: what the network computes in sampling."""
+    prompts = [turn.prompt_ids for turn in turns]
+    return sum(len(prompts[group[0]]) for group in by_prompt(prompts)) + sum(len(turn.completion_ids) for turn in turns)
+
+
+def measure_chunks(chunks: int, device: str) -> None:
+    """Prints a line of speed and peak memory: steps of the tiny default's loop on 4 documents of so many chunks.
+
+    Every turn is trained on, whatever its reward: how many groups carry a signal differs by length, and is not its cost.
+    """
+    setting, training = Setting(chunks=chunks), Training(documents=4)
+    model, tokenizer = load_model(setting.model, device, setting.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = load_source(setting, model, tokenizer, Path(folder), Counter())
+    optimizer, budget = MasterAdamW(model, 1e-6), limits(setting)
+    torch.manual_seed(0)
+    found = []
+    for step in range(4):
+        clock = Clock(device)
+        trajectories = read(model, tokenizer, [corpus.document(4 * step + n) for n in range(4)], budget, samples=training.g1)
+        draws = [draw_recall(t.document, np.random.default_rng([step, n])) for n, t in enumerate(trajectories)]
+        answers = recall(model, tokenizer, list(zip(trajectories, draws, strict=True)), budget, training.g2)
+        clock.lap("rollout")
+        turns = [
+            turn for n, t in enumerate(trajectories)
+            for turn in mark(t.turns, n // training.g1, (-1.0) ** n) + mark(answers[n][::2], n // training.g1, 1.0) + mark(answers[n][1::2], n // training.g1, -1.0)
+        ]  # fmt: skip
+        update(model, optimizer, training.lr, turns, None, training, can_pack_completions(model))
+        clock.lap("update")
+        tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
+        together = [list(column) for column in zip(*(t.turns for t in trajectories), strict=True)] + [[turn for group in answers for turn in group]]
+        seconds = sum(clock.seconds.values())
+        found.append((tokens / seconds, sum(map(computed_tokens, together)) / seconds, *(tokens / clock.seconds[phase] for phase in ("rollout", "update"))))
+    speeds = np.median(found[1:], axis=0)  # the first one warms up
+    print(f"| {chunks} | {' | '.join(f'{speed:.0f}' for speed in speeds)} | {peak_memory(device):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -189,7 +215,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.chunks:
-        return measure_chunks(arguments, device)
+        if len(arguments.chunks) == 1:
+            return measure_chunks(arguments.chunks[0], device)
+        print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |\n|---|---|---|---|---|---|", flush=True)
+        for chunks in arguments.chunks:  # a process each, since a process remembers only its highest peak
+            subprocess.run([sys.executable, __file__, "--chunks", str(chunks)], check=True, stderr=subprocess.DEVNULL)
+        return
     rows = measure(arguments, device)
     if arguments.json:
         print("\n".join(map(json.dumps, rows)))

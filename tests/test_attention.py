@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from attention import PromptLayer, RoomyLayer, SharedPrompts
+from attention import PromptLayer, RoomyLayer, SharedPrompts, packed_mask, packed_sdpa
 
 
 def test_a_roomy_layer_holds_what_a_plain_one_holds():
@@ -73,6 +73,51 @@ def test_attention_over_shared_prompts_equals_attention_over_copies(heads, group
             assert got.dtype == dtype
             torch.testing.assert_close(got.float(), wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
             assert layer.get_seq_length() == tokens + n + 1
+
+
+def test_rows_can_be_left_out_while_they_write():
+    """After `keep` the rows that go on, and their prompts alone, attend as they would have done before."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        prompts, tokens, size = *torch.randint(1, 6, (2,)).tolist(), 8
+        prompt_of = torch.randint(prompts, (9,))
+        mask = torch.arange(tokens) >= torch.randint(0, tokens, (prompts, 1))
+        layer = PromptLayer()
+        layer.update(*torch.randn(2, prompts, 2, tokens, size))
+        layer.set_prompts_aside()
+        cache = DynamicCache()
+        cache.layers = [layer]
+        shared = SharedPrompts(cache, prompt_of, mask)
+        own = layer.update(*torch.randn(2, 9, 2, 1, size))
+        query = torch.randn(9, 4, 1, size)
+        before, _ = shared(SimpleNamespace(layer_idx=0), query, *own, None, scaling=0.3)
+        rows = torch.randperm(9)[: int(torch.randint(1, 9, ()))].sort().values
+        shared.keep(rows)
+        after, _ = shared(SimpleNamespace(layer_idx=0), query[rows], layer.keys, layer.values, None, scaling=0.3)
+        torch.testing.assert_close(after, before[rows])
+        assert len(layer.prompt_keys) == len(set(prompt_of[rows].tolist()))
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
+    """Equals sdpa with the whole mask, written out by loops, in values and gradients; other masks go through as they are."""
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 2, -1]])
+    whole = torch.tensor([[[to <= at and segments[r, to] in (0, segments[r, at]) for to in range(8)] for at in range(8)] for r in range(2)])
+    inputs = [torch.randn(2, n, 8, 16, requires_grad=True) for n in (heads, groups, groups)]
+    weights = torch.randn(2, 8, heads, 16)
+    results = []
+    for mask in (packed_mask(segments, 3), whole[:, None]):
+        out, _ = packed_sdpa(module, *inputs, mask, scaling=0.3)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+    assert packed_mask(segments, 3).shape == (2, 1, 5, 8)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    everywhere = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])[:, None, None]  # one row for all queries, as encoders have
+    got, _ = packed_sdpa(module, *inputs, everywhere, scaling=0.3)
+    keys, values = (x.repeat_interleave(heads // groups, 1) for x in inputs[1:])
+    torch.testing.assert_close(got, scaled_dot_product_attention(inputs[0], keys, values, everywhere, scale=0.3).transpose(1, 2))
 
 
 def test_the_usual_attention_comes_back():

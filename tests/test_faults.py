@@ -29,7 +29,7 @@ from command import command
 from masters import MasterAdamW
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--documents", 2, "--g1", 4, "--g2", 2, "--chunks", 2, "--memory_tokens", 24, "--eval_documents", 0, "--save_every", 1, "--keep", 9]
+SMALL = ["--documents", 2, "--g1", 4, "--g2", 2, "--chunks", 2, "--memory_tokens", 40, "--eval_documents", 0, "--save_every", 1, "--keep", 9]
 STEPS = 4
 
 

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
@@ -97,6 +98,69 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
         if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
             assert widths[0] == (1, len(prompts[0]) - 1)
         assert bool(calls) == (max(map(len, prompts)) > 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("rows", ["different", "groups", "uneven", "copies"])
+def test_rows_that_go_on_without_the_others_write_the_same(kind, rows, monkeypatch):
+    """Completions of all lengths: generate is called anew as rows end, and each is that of an unpadded argmax loop."""
+    model, rng = random_model(kind), random.Random(2)
+    with torch.no_grad():  # ends often: all logits but this one are 0 in the mean
+        model.lm_head.weight[7] *= 4
+    distinct = [[rng.randrange(8, 300) for _ in range(rng.choice((1, 5, 6, 20)))] for _ in range(24)]
+    prompts = {"different": distinct, "groups": distinct[:8] * 3, "uneven": distinct + distinct[:1] * 9, "copies": distinct[:8] * 3}[rows]
+    if rows == "copies":
+        monkeypatch.setattr("attention.is_plain", lambda model: False)
+    calls, own = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: calls.append(given["input_ids"].shape) or own(**given))
+    found = generate(model, Plain, prompts, 30, Limits(), greedy=True)
+    assert len(calls) > 1 and [n for n, _ in calls] == sorted((n for n, _ in calls), reverse=True)
+    assert all(few <= many // 2 for (many, _), (few, _) in zip(calls, calls[1:]))
+    lengths = set()
+    for prompt, (ids, end, _) in zip(prompts, found, strict=True):
+        expected: list[int] = []
+        while len(expected) < 30 and 7 not in expected:
+            expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
+        assert ids == expected and end == (expected[-1] == 7)
+        lengths.add(len(ids))
+    assert len(lengths) > 2
+
+
+def test_prompts_are_computed_with_others_of_their_length():
+    """However they differ, padding takes no more than an eighth of what is computed of them, in batches within an eighth of the budget."""
+    model, rng = random_model("qwen3"), random.Random(3)
+    prompts = [[rng.randrange(8, 300) for _ in range(rng.choice((2, 9, 10, 90)))] for _ in range(60)]
+    computed = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    padding = [n for *_, n in generate(model, Plain, prompts, 1, Limits(rollout_tokens=8 * 300), greedy=True)]
+    hook.remove()
+    computed = [(rows, width) for rows, width in computed if width > 1]
+    tokens = sum(len(prompt) - 1 for prompt in prompts) - sum(len(prompt) == 2 for prompt in prompts)
+    assert sum(rows * width for rows, width in computed) == tokens + sum(padding) and 0 < sum(padding) <= (tokens + sum(padding)) / 8
+    assert all(rows * width <= 300 for rows, width in computed)
+
+
+def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
+    """Half of the mass on one word, a little on each of many, none on the last: as often as numpy's binomial lets them come."""
+    torch.manual_seed(0)
+    words, rows, calls = 20_001, 400, 20
+    scores = torch.full((rows, words), -float(np.log(19_999)))
+    scores[:, 7] = 0.0
+    scores[:, -1] = -torch.inf
+    draw, drawn = rollout.Draw(), []
+    for _ in range(calls):
+        left = draw(None, scores)
+        assert (left.isfinite().sum(1) == 1).all()
+        drawn.append(left.argmax(1))
+    drawn = torch.cat(drawn)
+    n = len(drawn)
+    assert abs((drawn == 7).float().mean() - 0.5) < 5 * (0.25 / n) ** 0.5
+    rest = drawn[drawn != 7].double() / 20_000  # even over 0 to 1
+    assert rest.max() < 1 and abs(rest.mean() - 0.5) < 5 * (1 / 12 / len(rest)) ** 0.5
+    assert torch.allclose(torch.quantile(rest, torch.tensor([0.1, 0.9]).double()), torch.tensor([0.1, 0.9]).double(), atol=0.03)
+    assert len(drawn.unique()) > 0.4 * n  # rows are drawn apart
 
 
 def test_models_that_cannot_share_fall_back():
