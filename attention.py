@@ -201,7 +201,7 @@ def packed_sdpa(module, query, key, value, attention_mask, **more):
     Elsewhere such a mask would be an error, so this can take the place of "sdpa" for all models.
     """
     first = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
-    if not first or attention_mask.shape[2] == 1:
+    if first <= 0 or attention_mask.shape[2] == 1:  # 1: one row for all queries, as encoders have
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     causal, _ = sdpa_attention_forward(module, *(x[:, :, :first] for x in (query, key, value)), None, **more)
     masked, _ = sdpa_attention_forward(module, query[:, :, first:], key, value, attention_mask, **more)

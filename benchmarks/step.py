@@ -82,6 +82,12 @@ class Clock:
         self.last = now
 
 
+def computed_tokens(turns) -> int:
+    """Tokens of these turns, written at one time, where a shared prompt counts once: what the network computes in sampling."""
+    prompts = [turn.prompt_ids for turn in turns]
+    return sum(len(prompts[group[0]]) for group in by_prompt(prompts)) + sum(len(turn.completion_ids) for turn in turns)
+
+
 def step(model, reference, optimizer, prompts: list[list[int]], samples: int, new_tokens: int, limits: Limits, training: Training) -> dict:
     """One GRPO step, `samples` completions of each prompt, by the project's own functions: phases, tokens."""
     pack, clock = can_pack_completions(model), Clock(model.device.type)
@@ -101,9 +107,9 @@ def step(model, reference, optimizer, prompts: list[list[int]], samples: int, ne
     update(model, optimizer, training.lr, turns, frozen, training, pack)
     model.eval()
     clock.lap("update")
-    once = sum(len(asked[group[0]]) for group in by_prompt(asked)) if pack else sum(map(len, asked))
-    written = sum(len(ids) for ids, *_ in completions)
-    return {"seconds": clock.seconds, "tokens": sum(map(len, asked)) + written, "computed": once + written, "written": written}
+    written = sum(len(turn.completion_ids) for turn in turns)
+    tokens = sum(map(len, asked)) + written
+    return {"seconds": clock.seconds, "tokens": tokens, "computed": computed_tokens(turns) if pack else tokens, "written": written}
 
 
 def matmul_rate(dtype: str, device: str, size: int) -> float:
@@ -158,12 +164,6 @@ def measure(arguments, device: str) -> list[dict]:
     return found
 
 
-def computed_tokens(turns: list[Turn]) -> int:
-    """Tokens of these turns, written at one time, where a shared prompt counts once: what the network computes in sampling."""
-    prompts = [turn.prompt_ids for turn in turns]
-    return sum(len(prompts[group[0]]) for group in by_prompt(prompts)) + sum(len(turn.completion_ids) for turn in turns)
-
-
 def measure_chunks(chunks: int, device: str) -> None:
     """Prints a line of speed and peak memory: steps of the tiny default's loop on 4 documents of so many chunks.
 
@@ -182,16 +182,17 @@ def measure_chunks(chunks: int, device: str) -> None:
         draws = [draw_recall(t.document, np.random.default_rng([step, n])) for n, t in enumerate(trajectories)]
         answers = recall(model, tokenizer, list(zip(trajectories, draws, strict=True)), budget, training.g2)
         clock.lap("rollout")
-        turns = [
-            turn for n, t in enumerate(trajectories)
-            for turn in mark(t.turns, n // training.g1, (-1.0) ** n) + mark(answers[n][::2], n // training.g1, 1.0) + mark(answers[n][1::2], n // training.g1, -1.0)
-        ]  # fmt: skip
+        turns = []
+        for n, (trajectory, recalled) in enumerate(zip(trajectories, answers, strict=True)):
+            document = n // training.g1
+            turns += mark(trajectory.turns, document, (-1.0) ** n)
+            turns += mark(recalled[::2], document, 1.0) + mark(recalled[1::2], document, -1.0)
         update(model, optimizer, training.lr, turns, None, training, can_pack_completions(model))
         clock.lap("update")
         tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
-        together = [list(column) for column in zip(*(t.turns for t in trajectories), strict=True)] + [[turn for group in answers for turn in group]]
+        together = [*zip(*(t.turns for t in trajectories), strict=True), sum(answers, [])]  # what is written at one time
         seconds = sum(clock.seconds.values())
-        found.append((tokens / seconds, sum(map(computed_tokens, together)) / seconds, *(tokens / clock.seconds[phase] for phase in ("rollout", "update"))))
+        found.append([tokens / seconds, sum(map(computed_tokens, together)) / seconds] + [tokens / s for s in clock.seconds.values()])
     speeds = np.median(found[1:], axis=0)  # the first one warms up
     print(f"| {chunks} | {' | '.join(f'{speed:.0f}' for speed in speeds)} | {peak_memory(device):.2f} |", flush=True)
 

@@ -7,8 +7,8 @@
 Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from the
 same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose groups are
 of two or more, gets 32 prompts twice, which costs it the same since it computes each row by itself. Both sides cut the 64
-into the micro-batches of their defaults: 8,192 tokens here, 8 rows (4,608 tokens) in TRL. TRL's gradient checkpointing is
-switched off, since ours is; all else is each side's default.
+into the micro-batches of their defaults: 4,096 tokens here, 8 rows (4,608 tokens) in TRL. TRL's gradient checkpointing is
+switched off, since ours is off by default; with `--checkpointing` it is on, as TRL's default has it, and ours stays off.
 """
 
 import argparse
@@ -43,23 +43,24 @@ def step_prompts(step: int, unshared: bool) -> list[list[int]]:
     return [[draw.randrange(2, 2048) for _ in range(TOKENS)] for _ in range(PROMPTS * GROUP if unshared else PROMPTS)]
 
 
-def ours(folder: Path, steps: int, unshared: bool) -> list[float]:
+def ours(arguments) -> list[float]:
     import torch
     from step import Limits, MasterAdamW, Training, step
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32).eval()
     training = Training(documents=PROMPTS, lr=1e-6)
     optimizer = MasterAdamW(model, training.lr)
-    samples = 1 if unshared else GROUP
-    results = [
-        step(model, None, optimizer, step_prompts(n, unshared), samples, NEW, Limits(), training) for n in range(steps)
-    ]
-    return [sum(result["seconds"].values()) for result in results]
+    samples = 1 if arguments.unshared else GROUP
+    seconds = []
+    for n in range(arguments.steps):
+        prompts = step_prompts(n, arguments.unshared)
+        seconds.append(sum(step(model, None, optimizer, prompts, samples, NEW, Limits(), training)["seconds"].values()))
+    return seconds
 
 
-def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
+def trl(arguments) -> list[float]:
     import time
 
     from datasets import Dataset
@@ -79,19 +80,19 @@ def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
         return [len(set(ids)) / len(ids) for ids in completion_ids]
 
     # TRL samples num_generations for each row: 64 different prompts are 64 rows of a step whose groups it doesn't mind.
-    rows = [" ".join(f"t{i}" for i in ids) for n in range(steps) for ids in step_prompts(n, unshared)]
-    group = 2 if unshared else GROUP
-    rows = rows if not unshared else [row for n in range(steps) for row in rows[n * 64 : n * 64 + 32]]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [" ".join(f"t{i}" for i in ids) for n in range(arguments.steps) for ids in step_prompts(n, arguments.unshared)]
+    group = 2 if arguments.unshared else GROUP
+    rows = rows if not arguments.unshared else [row for n in range(arguments.steps) for row in rows[n * 64 : n * 64 + 32]]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS * GROUP // 8,
-        num_generations=group, max_steps=steps,
-        max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, report_to="none",
+        output_dir=str(arguments.folder / "trl"), per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS * GROUP // 8,
+        num_generations=group, max_steps=arguments.steps,
+        max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=arguments.checkpointing, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False, logging_strategy="no",
     )  # fmt: skip
     GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=reward, args=config,
+        model=AutoModelForCausalLM.from_pretrained(arguments.folder), reward_funcs=reward, args=config,
         train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
         callbacks=[Timer()],
     ).train()  # fmt: skip
@@ -101,7 +102,8 @@ def trl(folder: Path, steps: int, unshared: bool) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="the interpreter of TRL's virtual environment")
-    parser.add_argument("--unshared", action="store_true")
+    parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
+    parser.add_argument("--checkpointing", action="store_true", help="TRL with gradient checkpointing, as by its default")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is not counted")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -110,7 +112,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     if arguments.side:
         run = ours if arguments.side == "ours" else trl
-        print("SECONDS", json.dumps(run(arguments.folder, arguments.steps, arguments.unshared)))
+        print("SECONDS", json.dumps(run(arguments)))
         return
     if arguments.steps < 2:
         parser.error("--steps: at least 2, the first one warms up")
@@ -122,7 +124,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for side, python in (("ours", sys.executable), ("trl", arguments.trl_python)):
                 command = [python, __file__, "--side", side, "--folder", folder, "--steps", str(arguments.steps)]
-                done = subprocess.run(command + ["--unshared"] * arguments.unshared, capture_output=True, text=True)
+                flags = ["--unshared"] * arguments.unshared + ["--checkpointing"] * arguments.checkpointing
+                done = subprocess.run(command + flags, capture_output=True, text=True)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS")]
                 if done.returncode or not lines:
                     sys.exit(f"{side} failed:\n{done.stderr}")
