@@ -1,8 +1,10 @@
-"""Attention while rows write behind their prompts, from a cache that holds each prompt once.
+"""Attention to prompts that several completions share, in sampling and in training.
 
-`prefill` computes prompts in batches of similar length and lays them side by side, so that all rows write together,
-however long their prompts are. In writing, the samples of a prompt attend to it where it lies (`SharedPrompts`), instead of
-to copies. For a model that `is_plain` doesn't know copies are made; one that can't do this at all computes every row by itself.
+`prefill` computes prompts in batches of similar length, each once, and lays them side by side, so that all rows write
+together, however long their prompts are. In writing, the samples of a prompt attend to it where it lies (`SharedPrompts`),
+instead of to copies; copies are made for a model that `is_plain` doesn't know, and where one prompt has far more samples than
+another. A model that can't do this at all computes every row by itself. In training, `packed_sdpa` attends from completions
+that are packed behind their prompt; it takes the place of transformers' "sdpa" when this file is imported.
 """
 
 import inspect
@@ -45,6 +47,10 @@ class RoomyLayer(DynamicLayer):
         self.lazy_initialization(like, like)
         self.buffers = tuple(like.new_zeros(rows, like.shape[1], width + self.room, like.shape[3]) for _ in range(2))
         self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None, None  # or all rows would stay in memory until the next token
 
     def update(self, key_states, value_states, *more, **named):
         if not self.is_initialized:
@@ -144,8 +150,9 @@ class SharedPrompts:
 def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
     """All but the last token of each prompt, computed once each, for a model of which can_share_prompts holds.
 
-    Returns a cache with a row for each prompt, its tokens at the right end; the attention that comes with it, if any;
-    and each prompt's padding in the batch that computed it, of at most `max_tokens` tokens or of one prompt.
+    Returns a cache, where each prompt lies at the right end of its row; the attention that comes with it, if any, and then
+    the rows are of different prompts, set aside; and each prompt's padding in the batch that computed it, of at most
+    `max_tokens` tokens or of one prompt.
     """
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
@@ -186,13 +193,13 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
     return cache, SharedPrompts(cache, prompt_of, mask.to(model.device)), padding
 
 
-def packed_mask(segments: Tensor, prompt: int) -> Tensor:
-    """What the positions from `prompt` on see, (rows, 1, longest - prompt, longest) bool, for `packed_sdpa`.
+def packed_mask(segments: Tensor, first: int) -> Tensor:
+    """What the positions from `first` on see, (rows, 1, longest - first, longest) bool, for `packed_sdpa`.
 
-    segments (rows, longest): 0 for a row's prompt, at least `prompt` tokens, 1, 2, ... for its completions, -1 for padding.
+    segments (rows, longest): 0 for a row's prompt, more than `first` tokens, 1, 2, ... for its completions, -1 for padding.
     """
-    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, prompt:, None])
-    return visible.tril(prompt)[:, None]
+    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, first:, None])
+    return visible.tril(first)[:, None]
 
 
 def packed_sdpa(module, query, key, value, attention_mask, **more):
@@ -200,8 +207,9 @@ def packed_sdpa(module, query, key, value, attention_mask, **more):
 
     Elsewhere such a mask would be an error, so this can take the place of "sdpa" for all models.
     """
-    first = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
-    if first <= 0 or attention_mask.shape[2] == 1:  # 1: one row for all queries, as encoders have
+    # A mask of one row is one for all queries, as encoders have.
+    first = query.shape[2] - attention_mask.shape[2] if attention_mask is not None and attention_mask.ndim == 4 else 0
+    if first <= 0 or attention_mask.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     causal, _ = sdpa_attention_forward(module, *(x[:, :, :first] for x in (query, key, value)), None, **more)
     masked, _ = sdpa_attention_forward(module, query[:, :, first:], key, value, attention_mask, **more)
@@ -222,8 +230,9 @@ def can_share_prompts(model) -> bool:
 
 
 def can_pack_completions(model) -> bool:
-    """can_share_prompts, and an attention that takes a boolean mask: eager would add it to the scores, flash has none."""
-    return can_share_prompts(model) and model.config.get_text_config()._attn_implementation == "sdpa"
+    """can_share_prompts, and an attention by packed_sdpa: eager would add its mask to the scores, flash has none, and some
+    models call torch's by themselves."""
+    return can_share_prompts(model) and model._supports_attention_backend and model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def is_plain(model) -> bool:

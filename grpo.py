@@ -149,7 +149,8 @@ def completion_logprobs(
         # in use, and positions count 0, 1, 2, ... by default as they did while sampling.
         layout = {}
     else:
-        mask = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns))
+        # The prompts' last positions are the first that predict a completion's token; before them all is causal.
+        mask = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns) - 1)
         layout = {"attention_mask": mask, "position_ids": padded(positions, 0)}
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state  # (rows, longest, width)
 

@@ -194,11 +194,14 @@ class Draw(LogitsProcessor):
     the tiny model's sampling. This takes one a row. Sums in float64, since tokens of 1e-7 count too.
     """
 
+    finite = True  # or a tensor, False once a score was nan: asked for at the end, so that no token waits for the answer
+
     def __call__(self, ids, scores):
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
         at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
         drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1): the first above `at`
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        self.finite = cumulative[:, -1].isfinite().all() & self.finite
+        return scores.fill_(-torch.inf).scatter_(1, drawn, 0.0)  # generate's own copy, which can be large
 
 
 class Stop(StoppingCriteria):
@@ -238,8 +241,8 @@ def generate(
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
-    draw = [] if greedy else [Draw()]
-    fill = 0.0 if can_share_prompts(model) else 0.875  # prompts that are computed apart needn't be of similar length
+    draw = None if greedy else Draw()
+    fill = 0.5 if can_share_prompts(model) else 0.875  # prompts that are computed apart needn't be of similar length to write
     completions: list = [None] * len(prompts)
     while waiting := [i for i, completion in enumerate(completions) if completion is None]:
         full = False
@@ -259,11 +262,13 @@ def generate(
             failed = len(batch) * (max(len(prompts[i]) for i in batch) + new_tokens)  # far less than the budget, maybe
             limits.rollout_tokens = min(limits.rollout_tokens, failed) // 2
             print(f"out of memory in rollout: going on with --rollout-tokens {limits.rollout_tokens}", flush=True)
+    if draw and not draw.finite:
+        raise UserError("--model: its logits are not finite, so nothing can be sampled; look at its weights, or try another --dtype")
     return completions
 
 
 def generate_batch(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int, config: GenerationConfig, draw: list[Draw], done=None
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int, config: GenerationConfig, draw: Draw | None, done=None
 ) -> list[tuple[list[int], bool, int]]:
     """One batch of `generate`: Hugging Face's generate, called anew with the rows that go on once half of them have ended."""
     width = max(map(len, prompts))
@@ -287,7 +292,7 @@ def generate_batch(
             stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=draw,
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=[draw] if draw else [],
                     stopping_criteria=[stop],
                 )  # fmt: skip
             new = ids[:, width:].tolist()

@@ -180,7 +180,9 @@ def measure_chunks(chunks: int, device: str) -> None:
         clock = Clock(device)
         trajectories = read(model, tokenizer, [corpus.document(4 * step + n) for n in range(4)], budget, samples=training.g1)
         draws = [draw_recall(t.document, np.random.default_rng([step, n])) for n, t in enumerate(trajectories)]
-        answers = recall(model, tokenizer, list(zip(trajectories, draws, strict=True)), budget, training.g2)
+        asked = [(trajectory, draw) for trajectory, draw in zip(trajectories, draws, strict=True) if draw]
+        answers = iter(recall(model, tokenizer, asked, budget, training.g2))
+        answers = [next(answers) if draw else [] for draw in draws]
         clock.lap("rollout")
         turns = []
         for n, (trajectory, recalled) in enumerate(zip(trajectories, answers, strict=True)):
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="steps after a warm-up step; the median is shown")
-    parser.add_argument("--chunks", type=int, nargs="+", help="instead: the tiny default's loop on documents of these lengths")
+    parser.add_argument("--chunks", type=int, nargs="+", help="instead, and alone: the tiny default's loop on documents of these lengths")
     parser.add_argument("--json", action="store_true", help="print the steps as JSON lines instead of a table")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,7 +222,9 @@ def main() -> None:
             return measure_chunks(arguments.chunks[0], device)
         print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |\n|---|---|---|---|---|---|", flush=True)
         for chunks in arguments.chunks:  # a process each, since a process remembers only its highest peak
-            subprocess.run([sys.executable, __file__, "--chunks", str(chunks)], check=True, stderr=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, __file__, "--chunks", str(chunks)], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
         return
     rows = measure(arguments, device)
     if arguments.json:

@@ -39,6 +39,8 @@ def test_a_roomy_layer_holds_what_a_plain_one_holds():
             else:
                 plain.reset()
                 roomy.reset()
+            if 0.7 <= kind < 0.85 and held:
+                assert roomy.buffers == (None, None)  # the rows that were left out are out of memory
             assert plain.get_seq_length() == roomy.get_seq_length()
             assert not plain.get_seq_length() or torch.equal(plain.values, roomy.values)
         assert all(torch.equal(a, b) for a, b in seen)  # what was handed out stays as it was
@@ -108,10 +110,10 @@ def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
     inputs = [torch.randn(2, n, 8, 16, requires_grad=True) for n in (heads, groups, groups)]
     weights = torch.randn(2, 8, heads, 16)
     results = []
-    for mask in (packed_mask(segments, 3), whole[:, None]):
+    for mask in (packed_mask(segments, 2), whole[:, None]):
         out, _ = packed_sdpa(module, *inputs, mask, scaling=0.3)
         results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
-    assert packed_mask(segments, 3).shape == (2, 1, 5, 8)
+    assert packed_mask(segments, 2).shape == (2, 1, 6, 8)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     everywhere = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])[:, None, None]  # one row for all queries, as encoders have

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
@@ -372,6 +374,15 @@ def test_packed_completions_equal_unpacked_ones(config, recompute):
     assert rows[1] != rows[0]  # it was packed
 
 
+def test_a_packed_row_of_one_completion_token():
+    """Beside an empty completion: the mask of so few queries is not taken for one of all queries."""
+    model = tiny_model()
+    turns = [Turn([1, 2, 3, 4, 5], [9]), Turn([1, 2, 3, 4, 5], [])]
+    with torch.no_grad():
+        (packed, *_), (alone, *_) = (completion_logprobs(model, part, share_prompts=True) for part in (turns, turns[:1]))
+    torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=0)
+
+
 def test_one_completion_a_prompt_takes_the_plain_causal_path():
     """Without anything to share no attention mask is built, so that fast kernels stay in use."""
     model, seen = tiny_model(), []
@@ -383,6 +394,9 @@ def test_one_completion_a_prompt_takes_the_plain_causal_path():
     assert can_pack_completions(model)
     model.config._attn_implementation = "eager"  # would add a boolean mask to its scores
     assert not can_pack_completions(model)
+    small = FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=False)
+    falcon = FalconForCausalLM(small)
+    assert falcon.config._attn_implementation == "sdpa" and not can_pack_completions(falcon)  # calls torch's by itself
 
 
 def test_eos_is_trained():

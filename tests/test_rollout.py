@@ -101,14 +101,16 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("rows", ["different", "groups", "uneven", "copies"])
+@pytest.mark.parametrize("rows", ["different", "groups", "uneven", "copies", "double"])
 def test_rows_that_go_on_without_the_others_write_the_same(kind, rows, monkeypatch):
     """Completions of all lengths: generate is called anew as rows end, and each is that of an unpadded argmax loop."""
     model, rng = random_model(kind), random.Random(2)
     with torch.no_grad():  # ends often: all logits but this one are 0 in the mean
         model.lm_head.weight[7] *= 4
     distinct = [[rng.randrange(8, 300) for _ in range(rng.choice((1, 5, 6, 20)))] for _ in range(24)]
-    prompts = {"different": distinct, "groups": distinct[:8] * 3, "uneven": distinct + distinct[:1] * 9, "copies": distinct[:8] * 3}[rows]
+    prompts = {"groups": distinct[:8] * 3, "uneven": distinct + distinct[:1] * 9, "copies": distinct[:8] * 3}.get(rows, distinct)
+    if rows == "double":  # not float32, as bfloat16: torch's attention and a mask
+        model.double()
     if rows == "copies":
         monkeypatch.setattr("attention.is_plain", lambda model: False)
     calls, own = [], model.generate
@@ -151,7 +153,7 @@ def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
     scores[:, -1] = -torch.inf
     draw, drawn = rollout.Draw(), []
     for _ in range(calls):
-        left = draw(None, scores)
+        left = draw(None, scores.clone())
         assert (left.isfinite().sum(1) == 1).all()
         drawn.append(left.argmax(1))
     drawn = torch.cat(drawn)
@@ -161,6 +163,25 @@ def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
     assert rest.max() < 1 and abs(rest.mean() - 0.5) < 5 * (1 / 12 / len(rest)) ** 0.5
     assert torch.allclose(torch.quantile(rest, torch.tensor([0.1, 0.9]).double()), torch.tensor([0.1, 0.9]).double(), atol=0.03)
     assert len(drawn.unique()) > 0.4 * n  # rows are drawn apart
+
+
+def test_logits_that_are_not_finite_are_told():
+    """One nan among the rows is enough, at any token, and what was drawn is not handed on."""
+    model, after = random_model("qwen3"), 3
+    prompts = [[9, 20, n] for n in range(30, 40)]
+    assert len(generate(model, Plain, prompts, 6, Limits())) == 10
+    steps = []
+
+    def spoil(module, given, logits):
+        steps.append(1)
+        if len(steps) == after:
+            logits[4] = torch.nan
+        return logits
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(rollout.UserError, match="logits are not finite"):
+        generate(model, Plain, prompts, 6, Limits())
+    hook.remove()
 
 
 def test_models_that_cannot_share_fall_back():
