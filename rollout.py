@@ -288,12 +288,12 @@ def generate_batch(
     own, model.generation_config = model.generation_config, config
     try:
         while going:
-            few = len(going) // 2 if cache and len(going) > 8 else 0
+            few = len(going) // 2 if cache is not None and len(going) > 8 else 0
             stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=[draw] if draw else [],
-                    stopping_criteria=[stop],
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+                    logits_processor=[draw] if draw else [], stopping_criteria=[stop],
                 )  # fmt: skip
             new = ids[:, width:].tolist()
             rows = []  # that go on
