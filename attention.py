@@ -64,7 +64,7 @@ class RoomyLayer(DynamicLayer):
 class PromptLayer(RoomyLayer):
     """A cache layer that can hold each prompt once, apart from the tokens of the rows that go on from it.
 
-    Once prompts are set aside, rows only grow or are selected, and their prompts stay.
+    Once prompts are set aside, rows only grow or are selected; which prompts stay is for SharedPrompts to say.
     """
 
     prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)

@@ -207,26 +207,27 @@ class Draw(LogitsProcessor):
 class Stop(StoppingCriteria):
     """Ends each row where `done(text)` first holds: what a model says after its answer is not read by anyone.
 
-    `lengths` (rows,) are the new tokens up to there, 0 where it didn't come; behind them generate only pads. Where no
-    more than `few` rows go on, all are ended: `generate_batch` then goes on without the rest.
+    `lengths` (rows,) are the new tokens up to there or up to an end token, 0 where neither came; behind them generate
+    only pads. Where no more than `few` rows go on, all are ended: `generate_batch` then goes on without the rest.
     """
 
     def __init__(self, done, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
         self.done, self.tokenizer, self.width, self.few = done, tokenizer, width, few
         self.closing = torch.tensor(closing_tokens(tokenizer) if done else [], dtype=torch.long, device=device)
         self.ends = torch.tensor(ends, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
     def __call__(self, ids, scores, **more):
+        going = self.lengths == 0  # (rows,)
+        self.lengths[going & torch.isin(ids[:, -1], self.ends)] = ids.shape[1] - self.width
         if self.done:
-            closed = torch.isin(ids[:, -1], self.closing) & ~self.ended  # (rows,)
+            closed = going & torch.isin(ids[:, -1], self.closing)  # (rows,)
             for row in closed.nonzero().flatten().tolist():
                 new = ids[row, self.width :]
                 if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
                     self.lengths[row] = len(new)
-        self.ended |= (self.lengths > 0) | torch.isin(ids[:, -1], self.ends)
-        return self.ended | ((~self.ended).sum() <= self.few)
+        going = self.lengths == 0
+        return ~going | (going.sum() <= self.few)
 
 
 @torch.inference_mode()
@@ -298,10 +299,8 @@ def generate_batch(
             new = ids[:, width:].tolist()
             rows = []  # that go on
             for row, (i, length) in enumerate(zip(going, stop.lengths.tolist(), strict=True)):
-                # What is done, or the first end token, ends the completion; what generate appends behind it is padding.
-                end = length or next((n for n, token in enumerate(new[row], start=1) if token in config.eos_token_id), None)
-                if end or len(new[row]) == new_tokens:
-                    completions[i] = (new[row][:end], end is not None, padding[i])
+                if length or len(new[row]) == new_tokens:
+                    completions[i] = (new[row][: length or None], length > 0, padding[i])
                 else:
                     rows.append(row)
             going = [going[row] for row in rows]
