@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -164,22 +165,21 @@ def measure(arguments, device: str) -> list[dict]:
     return found
 
 
-def measure_chunks(chunks: int, device: str) -> None:
-    """Prints a line of speed and peak memory: steps of the tiny default's loop on 4 documents of so many chunks.
+def measure_chunks(chunks: int, number: int, device: str) -> list[float]:
+    """One step of the tiny default's loop on 4 documents of so many chunks: tokens a second (all, computed; of rollout, of update), GiB.
 
     Every turn is trained on, whatever its reward: how many groups carry a signal differs by length, and is not its cost.
     """
-    setting, training = Setting(chunks=chunks), Training(documents=4)
-    model, tokenizer = load_model(setting.model, device, setting.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = load_source(setting, model, tokenizer, Path(folder), Counter())
-    optimizer, budget = MasterAdamW(model, 1e-6), limits(setting)
-    torch.manual_seed(0)
-    found = []
-    for step in range(4):
+    for length in (4, chunks):  # the first one warms up
+        setting, training = Setting(chunks=length), Training(documents=4)
+        model, tokenizer = load_model(setting.model, device, setting.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = load_source(setting, model, tokenizer, Path(folder), Counter())
+        optimizer, budget = MasterAdamW(model, 1e-6), limits(setting)
+        torch.manual_seed(number)
         clock = Clock(device)
-        trajectories = read(model, tokenizer, [corpus.document(4 * step + n) for n in range(4)], budget, samples=training.g1)
-        draws = [draw_recall(t.document, np.random.default_rng([step, n])) for n, t in enumerate(trajectories)]
+        trajectories = read(model, tokenizer, [corpus.document(4 * number + n) for n in range(4)], budget, samples=training.g1)
+        draws = [draw_recall(t.document, np.random.default_rng([number, n])) for n, t in enumerate(trajectories)]
         asked = [(trajectory, draw) for trajectory, draw in zip(trajectories, draws, strict=True) if draw]
         answers = iter(recall(model, tokenizer, asked, budget, training.g2))
         answers = [next(answers) if draw else [] for draw in draws]
@@ -191,12 +191,28 @@ def measure_chunks(chunks: int, device: str) -> None:
             turns += mark(recalled[::2], document, 1.0) + mark(recalled[1::2], document, -1.0)
         update(model, optimizer, training.lr, turns, None, training, can_pack_completions(model))
         clock.lap("update")
-        tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
-        together = [*zip(*(t.turns for t in trajectories), strict=True), sum(answers, [])]  # what is written at one time
-        seconds = sum(clock.seconds.values())
-        found.append([tokens / seconds, sum(map(computed_tokens, together)) / seconds] + [tokens / s for s in clock.seconds.values()])
-    speeds = np.median(found[1:], axis=0)  # the first one warms up
-    print(f"| {chunks} | {' | '.join(f'{speed:.0f}' for speed in speeds)} | {peak_memory(device):.2f} |", flush=True)
+    tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
+    together = [*zip(*(t.turns for t in trajectories), strict=True), sum(answers, [])]  # what is written at one time
+    seconds = sum(clock.seconds.values())
+    speeds = [tokens / seconds, sum(map(computed_tokens, together)) / seconds] + [tokens / s for s in clock.seconds.values()]
+    return speeds + [peak_memory(device)]
+
+
+def compare_chunks(lengths: list[int], rounds: int) -> None:
+    """Prints a table of measure_chunks, medians over rounds of all lengths in turn, so that a slow minute of the machine meets all."""
+    found: dict[int, list] = {chunks: [] for chunks in lengths}
+    for number, chunks in tqdm([(number, chunks) for number in range(rounds) for chunks in lengths], desc="chunks"):
+        # A process each, since a process remembers only its highest peak.
+        command = [sys.executable, __file__, "--chunks", str(chunks), "--round", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        found[chunks].append(json.loads(done.stdout.splitlines()[-1]))
+    print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |\n|---|---|---|---|---|---|")
+    for chunks, rows in found.items():
+        *speeds, memory = np.median(rows, axis=0)
+        low, high = np.min(rows, axis=0)[1], np.max(rows, axis=0)[1]
+        print(f"| {chunks} | {speeds[0]:.0f} | {speeds[1]:.0f} ({low:.0f} to {high:.0f}) | {speeds[2]:.0f} | {speeds[3]:.0f} | {memory:.2f} |")
 
 
 def main() -> None:
@@ -212,20 +228,16 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=Training.train_tokens)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
-    parser.add_argument("--steps", type=int, default=3, help="steps after a warm-up step; the median is shown")
+    parser.add_argument("--steps", type=int, default=3, help="steps after a warm-up step, or rounds of --chunks; the median is shown")
     parser.add_argument("--chunks", type=int, nargs="+", help="instead, and alone: the tiny default's loop on documents of these lengths")
+    parser.add_argument("--round", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the steps as JSON lines instead of a table")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.round is not None:
+        return print(json.dumps(measure_chunks(arguments.chunks[0], arguments.round, device)))
     if arguments.chunks:
-        if len(arguments.chunks) == 1:
-            return measure_chunks(arguments.chunks[0], device)
-        print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |\n|---|---|---|---|---|---|", flush=True)
-        for chunks in arguments.chunks:  # a process each, since a process remembers only its highest peak
-            done = subprocess.run([sys.executable, __file__, "--chunks", str(chunks)], stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-        return
+        return compare_chunks(arguments.chunks, arguments.steps)
     rows = measure(arguments, device)
     if arguments.json:
         print("\n".join(map(json.dumps, rows)))
