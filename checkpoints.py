@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from retrieval import UserError
+from errors import UserError
 
 # May differ between the parts of a run: what is written, not what is learned; and what a run that met its limits may need.
 ROOM = {"rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference"}

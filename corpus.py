@@ -21,8 +21,8 @@ import spacy
 from spacy.lang.en.stop_words import STOP_WORDS
 from tqdm import tqdm
 
+from errors import UserError, run
 from matching import MASK, TARGET, Span, occurrences
-from retrieval import UserError
 from rewards import normalize
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> builder of `datasets`
@@ -233,26 +233,32 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
     fresh.write_text(json.dumps([passage.entities for passage in passages]))
     fresh.replace(file)
 
+
 def measure(file: str, ner: str) -> str:
     """Precision and recall of exact spans, labels aside, on lines of {"text", "entities": [[start, end, label]]}.
 
     Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
     """
-    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-    common, right, found, gold = common_words(row["text"] for row in rows), 0, 0, 0
-    for row, doc in zip(rows, pipeline(ner).pipe(row["text"] for row in rows), strict=True):
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        texts, names = [row["text"] for row in rows], [row["entities"] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'--measure-ner {file}: no lines of {{"text", "entities"}} ({type(error).__name__}: {error})') from None
+    common, right, found, gold = common_words(texts), 0, 0, 0
+    for labelled, doc in zip(names, pipeline(ner).pipe(texts), strict=True):
         mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
-        theirs = {(start, end) for start, end, _ in row["entities"]}
+        theirs = {(start, end) for start, end, _ in labelled}
         right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
-    return f"{ner}: {len(rows)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
+    return f"{ner}: {len(texts)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure-ner", metavar="FILE", required=True, help='lines of {"text", "entities": [[start, end, label]]}')
     parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
     arguments = parser.parse_args()
-    try:
-        print(measure(arguments.measure_ner, arguments.ner))
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    print(measure(arguments.measure_ner, arguments.ner))
+
+
+if __name__ == "__main__":
+    run(main)

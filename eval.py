@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from errors import UserError, run
 from masking import Corpus, draw_recall
 from parallel import gather
-from retrieval import UserError, open_retriever
+from retrieval import open_retriever
 from rewards import boxed, exact_match, f1_score, objective_scores, substring_match
 from rollout import EMPTY_MEMORY, answer, cut, prompt_overhead, read, recall, search
-from settings import Setting, check_model, check_window, limits, load_model, load_source, option, parse, run
+from settings import Setting, check_model, check_window, limits, load_model, load_source, option, parse
 
 
 @dataclass

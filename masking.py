@@ -15,8 +15,9 @@ from itertools import accumulate, chain
 import numpy as np
 
 from corpus import Passage, bare
+from errors import UserError
 from matching import MASK, TARGET, Span, akin, mask, mask_spans, merges, name_words, occurrences
-from retrieval import BM25, UserError
+from retrieval import BM25
 from rewards import normalize
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"

@@ -31,15 +31,16 @@ from tqdm import tqdm
 import checkpoints
 import parallel
 from attention import can_pack_completions
+from errors import UserError, run
 from eval import default_lengths, evaluate, evaluate_questions, score, table
 from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
 from masking import draw_recall
 from masters import MasterAdamW
 from parallel import gather
-from retrieval import UserError, open_retriever
+from retrieval import open_retriever
 from rewards import recall_reward, trajectory_reward
 from rollout import Trajectory, Turn, read, recall, search
-from settings import Setting, limits, load_model, load_source, option, parse, run
+from settings import Setting, limits, load_model, load_source, option, parse
 
 
 @dataclass

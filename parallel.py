@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from retrieval import UserError
+from errors import UserError
 
 
 def start() -> tuple[int, int, str]:

@@ -22,9 +22,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from errors import UserError
 from masking import Document, cut_chunks
 from matching import Span
-from retrieval import UserError
 from rewards import normalize
 
 Paragraph = tuple[str, str]  # (title, text)

@@ -34,11 +34,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from errors import UserError, run
+
 WORD = re.compile(r"\w+")
-
-
-class UserError(Exception):
-    """A mistake of the user's: one line saying what, where and what to do. The mains print it and exit with 2."""
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
@@ -481,7 +479,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run(main)

@@ -1,8 +1,6 @@
 """What is read, how, and by which model: the settings that training and evaluation share, and what is loaded by them."""
 
-import errno
 import math
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -12,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from corpus import Passage, find_entities, load_passages
+from errors import UserError
 from masking import QUESTION, Corpus
 from qa import LongQA, Pool, SearchQA, load_questions, load_search, objectives, split_questions, subject
-from retrieval import UserError
-from rollout import Limits, prompt_overhead
+from rollout import prompt_overhead
+from sampling import Limits
 
 HERE = Path(__file__).parent
 
@@ -103,25 +102,6 @@ def parse(*dataclasses, saved: dict | None = None):
 
 def refuse(message: str) -> None:
     raise UserError(f"{message}; --help lists what can be given")
-
-
-def run(main) -> None:
-    """Call `main`; a user's mistake is one line and exit code 2, anything else keeps its traceback."""
-    try:
-        main()
-    except UserError as error:
-        rank = os.environ.get("RANK")
-        print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): give smaller --rollout-tokens or --chunk-tokens; in training "
-              "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference True", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full ({error}): free some space and run the same command again", file=sys.stderr)
-        sys.exit(2)
 
 
 def check_model(name: str, given: str) -> None:

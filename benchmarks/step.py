@@ -32,7 +32,8 @@ from grpo import group_advantages  # noqa: E402
 from masking import draw_recall  # noqa: E402
 from masters import MasterAdamW  # noqa: E402
 from memtrain import Training, logprobs_of, mark, update  # noqa: E402
-from rollout import Limits, Turn, generate, read, recall  # noqa: E402
+from rollout import Turn, read, recall  # noqa: E402
+from sampling import Limits, generate  # noqa: E402
 from settings import Setting, limits, load_model, load_source  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json

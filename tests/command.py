@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import checkpoints
-import settings
+from errors import run
 
 
 def command(*arguments, script="memtrain"):
@@ -18,7 +18,7 @@ def command(*arguments, script="memtrain"):
     argv = [f"{script}.py", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            settings.run(importlib.import_module(script).main)
+            run(importlib.import_module(script).main)
         except SystemExit as stop:
             code = stop.code or 0
         except Exception:

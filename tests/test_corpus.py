@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import spacy
 
-from corpus import Passage, find_entities, load_passages, pipeline, spans, split_paragraphs
-from retrieval import UserError
+from corpus import Passage, find_entities, load_passages, measure, pipeline, spans, split_paragraphs
+from errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -196,3 +196,13 @@ def test_the_rules_on_labelled_text():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", done.stdout).groups())
     assert precision > 0.8 and recall > 0.8
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]'])
+def test_a_labelled_file_that_is_none_is_a_line(tmp_path, text):
+    """Missing, not JSON, or without the fields: named, with the reason."""
+    file = tmp_path / "labels.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"--measure-ner {file}: "):
+        measure(file, "rules")

@@ -22,10 +22,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import checkpoints
 import memtrain
 import parallel
-import rollout
-import settings
+import sampling
 from checkpoints import newest
 from command import command
+from errors import UserError, run
 from masters import MasterAdamW
 
 ROOT = Path(__file__).parents[1]
@@ -276,14 +276,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(parallel.UserError, match="more processes than the 2 GPUs"):
+    with pytest.raises(UserError, match="more processes than the 2 GPUs"):
         parallel.start()
 
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     with pytest.raises(SystemExit, match="2"):
-        settings.run(full)
+        run(full)
     assert "--train-tokens" in capsys.readouterr().err
 
 
@@ -337,15 +337,15 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
         pad_token_id, eos_token_id = 0, 1
 
     prompts = [[2 + n, 3, 4] for n in range(16)]
-    expected = rollout.generate(model, Special, prompts, 5, rollout.Limits(), greedy=True)
+    expected = sampling.generate(model, Special, prompts, 5, sampling.Limits(), greedy=True)
     monkeypatch.setattr(model, "generate", generate)
-    limits = rollout.Limits(rollout_tokens=1000)
-    assert rollout.generate(model, Special, prompts, 5, limits, greedy=True) == expected
+    limits = sampling.Limits(rollout_tokens=1000)
+    assert sampling.generate(model, Special, prompts, 5, limits, greedy=True) == expected
     assert max(sizes) == 16 and sizes[-1] <= 4 and limits.rollout_tokens < 1000
     assert f"--rollout-tokens {limits.rollout_tokens}" in capsys.readouterr().out
     room = 0
-    with pytest.raises(rollout.UserError, match="memory"):
-        rollout.generate(model, Special, prompts, 5, rollout.Limits(), greedy=True)
+    with pytest.raises(UserError, match="memory"):
+        sampling.generate(model, Special, prompts, 5, sampling.Limits(), greedy=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,9 +17,10 @@ from hypothesis import strategies as st  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from corpus import load_passages, split_paragraphs  # noqa: E402
+from errors import UserError  # noqa: E402
 from masking import cut_chunks  # noqa: E402
 from matching import MASK, mask, occurrences  # noqa: E402
-from retrieval import MAX_TOPK, Server, UserError, open_retriever, read_request  # noqa: E402
+from retrieval import MAX_TOPK, Server, open_retriever, read_request  # noqa: E402
 from rewards import boxed, exact_match, f1_score, objective_scores, recall_reward, substring_match  # noqa: E402
 from rollout import READ_PROMPT, SEARCH, cut, encode_prompt, fill  # noqa: E402
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpus import Passage, find_entities, load_passages
+from errors import UserError
 from masking import Corpus, Document, cut_chunks, draw_recall, is_heldout
 from matching import MASK, TARGET, akin, mask, name_words, occurrences
-from retrieval import UserError
 from rewards import normalize
 
 ROOT = Path(__file__).parents[1]

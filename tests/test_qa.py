@@ -14,11 +14,11 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
+from errors import UserError
 from masking import is_heldout
 from qa import (
     LongQA, Pool, Question, load_questions, load_search, long_document, long_documents, objectives, split_of, subject,
 )  # fmt: skip
-from retrieval import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import retrieval
-from retrieval import BM25, Dense, Http, Local, UserError, contents, open_retriever, read_passages, split_contents
+from errors import UserError
+from retrieval import BM25, Dense, Http, Local, contents, open_retriever, read_passages, split_contents
 
 HERE = Path(__file__).parent.parent
 DATA = HERE.parent / "shared/data"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import eval as evaluation
 from command import command
+from errors import UserError
 from masking import Document
 from qa import LongQA, Pool, SearchQA, draw, load_questions, split_questions, subject
 
@@ -177,7 +178,7 @@ def test_an_evaluation_asks_each_question_once_and_the_same_at_every_length(monk
 
         def document(self, i, split, length):
             if length == 1 and i % 2 or length == 2 and i == 3:
-                raise evaluation.UserError("too long")
+                raise UserError("too long")
             return i, length
 
     setting = evaluation.Setting(eval_documents=64)

@@ -6,7 +6,8 @@ import re
 from masking import QUESTION, cut_chunks
 from matching import MASK, TARGET, mask
 from qa import numbered_document
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, NOTHING, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, Limits, encode_prompt, result_text
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, NOTHING, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, encode_prompt, result_text
+from sampling import Limits
 from tiny.world import Inventor, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS = 64, 64

@@ -18,7 +18,8 @@ from eval import wilson  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
 from qa import Pool, load_questions, long_documents  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
-from rollout import EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill, generate, read, recall  # noqa: E402
+from rollout import EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill, read, recall  # noqa: E402
+from sampling import generate  # noqa: E402
 from settings import Setting, limits, load_corpus, load_model  # noqa: E402
 from tiny.demonstrations import FOCUSED, Demonstrations  # noqa: E402
 from tiny.world import encyclopedia, split  # noqa: E402

@@ -1,0 +1,33 @@
+"""A user's mistake is one line that says what, where and what to do, and exit code 2; a bug keeps its traceback."""
+
+import errno
+import os
+import sys
+
+
+class UserError(Exception):
+    """A mistake of the user's, as that one line; `run` prints it."""
+
+
+def run(main) -> None:
+    """Call `main`, a script's. Exits with 2 for a UserError, for a GPU that is too small and for a full disk."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        message = f"{error}" + (f" (process {rank})" if rank else "")
+    except RuntimeError as error:
+        import torch  # here, as a server that searches by words should not wait for it
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        message = (f"out of GPU memory ({str(error).splitlines()[0]}): give smaller --rollout-tokens or --chunk-tokens; in training "
+                   "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference True")  # fmt: skip
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"the disk is full ({error}): free some space and run the same command again"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
