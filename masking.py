@@ -206,7 +206,8 @@ class Corpus:
             chunks = cut_chunks(text, entities, self.tokenizer, self.chunk_tokens)
             if not n_chunks or len(chunks) >= n_chunks:
                 break
-            size = max(size + 1, int(size * 0.95 * n_chunks / len(chunks)))
+            # Not one passage a time, near the end of a long text: each try cuts all of it.
+            size = max(size + 1 + size // 100, int(size * 0.95 * n_chunks / len(chunks)))
         most = n_chunks or self.max_chunks or len(chunks)
         # What is too much goes at the end; also at the front where the pivot would be lost otherwise.
         chunk_ends = list(accumulate(map(len, chunks)))
