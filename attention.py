@@ -172,6 +172,7 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
             for row, n in enumerate(places):
                 layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
                 layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]
+            computed.keys = computed.values = None  # or a prompt that is a batch of its own would be held twice
         for n in places:
             for i in groups[n]:
                 padding[i] = ids.shape[1] - lengths[n]

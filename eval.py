@@ -62,12 +62,15 @@ def evaluate(
     """
     documents, budget = [], limits(setting)
     for chunks in lengths:
-        try:
-            documents += [corpus.document(i, "heldout", chunks=chunks) for i in range(setting.eval_documents)]
+        try:  # long ones take seconds each, so every process builds its own
+            built, lost = [corpus.document(i, "heldout", chunks=chunks) for i in range(rank, setting.eval_documents, processes)], None
         except UserError as error:  # a small corpus can't fill the longest documents
+            built, lost = [], error
+        if lost := next((error for error in gather(lost) if error), None):
             if rank == 0:
-                print(f"evaluation at {chunks} chunks is left out: {error}")
-    documents = documents[rank::processes]
+                print(f"evaluation at {chunks} chunks is left out: {lost}")
+        else:
+            documents += built
     shown = f"evaluation {when}" if rank == 0 else None
     trajectories = read(model, tokenizer, documents, budget, greedy=True, progress=shown)
     draws = []

@@ -8,14 +8,16 @@
 Temperature is 1, without top-p, top-k or penalties, so that the log-probs of training are of what was sampled.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from attention import can_share_prompts, prefill
+from attention import can_share_prompts, is_plain, prefill
 from batching import by_length
 from errors import UserError
 
@@ -26,7 +28,7 @@ class Limits:
 
     memory_tokens: int = 1024  # a memory, when it is written and again when it is read
     answer_tokens: int = 1024  # an answer
-    rollout_tokens: int = 65536  # a `generate` batch: rows x (longest prompt + new tokens)
+    rollout_tokens: int = 65536  # a `generate` batch: rows x (prompt, by parts where rows share it, + new tokens)
     result_tokens: int = 1024  # what a search shows
     searches: int = 6  # of one episode
 
@@ -102,12 +104,16 @@ def generate(
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
     draw = None if greedy else Draw()
     share = can_share_prompts(model)
+    once = share and is_plain(model)
     fill = 0.5 if share else 0.875  # prompts that are computed apart needn't be of similar length to write
     completions: list = [None] * len(prompts)
     while waiting := [i for i, completion in enumerate(completions) if completion is None]:
         full = False
         try:
-            for places in by_length([len(prompts[i]) + new_tokens for i in waiting], limits.rollout_tokens, fill):
+            # What a row holds of the cache: a prompt that stands there once, its share of it.
+            rows_of = Counter(tuple(prompts[i]) for i in waiting) if once else {}
+            sizes = [ceil(len(prompts[i]) / rows_of.get(tuple(prompts[i]), 1)) + new_tokens for i in waiting]
+            for places in by_length(sizes, limits.rollout_tokens, fill):
                 batch = [waiting[n] for n in places]
                 prefill_tokens = limits.rollout_tokens // 8 if share else None
                 found = generate_batch(model, tokenizer, [prompts[i] for i in batch], new_tokens, prefill_tokens, config, draw, done)
@@ -118,9 +124,9 @@ def generate(
         if full:  # here and not above: while it is handled, an exception keeps alive what its frames hold
             if len(batch) == 1:
                 raise UserError(f"out of memory for a single prompt of {len(prompts[batch[0]])} tokens: make --chunk-tokens smaller, "
-                                "or see README on what can be held in CPU memory")  # fmt: skip
+                                "leave out --controls full, or see README on what can be held in CPU memory")  # fmt: skip
             torch.cuda.empty_cache()
-            failed = len(batch) * (max(len(prompts[i]) for i in batch) + new_tokens)  # far less than the budget, maybe
+            failed = len(batch) * max(sizes[n] for n in places)  # far less than the budget, maybe
             limits.rollout_tokens = min(limits.rollout_tokens, failed) // 2
             print(f"out of memory in rollout: going on with --rollout-tokens {limits.rollout_tokens}", flush=True)
     if draw and not draw.finite:

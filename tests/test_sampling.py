@@ -244,3 +244,14 @@ def test_an_answer_ends_where_its_box_closes():
         ended.append(criterion(grid[:, :n], None).tolist())
     assert criterion.lengths.tolist() == [len(box) + 2, 0, len(box) + 3]
     assert ended[-1] == [True, False, True] and ended[len(box) + 1] == [True, False, False] and not any(ended[len(box)])
+
+
+@pytest.mark.parametrize("attention, rows", [("sdpa", [32]), ("eager", [8, 8, 8, 8])])
+def test_a_shared_prompt_counts_once_against_the_budget(attention, rows, monkeypatch):
+    """4 prompts of 30 tokens for 8 rows each: 4 x 30 + 32 x 4 tokens where each is held once, 32 x 34 where it is copied."""
+    model, sizes, real = random_model("qwen3"), [], sampling.generate_batch
+    model.set_attn_implementation(attention)
+    monkeypatch.setattr(sampling, "generate_batch", lambda m, t, prompts, *more: sizes.append(len(prompts)) or real(m, t, prompts, *more))
+    prompts = [[9 + n] * 30 for n in range(4) for _ in range(8)]
+    generate(model, Plain, prompts, 4, Limits(rollout_tokens=8 * 34), greedy=True)
+    assert sizes == rows
