@@ -257,6 +257,7 @@ def main() -> None:
     saved: dict = {}  # of the run that wrote this checkpoint, runs/NAME/checkpoint or runs/NAME/checkpoints/step-N
     if trained := next((file for folder in Path(setting.model).parents[:2] if (file := folder / "config.json").is_file()), None):
         saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
+        print(f"settings are those of {trained}, but for the command line's")
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
     if bad := [control for control in evaluation.controls if control not in ("empty", "full", "oracle")]:
         raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")

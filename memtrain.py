@@ -6,14 +6,14 @@
     torchrun --nproc_per_node 8 memtrain.py --config ...       # a process a GPU, documents split over them
 
 Where this differs from the paper:
-  - Advantages are divided by the group's standard deviation by default (GRPO as DeepSeekMath wrote it);
-    `--advantage mean` is the paper's (Eq. 3), and its recipes set it.
+  - Advantages are divided by the group's standard deviation by default (GRPO as DeepSeekMath wrote it), and
+    there is no KL; `--advantage mean --kl 1e-3` is the paper's (Eq. 3 and 4), and the recipes/*.args set it.
   - A group is dropped when its rewards are all equal; the paper drops all zero and all one, which says
     nothing of sums such as EM + lambda * recall.
   - The paper is silent on the clip range, on which steps are recalled and on what counts as an occurrence
     of an entity: README lists what was chosen.
   - An answer ends where its box closes, so its EOS is neither sampled nor trained.
-  - 20 % of the titles are held out, so that what is evaluated was never masked in training.
+  - 20 % of the titles are held out: no pivot of an evaluation was one in training. The entity asked for may have been.
 """
 
 import json
@@ -228,6 +228,8 @@ def main() -> None:
         model.activation_checkpointing_enable()
     optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
     pack = can_pack_completions(model)
+    if rank == 0:
+        print(f"{setting.task} on {processes} x {device}")
     if rank == 0 and not pack:
         print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
 

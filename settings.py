@@ -57,7 +57,7 @@ class Setting:
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
     memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
     answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
-    rollout_tokens: int = option(24576, "padded tokens of one generate batch")
+    rollout_tokens: int = option(24576, "tokens of one generate batch, with padding; a prompt that rows share counts once")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
     @property
@@ -126,7 +126,6 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
         for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    model.generation_config.cache_implementation = None  # rollout.py brings its own
     return model.to(device).eval(), tokenizer
 
 
