@@ -42,10 +42,10 @@ class RoomyLayer(DynamicLayer):
         buffer[..., past:total, :] = new
         return buffer
 
-    def make_room(self, like: Tensor, rows: int, width: int) -> None:
-        """Hold `rows` rows of `width` tokens, all zero, for keys and values such as `like` (any, heads, any, head size)."""
-        self.lazy_initialization(like, like)
-        self.buffers = tuple(like.new_zeros(rows, like.shape[1], width + self.room, like.shape[3]) for _ in range(2))
+    def make_room(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
+        """Hold `rows` rows of `width` tokens, all zero, for keys and values such as these (any, heads, any, head size)."""
+        self.lazy_initialization(keys, values)
+        self.buffers = tuple(like.new_zeros(rows, like.shape[1], width + self.room, like.shape[3]) for like in (keys, values))
         self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -168,7 +168,7 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
         model.get_decoder()(input_ids=ids, past_key_values=part, use_cache=True)
         for layer, computed in zip(cache.layers, part.layers, strict=True):
             if not layer.is_initialized:
-                layer.make_room(computed.keys, len(groups), width)
+                layer.make_room(computed.keys, computed.values, len(groups), width)
             for row, n in enumerate(places):
                 layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
                 layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]

@@ -143,8 +143,8 @@ def pipeline(ner: str, titles=()):
     if ner != "rules":
         try:
             return spacy.load(ner, exclude=["parser", "lemmatizer"])
-        except OSError:
-            raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
+        except (OSError, ValueError):
+            raise UserError(f"--ner {ner or repr(ner)}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
     capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
     month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
     day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
@@ -190,13 +190,13 @@ def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
     what SQuAD's normalisation empties, and what would mask ordinary words: stop words, a single word of `common`,
     names with neither a capital nor a digit.
     """
-    found = []
+    found, text = [], doc.text  # made anew at each mention
     for entity in doc.ents:
         core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
         plain = core[1].islower() and not any(c.isdigit() for c in core[1])
         ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
-        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and found_again(doc.text, start, end):
+        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and found_again(text, start, end):
             found.append((start, end, entity.label_))
     return found
 

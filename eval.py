@@ -256,8 +256,13 @@ def main() -> None:
     setting, _ = parse(Setting, Evaluation)
     saved: dict = {}  # of the run that wrote this checkpoint, runs/NAME/checkpoint or runs/NAME/checkpoints/step-N
     if trained := next((file for folder in Path(setting.model).parents[:2] if (file := folder / "config.json").is_file()), None):
-        saved = {name: value for name, value in json.loads(trained.read_text()).items() if name not in ("model", "out")}
-        print(f"settings are those of {trained}, but for the command line's")
+        try:
+            written = json.loads(trained.read_text())
+        except ValueError:
+            written = None
+        if isinstance(written, dict) and "chunk_tokens" in written:  # other programs' models have a config.json, too
+            saved = {name: value for name, value in written.items() if name not in ("model", "out")}
+            print(f"settings are those of {trained}, but for the command line's")
     setting, evaluation = parse(Setting, Evaluation, saved=saved)
     if bad := [control for control in evaluation.controls if control not in ("empty", "full", "oracle")]:
         raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
@@ -276,12 +281,14 @@ def main() -> None:
             raise UserError(f"{file}: its folder is missing or can't be written to; name another")
         if Path(file).is_dir():
             raise UserError(f"{file}: is a folder; name a file in it")
+    if evaluation.plot and Path(evaluation.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {evaluation.plot}: must end in .png, .svg or .pdf")
     if evaluation.plot and not load_pyplot():
         raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
     for name in evaluation.against:
         check_model(name, "--against")
     retriever = open_retriever(setting.retriever, setting.text, setting.encoder) if setting.task == "searchqa" else None
-    lengths, rows, source = evaluation.lengths or default_lengths(setting.chunks), [], None
+    lengths, rows, source = sorted(set(evaluation.lengths)) or default_lengths(setting.chunks), [], None
     for name in (setting.model, *evaluation.against):
         model, tokenizer = load_model(name, device, setting.dtype, "--model" if name == setting.model else "--against")
         if source:  # the same texts for all, by one tokenizer

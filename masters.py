@@ -5,6 +5,8 @@ so would most of what accumulates in a bfloat16 gradient. Weights, moments and t
 micro-batches are therefore kept in float32 here, and the policy holds a rounded copy. A float32 policy is its own master: this is then plain AdamW.
 """
 
+import math
+
 import torch
 
 from parallel import sum_gradients
@@ -47,7 +49,7 @@ class MasterAdamW:
         sum_gradients(gradients)
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient.to(master.device)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or math.inf)
         if norm.isfinite():  # the same on every process: it is of the sum
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)

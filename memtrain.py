@@ -59,7 +59,7 @@ class Training:
     lr: float = option(4e-4, "peak learning rate of AdamW (paper: 1e-6)")
     lr_warmup: int = option(2, "steps of linear warm-up")
     lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
-    grad_clip: float = option(1.0, "largest gradient norm")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
     advantage: str = option("group_norm", "group_norm, or mean as in the paper (Eq. 3)", choices=["group_norm", "mean"])
     eps_low: float = option(0.2, "clip range below 1")
     eps_high: float = option(0.2, "clip range above 1")
@@ -263,17 +263,19 @@ def main() -> None:
     for step in bar:
         clock, drawn = [time.perf_counter()], checkpoints.random_state()
         mine = range(rank, training.documents, processes)  # this process' documents of the step
-        documents = [corpus.document(step * training.documents + n) for n in mine]
-        if retriever:
-            try:
-                trajectories, lost = search(model, tokenizer, documents, retriever, budget, samples=training.g1), None
-            except UserError as error:
-                trajectories, lost = [], error
-            if lost := next((error for error in gather(lost) if error), None):  # gone for good, for one or for all
+        try:
+            documents = [corpus.document(step * training.documents + n) for n in mine]
+            if retriever:
+                trajectories = search(model, tokenizer, documents, retriever, budget, samples=training.g1)
+            else:
+                trajectories = read(model, tokenizer, documents, budget, samples=training.g1)
+            lost = None
+        except UserError as error:
+            lost = error
+        if lost := next((error for error in gather(lost) if error), None):  # text, retriever or memory gave out, for one or for all
+            if step:
                 checkpoint(model, tokenizer, optimizer, setting, training, drawn, state, rank)  # keep what was learned
-                raise lost
-        else:
-            trajectories = read(model, tokenizer, documents, budget, samples=training.g1)
+            raise lost
         places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
         clock.append(time.perf_counter())
 

@@ -14,7 +14,7 @@ from errors import UserError
 from masking import QUESTION, Corpus
 from qa import LongQA, Pool, SearchQA, load_questions, load_search, objectives, split_questions, subject
 from rollout import prompt_overhead
-from sampling import Limits
+from sampling import Limits, end_ids
 
 HERE = Path(__file__).parent
 
@@ -93,7 +93,7 @@ def parse(*dataclasses, saved: dict | None = None):
     for values in parsed:
         for name, value in vars(values).items():
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int | float) and not LEAST.get(name, -math.inf) <= number <= math.inf:  # nor NaN
+                if isinstance(number, int | float) and not (LEAST.get(name, -math.inf) <= number and math.isfinite(number)):
                     raise UserError(f"--{name.replace('_', '-')} {number}: must be a number of at least {LEAST.get(name, 0)}")
     if not parsed[0].heldout < 1:
         raise UserError(f"--heldout {parsed[0].heldout}: is a share, less than 1")
@@ -118,14 +118,22 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({str(error).splitlines()[0]})") from None
-    for module in model.modules():  # dropout stays off in train mode too: the ratio compares passes of one network
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the config, the weights, the tokenizer, a package that it needs: each fails in its own ways
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({type(error).__name__}: {why})") from None
+    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
+        raise UserError(f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the model")
+    if not end_ids(model, tokenizer):
+        raise UserError(f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; name one")
+    # Dropout stays off in train mode too, also what is read from the config: the ratio compares passes of one network.
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for attribute, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
+                setattr(holder, attribute, 0.0)
     return model.to(device).eval(), tokenizer
 
 
@@ -157,7 +165,10 @@ def check_window(setting: Setting, model, tokenizer, question: str = QUESTION) -
         shown, written = ("chunk_tokens",), max(setting.memory_tokens, setting.answer_tokens)
     asked = prompt_overhead(tokenizer) + len(tokenizer(question)["input_ids"])
     needed = asked + sum(getattr(setting, name) for name in shown) + setting.memory_tokens + written
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    window, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if window and rope.get("rope_type") in ("longrope", "dynamic"):  # beyond this a row's positions depend on its batch
+        window = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or window
     if window and needed > window:
         raise UserError(
             f"--{shown[0].replace('_', '-')} {getattr(setting, shown[0])}, --memory-tokens {setting.memory_tokens} and --answer-tokens "

@@ -1,10 +1,14 @@
 """Users' mistakes: each gets one line that says what, where and what to do, exit code 2, and leaves nothing behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from command import command
+
+from errors import UserError
+from settings import load_model
 
 ROOT = Path(__file__).parents[1]
 GOOD = {"_id": "1", "question": "Who?", "answer": "Ada", "supporting_facts": [["A", 0]], "context": [["A", ["Ada was."]]], "type": "x", "level": "y"}
@@ -117,6 +121,8 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('eval', '--lengths 0', '--lengths 0: must be a number of at least 1'),
     ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
     ('eval', '--against {bad}/nowhere', '--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+    ('memtrain', '--lr inf', '--lr inf: must be a number of at least 0'),
+    ('eval', '--plot {bad}/curve.foo', '--plot {bad}/curve.foo: must end in .png, .svg or .pdf'),
     ('eval', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
 ]  # fmt: skip
 
@@ -134,3 +140,21 @@ def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.replace(str(bad), "{bad}").replace(str(ROOT), "{root}") == f"error: {message}"
     assert not (tmp_path / "run").exists() and sorted(bad.rglob("*")) == held
+
+
+@pytest.mark.parametrize("spoil, why", [
+    (lambda model: (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "SafetensorError"),
+    (lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:9000]), "SafetensorError"),
+    (lambda model: (model / "config.json").write_text((model / "config.json").read_text().replace('"hidden_size": 128', '"hidden_size": 64')), "RuntimeError"),
+    (lambda model: (model / "tokenizer.json").write_text("{}"), "not a causal language model with its tokenizer"),
+    (lambda model: [(model / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+], ids=["pointer", "cut", "other shape", "no tokens", "no tokenizer"])  # fmt: skip
+def test_a_broken_model_is_a_line(tmp_path, spoil, why):
+    """Half a download, a config of other weights, a tokenizer that is none: named, with the reason."""
+    shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir() if file.is_file()}
+    spoil(tmp_path / "model")
+    assert before != {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir() if file.is_file()}
+    with pytest.raises(UserError, match=why) as caught:
+        load_model(str(tmp_path / "model"), "cpu")
+    assert str(caught.value).startswith(f"--model {tmp_path / 'model'}: ") and len(str(caught.value).splitlines()) == 1

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
     Gemma2Config,
     GemmaConfig,
-    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from attention import can_pack_completions
@@ -462,7 +463,10 @@ def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
 
 @pytest.mark.parametrize("config", [OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.5,
                                               attention_dropout=0.5, activation_dropout=0.5, word_embed_proj_dim=32),
-                                    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)])  # fmt: skip
+                                    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+                                    Starcoder2Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                     num_key_value_heads=2, residual_dropout=0.5, embedding_dropout=0.5),
+                                    FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5)])  # fmt: skip
 def test_dropout_stays_off_in_train_mode(config, tmp_path):
     """Checkpointing of activations needs train mode; the passes of a step must all be of one network."""
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

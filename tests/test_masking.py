@@ -427,3 +427,23 @@ def test_too_few_passages(tiny_passages, tokenizer):
         Corpus(tiny_passages[:40], tokenizer, seed=0, chunk_tokens=64, n_passages=50)
     with pytest.raises(UserError, match="too few"):
         Corpus(tiny_passages[:60], tokenizer, seed=0, chunk_tokens=64, n_chunks=90).document(0)
+
+
+def test_in_training_the_next_number_stands_in_for_one_that_cannot_be_built(monkeypatch):
+    """One that fails must not end a run of hours; in an evaluation it is told, and where five fail too."""
+    passages = [Passage(f"Title {n}", f"Ada{n} met Bob{n} in Ulm{n}.", [(0, 4 + (n > 9))]) for n in range(40)]
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tiny/model")
+    corpus = Corpus(passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=1)
+    real, wanted = corpus._draw, corpus.document(5)
+
+    def draw(i, split, chunks):
+        if i in (3, 4) or i >= 30:
+            raise UserError(f"document {i}")
+        return real(i, split, chunks)
+
+    monkeypatch.setattr(corpus, "_draw", draw)
+    assert corpus.document(3) == corpus.document(4) == wanted and corpus.document(2) != wanted
+    with pytest.raises(UserError, match="document 3"):
+        corpus.document(3, "heldout")
+    with pytest.raises(UserError, match="document 34"):
+        corpus.document(30)

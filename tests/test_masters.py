@@ -55,3 +55,16 @@ def test_gradients_accumulate_in_float32():
         policy(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
         assert policy.weight.grad is None
     assert optimizer.step(1e-3, 10.0) == pytest.approx(2.0)
+
+
+def test_no_clipping():
+    """0 clips nothing: the update is that of a bound which is never met."""
+    found = []
+    for clip in (0.0, 1e9):
+        policy = network(torch.float32)
+        before = [p.detach().clone() for p in policy.parameters()]
+        policy(torch.ones(4, 5)).square().sum().backward()
+        MasterAdamW(policy, 1e-2).step(1e-2, clip)
+        found.append([p.detach().clone() for p in policy.parameters()])
+        assert not torch.equal(found[-1][0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers import MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import sampling
@@ -255,3 +255,19 @@ def test_a_shared_prompt_counts_once_against_the_budget(attention, rows, monkeyp
     prompts = [[9 + n] * 30 for n in range(4) for _ in range(8)]
     generate(model, Plain, prompts, 4, Limits(rollout_tokens=8 * 34), greedy=True)
     assert sizes == rows
+
+
+def test_values_narrower_than_keys():
+    """Latent attention (DeepSeek) has heads of two widths: the same tokens as one plain pass after another."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**SIZE | {"num_attention_heads": 2}, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+                              qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+                              moe_intermediate_size=16, first_k_dense_replace=1, eos_token_id=7, pad_token_id=7, initializer_range=0.5)  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
+    prompts = [[9, 10, 11, 12], [9, 10, 11, 12], [13, 14], [15]]
+    for prompt, (ids, *_) in zip(prompts, generate(model, Plain, prompts, 6, Limits(), greedy=True), strict=True):
+        expected: list[int] = []
+        while len(expected) < 6 and 7 not in expected:
+            expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
+        assert ids == expected
