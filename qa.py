@@ -97,9 +97,12 @@ def _records(path: Path) -> Iterator[tuple[dict, str]]:
                 raise UserError(f"{path}: line {n} is not JSON ({error})") from None
     if not records:
         raise UserError(f"{path}: holds no record")
+    halves = re.search(r"\\u[dD]", text)  # maybe of surrogate pairs, which JSON can spell and no tokenizer takes
     for record, where in records:
         if not isinstance(record, dict):
             raise UserError(f"{where} is {type(record).__name__}, not an object with fields")
+        if halves:
+            record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
         yield record, where
 
 

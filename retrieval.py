@@ -144,7 +144,7 @@ class Dense:
             self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(self.device).eval()
         except Exception as error:  # the name, the network, the files: all the user's to mend
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--model {model}: no encoder that AutoModel can load ({why})") from None
+            raise UserError(f"encoder {model}: not one that AutoModel can load ({why})") from None
         self.longest = min(512, self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
         shape = (len(texts), self.model.config.hidden_size)
         # a model folder may be trained further under the same name: its files' sizes and times are part of the name
@@ -170,7 +170,7 @@ class Dense:
         for start in tqdm(range(0, len(order), batch), desc=progress, disable=progress is None):
             some = order[start : start + batch]
             lines = [(prefix if self.prefixes else "") + texts[n] for n in some]
-            lines = [line.encode("utf-8", "replace").decode() for line in lines]  # tokenizers refuse half a surrogate pair
+            lines = [whole(line) for line in lines]
             tokens = self.tokenizer(lines, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
             tokens = tokens.to(self.device)
             with torch.inference_mode():
@@ -212,6 +212,11 @@ def split_contents(whole: str) -> dict:
     return {"title": title[1:-1] if quoted else title, "text": text}
 
 
+def whole(text: str) -> str:
+    """`text` with "?" for each half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def read_passages(file: str | Path) -> list[dict]:
     """The passages of a .jsonl, a line {"title", "text"} each, or {"contents"} as Search-R1's corpora have it.
 
@@ -224,7 +229,7 @@ def read_passages(file: str | Path) -> list[dict]:
                 if line.strip():
                     row = json.loads(line)
                     row = split_contents(row["contents"]) if "contents" in row else row
-                    passages.append({"title": row.get("title", "") + "", "text": row["text"] + ""})  # + "": or TypeError
+                    passages.append({"title": whole(row.get("title", "")), "text": whole(row["text"])})
     except OSError as error:
         raise UserError(f"--corpus {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -349,7 +354,7 @@ class Http:
             for hits in result:
                 if not isinstance(hits, list) or len(hits) > k:
                     raise ValueError(f"the result of a query is no list of at most {k}")
-                found.append([split_contents(hit["document"]["contents"]) | {"score": hit["score"]} for hit in hits])
+                found.append([split_contents(whole(hit["document"]["contents"])) | {"score": hit["score"]} for hit in hits])
                 if not all(math.isfinite(passage["score"]) for passage in found[-1]):
                     raise ValueError("a score is not finite")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

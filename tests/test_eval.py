@@ -1,8 +1,15 @@
 """eval.py: intervals, rows, the table."""
 
+import json
 import random
+import shutil
+from pathlib import Path
+
+from command import command
 
 from eval import default_lengths, table, wilson
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_wilson_covers_at_its_nominal_rate():
@@ -44,3 +51,13 @@ def test_table_has_a_cell_for_every_row():
     lines = table(rows).splitlines()
     assert len(lines) == 5 and all("| 4-8 |" in line for line in lines[2:])
     assert "0.38" in lines[3] and "F1" in lines[3] and "0.50" in lines[4] and "substring" in lines[4]
+
+
+def test_a_config_of_another_program_holds_no_settings(tmp_path):
+    """Hugging Face's own trainer writes a config.json above its checkpoints, too; a length asked for twice counts once."""
+    shutil.copytree(ROOT / "tiny/model", tmp_path / "checkpoint-5", ignore=shutil.ignore_patterns(".*"))
+    for text in ('{"dtype": "float16", "chunks": 9}', "[1]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        done = command("--model", tmp_path / "checkpoint-5", "--eval_documents", 2, "--lengths", 1, 1, "--out", tmp_path / "rows.json", script="eval")
+        assert done.returncode == 0 and "settings are" not in done.stdout, done.stderr
+        assert [row["n"] for row in json.loads((tmp_path / "rows.json").read_text())] == [2, 2]

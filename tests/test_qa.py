@@ -400,3 +400,14 @@ def test_objectives():
         made = objectives(items, n)
         assert len(made) == groups
         assert [pair for question, answers in made for pair in zip(question.split("; "), answers, strict=True)] == items[: groups * n]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_half_a_surrogate_pair_is_replaced(tmp_path, lines):
+    """JSON can spell it, tokenizers refuse it; whole pairs stay what they are."""
+    record = '{"id": "1", "question": "Who \\ud83d is \\ud83d\\ude00 Ada?", "answer": "Ada", "supporting_facts": [["A", 0]], \
+"context": [["A", ["Ada \\uD83D was."]]], "type": "x", "level": "y"}'
+    file = tmp_path / "questions.json"
+    file.write_text(record if lines else f"[{record}]")
+    (question,) = load_questions(file)
+    assert question.question == "Who ? is \N{GRINNING FACE} Ada?" and question.gold[0][1] == "Ada ? was."

@@ -721,3 +721,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(served, tmp_path):
     for process, (arguments, word) in zip(processes, cases, strict=True):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    """In a corpus and in a server's answer: what comes out can be encoded."""
+    file = tmp_path / "passages.jsonl"
+    file.write_text('{"title": "T \\ud83d", "text": "x \\ud83d\\ude00"}\n{"contents": "\\"U\\"\\nhalf \\udc00"}\n')
+    assert read_passages(file) == [{"title": "T ?", "text": "x \N{GRINNING FACE}"}, {"title": "U", "text": "half ?"}]
+    reply = b'{"result": [[{"document": {"contents": "T\\n\\ud83d"}, "score": 1.0}]]}'
+    assert Http("http://127.0.0.1:1/retrieve")._parse(reply, 1, 3) == [[{"title": "T", "text": "?", "score": 1.0}]]
