@@ -336,7 +336,7 @@ def test_embeddings_are_made_once(encoder, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         Dense(["new"], str(folder), tmp_path / "i")
     assert len(list((tmp_path / "i").iterdir())) == 5
-    with pytest.raises(UserError, match="--model"):
+    with pytest.raises(UserError, match="encoder .*nowhere: not one"):
         Dense(texts, str(tmp_path / "nowhere"), tmp_path / "i")
 
 
