@@ -288,7 +288,7 @@ def main() -> None:
     for name in evaluation.against:
         check_model(name, "--against")
     retriever = open_retriever(setting.retriever, setting.text, setting.encoder) if setting.task == "searchqa" else None
-    lengths, rows, source = sorted(set(evaluation.lengths)) or default_lengths(setting.chunks), [], None
+    lengths, rows, source = sorted(set(evaluation.lengths or default_lengths(setting.chunks))), [], None
     for name in (setting.model, *evaluation.against):
         model, tokenizer = load_model(name, device, setting.dtype, "--model" if name == setting.model else "--against")
         if source:  # the same texts for all, by one tokenizer

@@ -58,7 +58,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('memtrain', '--ner en_no_such_pipeline',
      '--ner en_no_such_pipeline: not installed; run `python -m spacy download en_no_such_pipeline`, or use --ner rules'),
     ('memtrain', '--chunk_tokens 5120',
-     '--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5520 tokens, {root}/tiny/model has 2048; make them smaller'),
+     '--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5258 tokens, {root}/tiny/model has 2048; make them smaller'),
     ('memtrain', '--chunk_tokens 3', '--chunk-tokens 3: a chunk needs at least 16'),
     ('memtrain', '--chunk_tokens 0', '--chunk-tokens 0: must be a number of at least 1'),
     ('memtrain', '--chunks 0', '--chunks 0: must be a number of at least 1'),
@@ -122,8 +122,8 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
     ('eval', '--against {bad}/nowhere', '--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
     ('memtrain', '--lr inf', '--lr inf: must be a number of at least 0'),
-    ('eval', '--plot {bad}/curve.foo', '--plot {bad}/curve.foo: must end in .png, .svg or .pdf'),
     ('eval', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
+    ('eval', '--plot {bad}/curve.foo', '--plot {bad}/curve.foo: must end in .png, .svg or .pdf'),
 ]  # fmt: skip
 
 
