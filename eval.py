@@ -19,7 +19,7 @@ import torch
 
 from errors import UserError, run
 from masking import Corpus, draw_recall
-from parallel import gather
+from parallel import first_error, gather
 from retrieval import open_retriever
 from rewards import boxed, exact_match, f1_score, objective_scores, substring_match
 from rollout import EMPTY_MEMORY, answer, cut, prompt_overhead, read, recall, search
@@ -66,7 +66,7 @@ def evaluate(
             built, lost = [corpus.document(i, "heldout", chunks=chunks) for i in range(rank, setting.eval_documents, processes)], None
         except UserError as error:  # a small corpus can't fill the longest documents
             built, lost = [], error
-        if lost := next((error for error in gather(lost) if error), None):
+        if lost := first_error(lost):
             if rank == 0:
                 print(f"evaluation at {chunks} chunks is left out: {lost}")
         else:

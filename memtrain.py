@@ -36,7 +36,7 @@ from eval import default_lengths, evaluate, evaluate_questions, score, table
 from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
 from masking import draw_recall
 from masters import MasterAdamW
-from parallel import gather
+from parallel import first_error, gather
 from retrieval import open_retriever
 from rewards import recall_reward, trajectory_reward
 from rollout import Trajectory, Turn, read, recall, search
@@ -230,8 +230,8 @@ def main() -> None:
     pack = can_pack_completions(model)
     if rank == 0:
         print(f"{setting.task} on {processes} x {device}")
-    if rank == 0 and not pack:
-        print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
+        if not pack:
+            print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def main() -> None:
             lost = None
         except UserError as error:
             lost = error
-        if lost := next((error for error in gather(lost) if error), None):  # text, retriever or memory gave out, for one or for all
+        if lost := first_error(lost):  # text, retriever or memory gave out, for one or for all
             if step:
                 checkpoint(model, tokenizer, optimizer, setting, training, drawn, state, rank)  # keep what was learned
             raise lost

@@ -55,6 +55,11 @@ def gather(value) -> list:
     return values
 
 
+def first_error(error: Exception | None) -> Exception | None:
+    """The error of the lowest rank that met one, on all processes, so that they give up together. Called by all."""
+    return next((met for met in gather(error) if met), None)
+
+
 def sum_gradients(gradients: list[torch.Tensor]) -> None:
     """Add up each gradient over all processes, in place: afterwards all hold the same."""
     if dist.is_initialized():

@@ -203,12 +203,12 @@ def contents(passage: dict) -> str:
     return '"{}"\n{}'.format(passage["title"].replace("\n", " "), passage["text"])
 
 
-def split_contents(whole: str) -> dict:
+def split_contents(joined: str) -> dict:
     """{"title", "text"} of what `contents` made. A single line without quotes is a text without a title."""
-    title, newline, text = whole.partition("\n")
+    title, newline, text = joined.partition("\n")
     quoted = len(title) > 1 and title[0] == title[-1] == '"'
     if not newline and not quoted:
-        return {"title": "", "text": whole}
+        return {"title": "", "text": joined}
     return {"title": title[1:-1] if quoted else title, "text": text}
 
 

@@ -8,7 +8,6 @@
 Temperature is 1, without top-p, top-k or penalties, so that the log-probs of training are of what was sampled.
 """
 
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from attention import can_share_prompts, is_plain, prefill
-from batching import by_length
+from batching import by_length, by_prompt
 from errors import UserError
 
 
@@ -111,8 +110,10 @@ def generate(
         full = False
         try:
             # What a row holds of the cache: a prompt that stands there once, its share of it.
-            rows_of = Counter(tuple(prompts[i]) for i in waiting) if once else {}
-            sizes = [ceil(len(prompts[i]) / rows_of.get(tuple(prompts[i]), 1)) + new_tokens for i in waiting]
+            sizes = [len(prompts[i]) + new_tokens for i in waiting]
+            for group in by_prompt([prompts[i] for i in waiting]) if once else []:
+                for n in group:
+                    sizes[n] = ceil(len(prompts[waiting[n]]) / len(group)) + new_tokens
             for places in by_length(sizes, limits.rollout_tokens, fill):
                 batch = [waiting[n] for n in places]
                 prefill_tokens = limits.rollout_tokens // 8 if share else None
