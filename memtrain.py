@@ -14,372 +14,235 @@ Where this differs from the paper:
     of an entity: README lists what was chosen.
   - An answer ends where its box closes, so its EOS is neither sampled nor trained.
   - 20 % of the titles are held out: no pivot of an evaluation was one in training. The entity asked for may have been.
+
+The fast parts have plain twins: `--plain True` samples with rollout.generate and trains with grpo.token_logprobs.
 """
 
-import json
 import math
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-import checkpoints
-import parallel
-from attention import can_pack_completions
-from errors import UserError, run
-from eval import default_lengths, evaluate, evaluate_questions, score, table
-from grpo import batch_tokens, completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
-from masking import draw_recall
-from masters import MasterAdamW
-from parallel import first_error, gather
-from retrieval import open_retriever
-from rewards import recall_reward, trajectory_reward
-from rollout import Trajectory, Turn, read, recall, search
-from settings import Setting, limits, load_model, load_source, option, parse
+import grpo
+import rollout
+from engine import packing, parallel, sampling
+from engine.config import Config, load_model, run_script
+from engine.optimizer import MasterAdamW
+from engine.run import Run
+from eval import default_lengths, measure
+from grpo import Group, assign_advantages, conversation_weights, grpo_loss, recall_groups, trajectory_groups
+from masking import Recall, draw_recall
+from rewards import answer_reward, recall_reward, trajectory_reward
+from rollout import Trajectory, Turn, limits_of, recall, sampler
+from tasks.sources import load_task
 
 
-@dataclass
-class Training:
-    """GRPO on the two proxy tasks. The defaults are those of the tiny model."""
+def main(config: Config) -> None:
+    run = Run(config)
+    policy, tokenizer = load_model(config.model, run.device, config.dtype)
+    reference = load_reference(config, run.device)
+    with parallel.main_first():
+        source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out := Counter())
+    if not config.plain:
+        packing.enable(policy, reference)
+    if config.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
+    budget = sampling.Budget(config.rollout_tokens)
+    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
+    sample, greedy = sampler(generate, policy, tokenizer), sampler(generate, policy, tokenizer, greedy=True)
+    limits = limits_of(config, tokenizer)
+    evaluation = partial(measure, greedy, agent, source, limits, config, default_lengths(config.chunks))
 
-    out: str = option("runs/tiny", "folder of this run; it must not hold another")
-    steps: int = option(22, "steps: one rollout of every document, then its updates (paper: 300)")
-    documents: int = option(8, "documents a step (paper: 32)")
-    g1: int = option(8, "trajectories a document, a group")
-    g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
-    recall_weight: float = option(0.5, "lambda of Eq. 2")
-    ablation: str = option("none", "none, end_to_end (no recall at all) or decoupled (recall stays out of R^E)", choices=["none", "end_to_end", "decoupled"])
-    shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
+    run.open(policy, tokenizer, optimizer, budget)
+    run.evaluate("before", evaluation)
+    run.resume()
+    for step in run.steps():
+        with run.guard():
+            # 1. Read (3.1, 3.2): G1 trajectories a document, document by document; the documents of this process
+            documents_D = run.draw(source, step)
+            trajectories_DG = agent(sample, documents_D, limits, samples=config.g1)
+            run.lap("rollout")
+            # 2. Recall (3.3): G2 answers a trajectory; [] where there is nothing to recall
+            targets_DG = draw_targets(trajectories_DG, config, step)
+            recalls_DG = recall(sample, trajectories_DG, targets_DG, limits, samples=config.g2)
+            run.lap("recall")
+        # 3. Rewards: Eq. 1, then Eq. 2
+        recall_rewards_DG = [recall_rewards(*pair) for pair in zip(recalls_DG, targets_DG, strict=True)]
+        correct_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
+        rewards_DG = [
+            trajectory_reward(correct, own, config.joint_weight)
+            for correct, own in zip(correct_DG, recall_rewards_DG, strict=True)
+        ]
+        # 4. Advantages (Eq. 3) over both kinds of group; groups of equal rewards drop out
+        groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
+        groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
+        turns = assign_advantages(groups, config.advantage)
+        # 5. Update: Eq. 4
+        store_reference_logprobs(reference, turns, config, run.device)
+        run.lap("reference")
+        lr = learning_rate(config, step)
+        stats = update(policy, optimizer, turns, lr, config)
+        run.lap("update")
+        # 6. Log and save
+        rows = step_rows(trajectories_DG, recalls_DG, groups, correct_DG, rewards_DG, recall_rewards_DG)
+        run.log(step, rows, stats, {"lr": lr, "left_out": left_out.total()})
+        run.show(step, sample_text(trajectories_DG[0], recalls_DG[0], rewards_DG[0]), documents_D[0].chunks)
+        run.save_if_due(step, stats["bad_updates"])
+    if not run.stopped:
+        run.evaluate("after", evaluation)
+    run.finish()
 
-    lr: float = option(4e-4, "peak learning rate of AdamW (paper: 1e-6)")
-    lr_warmup: int = option(2, "steps of linear warm-up")
-    lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
-    grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
-    advantage: str = option("group_norm", "group_norm, or mean as in the paper (Eq. 3)", choices=["group_norm", "mean"])
-    eps_low: float = option(0.2, "clip range below 1")
-    eps_high: float = option(0.2, "clip range above 1")
-    kl: float = option(0.0, "beta, KL to the model that training started from (paper: 1e-3); 0 loads no reference")
-    update_batch: int | None = option(None, "documents an update (default: all of a step's)")
-    train_tokens: int = option(4096, "padded tokens of one forward and backward; gradients add up over them")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
-    offload_optimizer: bool = option(False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU")
-    offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
 
-    sample_every: int = option(10, "show a decoded trajectory every so many steps")
-    save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
-    keep: int = option(2, "checkpoints to keep")
-    resume: str = option("auto", "auto goes on with an unfinished run of the same settings in --out; never refuses", choices=["auto", "never"])
-    max_bad_steps: int = option(3, "stop after so many steps in a row whose gradient is not finite; their updates are left out")
+# ---- the rollout -----------------------------------------------------------------------------------------
 
 
-def learning_rate(training: Training, step: int) -> float:
+def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> list[Recall | None]:
+    """What each trajectory is asked to recall: one draw of (k, l, entity) a trajectory, or a document; or None."""
+    targets = []
+    for n, trajectory in enumerate(trajectories):
+        place = trajectory.document.place
+        who = place if config.shared_recall_draw else place * config.g1 + n % config.g1
+        rng = np.random.default_rng([config.seed, step, who])
+        targets.append(draw_recall(trajectory.document, rng) if config.recalls else None)
+    return targets
+
+
+def recall_rewards(recalls: list[Turn], target: Recall | None) -> list[float]:
+    """Eq. 1 for the G2 answers of one trajectory."""
+    return [recall_reward(turn.text, target.entity) for turn in recalls]
+
+
+# ---- the update ------------------------------------------------------------------------------------------
+
+
+def load_reference(config: Config, device: str):
+    """The model that training started from, for the KL; None without."""
+    if not config.kl:
+        return None
+    device = "cpu" if config.offload_reference else device
+    return load_model(config.model, device, config.dtype)[0].requires_grad_(False)
+
+
+def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up, then constant or a cosine that ends at zero."""
-    rate = training.lr * min(1.0, (step + 1) / max(1, training.lr_warmup))
-    if training.lr_schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / training.steps))
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup))
+    if config.lr_schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return rate
 
 
-def mark(turns: list[Turn], document: int, advantage: float) -> list[Turn]:
-    """The turns with their document and the advantage that all their tokens get."""
-    for turn in turns:
-        turn.document, turn.advantage = document, advantage
-    return turns
-
-
-def logprobs_of(model, turns: list[Turn], training: Training, pack: bool) -> list[torch.Tensor]:
-    """Log-probs (completion,) of every turn under `model` as it is now, without gradient."""
-    found: list = [None] * len(turns)
-    with torch.no_grad():
-        for batch in micro_batches(turns, training.train_tokens, pack):
-            logprobs, _, _ = completion_logprobs(model, [turns[i] for i in batch], share_prompts=pack)
-            for i, row in zip(batch, logprobs, strict=True):
-                found[i] = row[: len(turns[i].completion_ids)]
+@torch.no_grad()
+def logprobs_under(model, turns: list[Turn], config: Config) -> list[tuple[Turn, torch.Tensor]]:
+    """Each turn with the log-probs (completion,) of its tokens under `model` as it is now."""
+    token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
+    found = []
+    for batch in packing.micro_batches(model, turns, config.train_tokens):
+        logprobs, _, _ = token_logprobs(model, batch)  # (turns, longest)
+        found += [(turn, row[: len(turn.completion_ids)]) for turn, row in zip(batch, logprobs, strict=True)]
     return found
 
 
-def update(
-    model, optimizer: MasterAdamW, lr: float, turns: list[Turn], frozen: list[torch.Tensor] | None, training: Training, pack: bool
-) -> dict[str, float]:
-    """Eq. 4 over this process' `turns`, in updates of `--update-batch` documents: sums for the metrics.
+def store_reference_logprobs(reference, turns: list[Turn], config: Config, device: str) -> None:
+    if reference is None:
+        return
+    for turn, logprobs in logprobs_under(reference.to(device), turns, config):
+        turn.reference_logprobs = logprobs
+    if config.offload_reference:
+        reference.to("cpu")
 
-    `frozen` are the reference's log-probs of the turns, or None without KL. Weights are those of all processes'
-    documents together, and the optimizer adds up the gradients.
-    """
-    size = training.update_batch or training.documents
-    starts = range(0, training.documents, size)
-    # From the second update on the policy is no longer the one that sampled.
-    old = logprobs_of(model, turns, training, pack) if len(starts) > 1 else None
+
+def update(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config) -> dict[str, float]:
+    """Eq. 4 over this process's `turns`, in updates of `--update-batch` documents -> sums for the metrics."""
+    # Hugging Face checkpoints activations only in train mode. Dropout stays off: load_model has set it to 0.
+    policy.train(config.gradient_checkpointing)
+    size = config.update_batch or config.documents
+    starts = range(0, config.documents, size)
+    if len(starts) > 1:  # from the second update on the policy is no longer the one that sampled
+        for turn, logprobs in logprobs_under(policy, turns, config):
+            turn.old_logprobs = logprobs
     totals = {"loss": 0.0, "used_tokens": 0, "padded_tokens": 0}
     norms = []
     for start in starts:
-        mine = [i for i, turn in enumerate(turns) if start <= turn.document < start + size]
-        kept = len({turns[i].document for i in mine})
-        kept_everywhere = sum(gather(kept))
-        if not kept_everywhere:
+        mine = [turn for turn in turns if start <= turn.document < start + size]
+        if not weigh(mine):
             continue
-        weights = conversation_weights([turns[i].document for i in mine], [True] * len(mine)) * kept / kept_everywhere
-        weight = dict(zip(mine, weights.tolist(), strict=True))
-        for positions in micro_batches([turns[i] for i in mine], training.train_tokens, pack):
-            batch = [mine[p] for p in positions]
-            part = [turns[i] for i in batch]
-            logprobs, entropy, mask = completion_logprobs(model, part, share_prompts=pack, with_entropy=True)  # (turns, longest)
-            then, anchor = ([rows[i] for i in batch] if rows else None for rows in (old, frozen))
-            loss, stats = grpo_loss(
-                logprobs, pad_sequence(then, True) if then else None, pad_sequence(anchor, True) if anchor else None, mask,
-                torch.tensor([turn.advantage for turn in part], device=mask.device),
-                torch.tensor([weight[i] for i in batch], device=mask.device),
-                training.eps_low, training.eps_high, training.kl, entropy,
-            )  # fmt: skip
+        for batch in packing.micro_batches(policy, mine, config.train_tokens):
+            loss, stats = batch_loss(policy, batch, config)
             loss.backward()
-            used, padded = batch_tokens(part, pack)
+            used, padded = packing.batch_tokens(policy, batch)
             sums = {name: value.item() for name, value in stats.items()}
             sums |= {"loss": loss.item() / len(starts), "used_tokens": used, "padded_tokens": padded}
             totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-        norms.append(optimizer.step(lr, training.grad_clip))
+        norms.append(optimizer.step(lr, config.grad_clip))  # sums the gradients of all processes
+    policy.eval()
     done = [norm for norm in norms if math.isfinite(norm)]
-    return totals | {"grad_norm": float(np.mean(done)) if done else 0.0, "updates": len(done), "bad_updates": len(norms) - len(done)}
+    totals["grad_norm"] = float(np.mean(done)) if done else 0.0
+    return totals | {"updates": len(done), "bad_updates": len(norms) - len(done)}
 
 
-def sample_text(trajectory: Trajectory, recalled: list[Turn], reward: float) -> str:
-    """One trajectory as a person would read it: what it kept after each chunk, and what it answered."""
-    lines = [f"{trajectory.document.question} y = {trajectory.document.answers}, answered {trajectory.prediction!r}, R^E = {reward:.2f}"]
-    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
-    lines += [f"  recall: {turn.text.strip()}" for turn in recalled[:2]]
-    return "\n".join(lines)
+def weigh(turns: list[Turn]) -> int:
+    """Set the weights of an update's turns -> the number of its documents, both over all processes."""
+    documents = [turn.document for turn in turns]
+    kept = len(set(documents))
+    kept_everywhere = sum(parallel.gather(kept))
+    if kept_everywhere:
+        weights = conversation_weights(documents) * kept / kept_everywhere  # (turns,)
+        for turn, weight in zip(turns, weights.tolist(), strict=True):
+            turn.weight = weight
+    return kept_everywhere
 
 
-def model_card(setting: Setting, step: int) -> str:
-    return (
-        f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{setting.model}` after {step} steps of {setting.task} (arXiv 2606.03197) on `{setting.text}`: it reads a text "
-        f"chunk by chunk ({setting.chunk_tokens} tokens) and keeps a memory of up to {setting.memory_tokens} tokens.\n"
-        "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
+def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 4's part of one micro-batch -> loss, stats."""
+    token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
+    logprobs, entropy, mask = token_logprobs(policy, batch, with_entropy=True)  # (turns, longest)
+    return grpo_loss(
+        logprobs, padded([turn.old_logprobs for turn in batch]), padded([turn.reference_logprobs for turn in batch]),
+        mask, torch.tensor([turn.advantage for turn in batch], device=mask.device),
+        torch.tensor([turn.weight for turn in batch], device=mask.device),
+        config.eps_low, config.eps_high, config.kl, entropy,
     )
 
 
-def checkpoint(
-    model, tokenizer, optimizer, setting: Setting, training: Training, drawn: dict[str, torch.Tensor], state: dict, rank: int
-) -> None:
-    """Write what going on needs; `drawn` is this process' random state at the end of `state["step"]`. Called by all processes."""
-    states = gather(drawn)
-    if rank == 0:
-        ended = state["step"] == training.steps  # nothing takes the optimizer on from here
-        tensors = {} if ended else {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
-        tensors |= {f"random/{n}/{name}": tensor for n, part in enumerate(states) for name, tensor in part.items()}
-        checkpoints.save(Path(training.out), state, model, tokenizer, model_card(setting, state["step"]), training.keep, tensors)
+def padded(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """(turns, longest), or None where no log-probs were stored."""
+    return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
 
-def step_metrics(rows: dict[str, list], sums: dict[str, float], clock: list[float]) -> dict:
-    """A line of metrics.jsonl, of what all processes sampled (`rows`) and trained on (`sums`)."""
-    mean = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
-    std = {name: float(np.std(values)) if values else None for name, values in rows.items()}
-    trained = max(sums.get("tokens", 0), 1)
-    padding, tokens = sum(rows["padding"]), sum(rows["prompt_tokens"]) + sum(rows["completion_tokens"])
+# ---- what a step tells -----------------------------------------------------------------------------------
+
+
+def step_rows(
+    trajectories: list[Trajectory], recalls: list[list[Turn]], groups: list[Group], correct: list[float],
+    rewards: list[float], recall_rewards: list[list[float]],
+) -> dict[str, list]:
+    """What the metrics count: a value a sample, turn, group or document."""
+    documents = list({id(t.document): t.document for t in trajectories}.values())
+    written = [turn for t in trajectories for turn in t.turns] + [turn for group in recalls for turn in group]
     return {
-        "end_to_end": mean["correct"], "end_to_end_std": std["correct"], "recall": mean["recalled"], "recall_std": std["recalled"],
-        "reward": mean["reward"], "reward_std": std["reward"],
-        "degenerate": mean["dull"], "leaky": sum(rows["leaks"]) / sum(rows["draws"]),
-        "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
-        "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
-        "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
-        "padding_rollout": padding / (tokens + padding),
-        "padding_update": 1 - sums["used_tokens"] / sums["padded_tokens"] if sums["padded_tokens"] else 0.0,
-        "tokens_per_second": tokens / (clock[4] - clock[0]),
-        "seconds_rollout": clock[1] - clock[0], "seconds_recall": clock[2] - clock[1],
-        "seconds_reference": clock[3] - clock[2], "seconds_update": clock[4] - clock[3],
-    }  # fmt: skip
+        "correct": correct, "reward": rewards, "recalled": [reward for group in recall_rewards for reward in group],
+        "degenerate": [group.degenerate for group in groups],
+        "leaks": [document.leaks for document in documents], "draws": [1 + document.redraws for document in documents],
+        "truncated": [not turn.ended for turn in written], "unboxed": [t.prediction is None for t in trajectories],
+        "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
+        "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
+        "completion_tokens": [len(turn.completion_ids) for turn in written],
+    }
 
 
-def main() -> None:
-    setting, training = parse(Setting, Training)
-    out, config = Path(training.out), asdict(setting) | asdict(training)
-    if Path(setting.model).is_dir():
-        config["model"] = str(Path(setting.model).resolve())  # runs/X/checkpoint leads elsewhere when X goes on
-    resuming = checkpoints.unfinished(out, config, training.resume)
-    if training.g1 < 2 or (training.g2 < 2 and training.ablation != "end_to_end" and setting.task == "memtrain"):
-        raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
-    rank, processes, device = parallel.start()
-    if training.documents < processes:
-        raise UserError(f"--documents {training.documents}: each of the {processes} processes needs at least one")
-    last = checkpoints.newest(out) if resuming else None
-    evaluated = resuming and (out / "eval.json").exists()
-    if len(set(gather((resuming, last, evaluated)))) > 1:
-        raise UserError(f"--out {out}: the processes don't see the same folder; give a path that all machines share")
-    seed = setting.seed + 1_000_003 * rank  # every process draws its own samples
-    torch.manual_seed(seed)
-
-    model, tokenizer = load_model(setting.model, device, setting.dtype)
-    if not logits_agree(model):
-        raise UserError(f"--model {setting.model}: {type(model).__name__} scales or caps its logits in a way that grpo.py doesn't know")
-    reference = None
-    if training.kl:
-        reference = load_model(setting.model, "cpu" if training.offload_reference else device, setting.dtype)[0].requires_grad_(False)
-    with parallel.main_first(rank):  # the others find what it has cached
-        corpus = load_source(setting, model, tokenizer, out.parent / ".entities", left_out := Counter())
-        retriever = open_retriever(setting.retriever, setting.text, setting.encoder) if setting.task == "searchqa" else None
-    recalls = setting.task == "memtrain" and training.ablation != "end_to_end"
-    if training.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
-    pack = can_pack_completions(model)
-    if rank == 0:
-        print(f"{setting.task} on {processes} x {device}")
-        if not pack:
-            print(f"{setting.model}: completions are not packed behind shared prompts, as not every layer attends to the whole text by sdpa")
-
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = checkpoints.lock(out)  # noqa: F841  held until this process ends
-        if checkpoints.unfinished(out, config, training.resume) != resuming:
-            raise UserError(f"--out {out}: another run came and went meanwhile; run the same command again")
-        checkpoints.write_config(out, config)
-    lengths, rows, budget = default_lengths(setting.chunks), [], limits(setting)
-    measure, more = (evaluate, {}) if setting.task == "memtrain" else (evaluate_questions, {"retriever": retriever})
-    if evaluated:
-        rows = json.loads((out / "eval.json").read_text())
-    elif setting.eval_documents:
-        rows = measure(model, tokenizer, corpus, setting, lengths, "before", rank, processes, **more)
-        if rank == 0:
-            print(table(rows))
-            checkpoints.replace_text(out / "eval.json", json.dumps(rows, indent=1))
-    state = {"step": 0, "processes": processes, "seconds": 0.0, "bad_steps": 0, "rollout_tokens": budget.rollout_tokens}
-    if last:
-        state |= checkpoints.load(last, model, optimizer, rank, processes)
-        budget.rollout_tokens = min(budget.rollout_tokens, state["rollout_tokens"])
-        if rank == 0:
-            print(f"going on after step {state['step']}")
-            checkpoints.point(out, last, training.keep)  # a kill may have come between its writing and this
-    if rank == 0:
-        checkpoints.rewind(out, state)
-
-    signals = checkpoints.catch_signals()
-    bar = tqdm(range(state["step"], training.steps), desc="memtrain", disable=rank > 0, initial=state["step"], total=training.steps)
-    for step in bar:
-        clock, drawn = [time.perf_counter()], checkpoints.random_state()
-        mine = range(rank, training.documents, processes)  # this process' documents of the step
-        try:
-            documents = [corpus.document(step * training.documents + n) for n in mine]
-            if retriever:
-                trajectories = search(model, tokenizer, documents, retriever, budget, samples=training.g1)
-            else:
-                trajectories = read(model, tokenizer, documents, budget, samples=training.g1)
-            lost = None
-        except UserError as error:
-            lost = error
-        if lost := first_error(lost):  # text, retriever or memory gave out, for one or for all
-            if step:
-                checkpoint(model, tokenizer, optimizer, setting, training, drawn, state, rank)  # keep what was learned
-            raise lost
-        places = [n * training.g1 + sample for n in mine for sample in range(training.g1)]  # among all of the step
-        clock.append(time.perf_counter())
-
-        # One draw of (k, l, entity) a trajectory, or a document; None where a document has nothing to recall.
-        draws = []
-        for place, trajectory in zip(places, trajectories, strict=True):
-            who = place // training.g1 if training.shared_recall_draw else place
-            rng = np.random.default_rng([setting.seed, step, who])
-            draws.append(draw_recall(trajectory.document, rng) if recalls else None)
-        asked = [n for n, draw in enumerate(draws) if draw]
-        answers = recall(model, tokenizer, [(trajectories[n], draws[n]) for n in asked], budget, training.g2)
-        recalled = dict(zip(asked, answers, strict=True))
-        clock.append(time.perf_counter())
-
-        recall_rewards = {n: [recall_reward(turn.text, draws[n].entity) for turn in recalled[n]] for n in asked}  # Eq. 1
-        correct = [score(t.prediction, t.document) for t in trajectories]
-        added = {} if training.ablation == "decoupled" else recall_rewards
-        rewards = [trajectory_reward(c, added.get(n, []), training.recall_weight) for n, c in enumerate(correct)]  # Eq. 2
-
-        rewards_DG = torch.tensor(rewards, dtype=torch.float64).view(-1, training.g1)  # (documents, G1)
-        advantages_DG, dull_D = group_advantages(rewards_DG, training.advantage)  # Eq. 3
-        turns, dull = [], dull_D.tolist()
-        for n, trajectory in enumerate(trajectories):
-            document, sample = divmod(n, training.g1)
-            if not dull_D[document]:
-                turns += mark(trajectory.turns, mine[document], advantages_DG[document, sample].item())
-        if asked:
-            recall_RG = torch.tensor([recall_rewards[n] for n in asked], dtype=torch.float64)  # (recalls, G2)
-            advantages_RG, dull_R = group_advantages(recall_RG, training.advantage)
-            dull += dull_R.tolist()
-            for n, advantages, equal in zip(asked, advantages_RG.tolist(), dull_R, strict=True):
-                for turn, advantage in zip(recalled[n], advantages, strict=True):
-                    if not equal:
-                        turns += mark([turn], mine[n // training.g1], advantage)
-
-        frozen = None
-        if reference is not None:
-            frozen = logprobs_of(reference.to(device), turns, training, pack)
-            if training.offload_reference:
-                reference.to("cpu")
-        clock.append(time.perf_counter())
-
-        # Hugging Face checkpoints activations only in train mode; dropout, the other thing that mode switches on, stays
-        # off because load_model zeroes it.
-        model.train(training.gradient_checkpointing)
-        sums = update(model, optimizer, learning_rate(training, step), turns, frozen, training, pack)
-        model.eval()
-        clock.append(time.perf_counter())
-
-        written = [turn for t in trajectories for turn in t.turns] + [turn for group in answers for turn in group]
-        part = {
-            "correct": correct, "reward": rewards, "recalled": [r for group in recall_rewards.values() for r in group], "dull": dull,
-            "leaks": [d.leaks for d in documents], "draws": [1 + d.redraws for d in documents],
-            "truncated": [not turn.ended for turn in written], "unboxed": [t.prediction is None for t in trajectories],
-            "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
-            "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
-            "completion_tokens": [len(turn.completion_ids) for turn in written],
-        }  # fmt: skip
-        parts, all_sums, stops, budgets = zip(*gather((part, sums, bool(signals), budget.rollout_tokens)), strict=True)
-        if rank == 0:
-            metrics = {"step": step + 1} | step_metrics(
-                {name: [value for part in parts for value in part[name]] for name in part},
-                {name: sum(sums.get(name, 0) for sums in all_sums) for name in set().union(*all_sums)}, clock,
-            ) | {name: sums[name] for name in ("grad_norm", "updates", "bad_updates")}  # fmt: skip
-            metrics |= {"lr": learning_rate(training, step), "left_out": left_out.total()}
-            metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"] or 0.0}
-            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
-            if step % training.sample_every == 0:
-                text = sample_text(trajectories[0], recalled.get(0, []), rewards[0])
-                tqdm.write(f"step {step + 1}: {text}")
-                with (out / "samples.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step + 1, "document": documents[0].chunks, "text": text}) + "\n")
-
-        state["step"], state["seconds"] = step + 1, state["seconds"] + time.perf_counter() - clock[0]
-        state["bad_steps"] = state["bad_steps"] + 1 if sums["bad_updates"] else 0
-        state["rollout_tokens"] = min(budgets)
-        broken = state["bad_steps"] >= training.max_bad_steps
-        if broken or any(stops) or (step + 1) % training.save_every == 0 or step + 1 == training.steps:
-            checkpoint(model, tokenizer, optimizer, setting, training, checkpoints.random_state(), state, rank)
-        if broken:
-            raise UserError(f"the gradient was not finite in {state['bad_steps']} steps in a row, up to step {step + 1}; {out}/checkpoint has "
-                            "the weights from before: look at the corpus, or lower --lr")  # fmt: skip
-        if any(stops):
-            break
-    checkpoints.release_signals()
-    if state["step"] < training.steps:
-        if rank == 0:
-            print(f"stopped after step {state['step']}; go on with: {checkpoints.command(processes)}")
-        return parallel.stop()
-
-    if setting.eval_documents:
-        rows = [row for row in rows if row["when"] == "before"]
-        rows += measure(model, tokenizer, corpus, setting, lengths, "after", rank, processes, **more)
-    if rank == 0:
-        if setting.eval_documents:
-            print(table(rows))
-            checkpoints.replace_text(out / "eval.json", json.dumps(rows, indent=1))
-        (out / "finished").touch()
-        print(f"{training.steps} steps in {state['seconds'] / 60:.1f} minutes on {processes} x {device}; checkpoint in {out / 'checkpoint'}")
-    parallel.stop()
+def sample_text(trajectory: Trajectory, recalls: list[Turn], reward: float) -> str:
+    """One trajectory as a person would read it: what it kept after each chunk, and what it answered."""
+    document = trajectory.document
+    answered = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
+    lines = [f"{document.question} y = {document.answers}, {answered}"]
+    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
+    lines += [f"  recall: {turn.text.strip()}" for turn in recalls[:2]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main, Config)

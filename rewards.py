@@ -67,7 +67,7 @@ def f1_score(prediction: str | None, answers: list[str]) -> float:
 
 
 def substring_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if the normalised words of one of `answers` stand in a row within `prediction`, never the other way round."""
+    """True if the normalised words of one of `answers` stand in a row in `prediction`; never the other way round."""
     golds = [normalize(answer) for answer in answers]
     return any(gold and f" {gold} " in f" {normalize(prediction or '')} " for gold in golds)
 
@@ -82,13 +82,19 @@ def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
     return sum(exact_match(one, golds) for one, golds in zip(given, answers)) / len(answers)
 
 
+def answer_reward(prediction: str | None, answers: list) -> float:
+    """EM of Eq. 2, 0 or 1; where `answers` holds the answers of several questions (MEM1), the mean over them."""
+    several = bool(answers) and isinstance(answers[0], list)
+    return objective_scores(prediction, answers) if several else float(exact_match(prediction, answers))
+
+
 def recall_reward(completion: str, entity: str) -> float:
     """Eq. 1: R^I of one recall answer, 1 on exact match and 0 otherwise."""
     return float(exact_match(boxed(completion), [entity]))
 
 
-def trajectory_reward(correct: bool, recall_rewards: list[float], recall_weight: float) -> float:
+def trajectory_reward(correct: float, recall_rewards: list[float], recall_weight: float) -> float:
     """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
     if not recall_rewards:
-        return float(correct)
-    return float(correct) + recall_weight * sum(recall_rewards) / len(recall_rewards)
+        return correct
+    return correct + recall_weight * sum(recall_rewards) / len(recall_rewards)

@@ -1,7 +1,7 @@
 """Several processes, one a GPU: each reads its own documents, and their gradients are summed by hand.
 
-No DistributedDataParallel: it waits for as many backward passes on every process, while here a process that kept fewer
-samples has fewer. Instead everyone runs what it has, and `sum_gradients` is the one place where their gradients meet.
+No DistributedDataParallel: it wants as many backward passes on every process, and a process that kept fewer samples
+has fewer. Every process runs what it has, and `sum_gradients` is the one place where gradients meet.
 `torchrun --nproc_per_node N` sets the environment that `start` reads; without it all of this is one process.
 """
 
@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from engine.errors import UserError
 
 
 def start() -> tuple[int, int, str]:
@@ -21,7 +21,10 @@ def start() -> tuple[int, int, str]:
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, "cuda" if cuda else "cpu"
     if cuda and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise UserError(f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs here; give as many as there are GPUs")
+        gpus = torch.cuda.device_count()
+        raise UserError(
+            f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; give as many as there are GPUs"
+        )
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
@@ -29,20 +32,28 @@ def start() -> tuple[int, int, str]:
     return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def stop() -> None:
-    """Called by all processes at a run's end; none leaves before the others are there, as its going looks like a failure."""
+    """Called by all processes at a run's end. Waits for all of them: torchrun treats an early exit as a failure."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 @contextmanager
-def main_first(rank: int):
-    """What is inside is run by process 0 alone, then by the others, who find what it has cached."""
-    if rank:
+def main_first():
+    """Process 0 runs the block alone, then the others run it and find what process 0 has cached."""
+    if rank():
         dist.barrier()
     yield
-    if not rank and dist.is_initialized():
+    if not rank() and dist.is_initialized():
         dist.barrier()
 
 

@@ -6,10 +6,15 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake of the user's, as that one line; `run` prints it."""
+    """A mistake of the user's, as that one line; `run_script` prints it."""
 
 
-def run(main) -> None:
+def first_line(error: Exception) -> str:
+    """What `error` says, without what follows on further lines; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def run_script(main) -> None:
     """Call `main`, a script's. Exits with 2 for a UserError, for a GPU that is too small and for a full disk."""
     try:
         main()
@@ -21,8 +26,11 @@ def run(main) -> None:
 
         if not isinstance(error, torch.OutOfMemoryError):
             raise
-        message = (f"out of GPU memory ({str(error).splitlines()[0]}): give smaller --rollout-tokens or --chunk-tokens; in training "
-                   "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference True")  # fmt: skip
+        message = (
+            f"out of GPU memory ({first_line(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
+            "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference "
+            "True"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

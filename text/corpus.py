@@ -1,18 +1,18 @@
-"""Unlabeled text as passages with their named entities: what the proxy tasks are made of (paper 3.2).
+"""Unlabeled text as passages with their named entities: the proxy tasks are made of these (paper 3.2).
 
     load_passages   a corpus as passages: local files or a hub data set
     find_entities   the named entities of each, by spaCy, cached on disk
 
-    python corpus.py --measure-ner FILE.jsonl [--ner rules]    # precision and recall on labelled spans
+    python -m text.corpus --measure-ner FILE.jsonl [--ner rules]    # precision and recall on labelled spans
 """
 
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,12 @@ import spacy
 from spacy.lang.en.stop_words import STOP_WORDS
 from tqdm import tqdm
 
-from errors import UserError, run
-from matching import MASK, TARGET, Span, occurrences
-from rewards import normalize
+from engine.errors import UserError, first_line, run_script
+from engine.files import replace_text
+from text.matching import MASK, TARGET, Span, occurrences
+from text.rows import read_rows
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}  # suffix -> builder of `datasets`
+FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
 
 @dataclass
@@ -36,31 +37,40 @@ class Passage:
     text: str
     entities: list[Span] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """The title as it stands in running text."""
+        return bare(self.title)
+
+
 # ---- passages -----------------------------------------------------------------------------------------
 
 
 def load_passages(
-    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text", title_field: str = "title",
-    max_passages: int | None = None, passage_words: int = 200, left_out: Counter | None = None,
-) -> list[Passage]:  # fmt: skip
+    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text",
+    title_field: str = "title", max_passages: int | None = None, passage_words: int = 200,
+    left_out: Counter | None = None,
+) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles of more than `passage_words` words are split at paragraph ends. Left out, with a note on stderr and counted in
-    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A passage
-    without a title goes by the name of its .txt file if that holds no other, or else by its first words. Raises UserError for whatever can't be read.
+    Articles of more than `passage_words` words are split at paragraph ends. Left out, told on stderr and counted in
+    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A
+    passage without a title goes by its .txt file's name, if that holds no other, else by its first words. UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
     for row, where in _rows(corpus, config, split):
         for name in {text_field, title_field} - {"title"}:
             if name not in row:
-                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {', '.join(sorted(row))}; name one of them")
-        if not isinstance(row[text_field] or "", str):
-            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
-        pieces = split_paragraphs(row[text_field] or "", passage_words)
-        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and str(where).endswith(".txt") else None)
+                fields = ", ".join(sorted(row))
+                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {fields}; name one of them")
+        text = row[text_field] or ""
+        if not isinstance(text, str):
+            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(text).__name__}, not text")
+        pieces = split_paragraphs(text, passage_words)
+        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
         left_out["empty"] += not pieces
         for text in pieces:
-            if any(token in text.lower() for token in ("[mask]", "[target]")):  # in any case, as y is masked in any case
+            if any(token in text.lower() for token in ("[mask]", "[target]")):
                 left_out[f"with a literal {MASK} or {TARGET}"] += 1
             elif "\ufffd" in text:  # what decoding puts where bytes made no sense
                 left_out["not UTF-8"] += 1
@@ -69,56 +79,49 @@ def load_passages(
         if max_passages and len(passages) >= max_passages:
             break
     if left_out.total():
-        print(f"{corpus}: left out passages that are {', '.join(f'{why} ({n})' for why, n in left_out.items() if n)}", file=sys.stderr)
+        reasons = ", ".join(f"{why} ({n})" for why, n in left_out.items() if n)
+        print(f"{corpus}: left out passages that are {reasons}", file=sys.stderr)
     if not passages:
         raise UserError(f"--corpus {corpus}: holds no passage")
     return passages[:max_passages]
 
 
-def _rows(corpus: str, config: str | None, split: str):
-    """(row, where it stands) of a corpus, one by one, nothing written to disk."""
+def _rows(corpus: str, config: str | None, split: str) -> Iterator[tuple[dict, str]]:
+    """(row, the place where it stands) of a corpus, one by one, nothing written to disk."""
     path = Path(corpus)
-    if not path.exists():
-        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
-            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
-        try:
-            yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
-        except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
-            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {_first_line(error)}") from None
+    if path.exists():
+        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
+        if not files:
+            raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
+        for file in files:
+            yield from _text_file(file) if file.suffix == ".txt" else _file_rows(file)
         return
-    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
-    if not files:
-        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs its own lines about what is reported below
-    for file in files:
-        # "utf8", as the reader of .json only looks at encoding_errors where the encoding isn't called "utf-8".
-        more = {} if file.suffix == ".parquet" else {"encoding": "utf8", "encoding_errors": "replace"}
-        more |= {"sample_by": "document"} if file.suffix == ".txt" else {}
-        try:
-            if file.stat().st_size:  # `datasets` ends in a bare StopIteration on an empty file
-                rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", streaming=True, **more)
-                yield from ((row, file) for row in rows)
-        except Exception as error:  # each builder has its own kinds
-            raise UserError(f"--corpus {file}: {_malformed_line(file) or _first_line(error)}; mend or remove it") from None
+    if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
+        raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
+    try:
+        yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
+    except Exception as error:  # the network, the name, the configuration, the split: all the user's to mend
+        why = first_line(error)
+        raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _text_file(file: Path) -> Iterator[tuple[dict, str]]:
+    yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
 
 
-def _malformed_line(file: Path) -> str | None:
-    """Which line of a .jsonl file is no JSON object, and why; `datasets` does not tell."""
-    for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line.decode(errors="replace")), dict):
-                return f"line {number} is not a JSON object"
-        except ValueError as error:
-            return f"line {number} is not JSON ({error})"
-    return None
+def _file_rows(file: Path) -> Iterator[tuple[dict, str]]:
+    """The rows of a file, each with the fields of the first."""
+    fields: dict = {}
+    try:
+        for row, where in read_rows(file, errors="replace"):
+            fields = fields or dict.fromkeys(row)
+            yield fields | row, where
+    except UserError as error:
+        raise UserError(f"--corpus {error}; mend or remove it") from None
 
 
 def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at line ends only: a longer paragraph stays whole, a heading is never alone."""
+    """`text` in pieces of about `words` words, cut at line ends only: a heading is never alone."""
     pieces, size = [], 0
     for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
         length = len(paragraph.split())
@@ -135,6 +138,7 @@ def split_paragraphs(text: str, words: int) -> list[str]:
 FOUND = 5  # raise when find_entities finds something else than before: it is part of the cache's name
 MONTHS = "January February March April May June July August September October November December".split()
 LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
+TRIM = re.compile(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*")
 QUANTITIES = {"DATE", "TIME", "NUMBER", "CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY"}
 
 
@@ -144,7 +148,9 @@ def pipeline(ner: str, titles=()):
         try:
             return spacy.load(ner, exclude=["parser", "lemmatizer"])
         except (OSError, ValueError):
-            raise UserError(f"--ner {ner or repr(ner)}: not installed; run `python -m spacy download {ner}`, or use --ner rules") from None
+            raise UserError(
+                f"--ner {ner or repr(ner)}: not installed; run `python -m spacy download {ner}`, or use --ner rules"
+            ) from None
     capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
     month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
     day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
@@ -156,15 +162,18 @@ def pipeline(ner: str, titles=()):
             [capitals, {"LOWER": "of"}, {"LOWER": "the"}, capitals],
             [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # inside a sentence a capital means a name
         ],
-        "DATE": [[month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
-                 [{"TEXT": {"REGEX": r"^\d{2,3}0s$"}}]],
+        "DATE": [
+            [month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
+            [{"TEXT": {"REGEX": r"^\d{2,3}0s$"}}],
+        ],
         "NUMBER": [[{"TEXT": {"REGEX": r"^\d+([.,]\d+)*$"}}]],
         "TITLE": sorted(name for name in map(bare, titles) if name[:1].isupper() and name.lower() not in STOP_WORDS),
-    }  # fmt: skip
+    }
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer")
     ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns([{"label": label, "pattern": pattern} for label, some in patterns.items() for pattern in some])
+    for label, some in patterns.items():
+        ruler.add_patterns([{"label": label, "pattern": pattern} for pattern in some])
     return nlp
 
 
@@ -174,7 +183,7 @@ def bare(title: str) -> str:
 
 
 def common_words(texts) -> set[str]:
-    """The words that `texts` write small at least once in ten times: such a word is hardly a name, even with a capital."""
+    """The words that `texts` write small at least once in ten times: hardly names, even with a capital."""
     total, small = Counter(), Counter()
     for text in texts:
         words = re.findall(r"[^\W\d_]+", text)
@@ -186,23 +195,24 @@ def common_words(texts) -> set[str]:
 def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
     """(start, end, label) of the entities worth masking in a spaCy doc.
 
-    Trimmed of a lower-case article, quotes and a final 's. Left out: what masking would not find again (no word edge),
-    what SQuAD's normalisation empties, and what would mask ordinary words: stop words, a single word of `common`,
-    names with neither a capital nor a digit.
+    Trimmed of a lower-case article, quotes and a final 's. Left out: a span that masking would not find again (no word
+    edge), and one that would mask ordinary words: stop words, a single word of `common`, names with neither a capital
+    nor a digit.
     """
     found, text = [], doc.text  # made anew at each mention
     for entity in doc.ents:
-        core = re.fullmatch(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*", entity.text)
+        core = TRIM.fullmatch(entity.text)
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
         plain = core[1].islower() and not any(c.isdigit() for c in core[1])
         ordinary = core[1].lower() in common or all(word in STOP_WORDS for word in core[1].lower().split())
-        if normalize(core[1]) and not plain and not ordinary and len(core[1]) <= 80 and found_again(text, start, end):
+        fits = 0 < len(core[1]) <= 80 and not plain and not ordinary
+        if fits and found_again(text, start, end):
             found.append((start, end, entity.label_))
     return found
 
 
 def found_again(text: str, start: int, end: int) -> bool:
-    """Whether masking finds this span: an edge of the raw text need not be one in NFKC, where Ulm\u2122 is UlmTM."""
+    """Whether masking finds this span: a word edge of the raw text may be none in NFKC, where Ulm\u2122 is UlmTM."""
     first = max(0, start - 8)
     return (start - first, end - first) in occurrences(text[first : end + 8], text[start:end])
 
@@ -212,7 +222,8 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
 
     Raises UserError if the pipeline is missing or finds nothing at all; then nothing is written.
     """
-    digest = hashlib.sha256(repr((FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))).encode())
+    settings = (FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))
+    digest = hashlib.sha256(repr(settings).encode())
     for passage in passages:
         digest.update(f"{passage.title}\0{passage.text}\0".encode("utf-8", "surrogatepass"))
     file = Path(cache) / f"entities-{digest.hexdigest()[:24]}.json"
@@ -222,16 +233,16 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
         return
     nlp = pipeline(ner, {passage.title for passage in passages})
     common = common_words(passage.text for passage in passages) | {"mask", "target"}
-    nlp.max_length = max([nlp.max_length, *(len(passage.text) + 1 for passage in passages)])  # a line may be a whole book
+    longest = max((len(passage.text) for passage in passages), default=0)
+    nlp.max_length = max(nlp.max_length, longest + 1)  # a line may be a whole book
     docs = nlp.pipe((passage.text for passage in passages), batch_size=64)
     for passage, doc in zip(tqdm(passages, desc=f"entities ({ner})"), docs, strict=True):
         passage.entities = [(start, end) for start, end, _ in spans(doc, common)]
     if not any(passage.entities for passage in passages):
-        raise UserError(f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}")  # several processes may write it at once
-    fresh.write_text(json.dumps([passage.entities for passage in passages]))
-    fresh.replace(file)
+        raise UserError(
+            f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text"
+        )
+    replace_text(file, json.dumps([passage.entities for passage in passages]))
 
 
 def measure(file: str, ner: str) -> str:
@@ -240,25 +251,28 @@ def measure(file: str, ner: str) -> str:
     Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
     """
     try:
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        rows = [row for row, _ in read_rows(Path(file))]
         texts, names = [row["text"] for row in rows], [row["entities"] for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f'--measure-ner {file}: no lines of {{"text", "entities"}} ({type(error).__name__}: {error})') from None
+    except (UserError, KeyError) as error:
+        raise UserError(f'--measure-ner {file}: no lines of {{"text", "entities"}} ({first_line(error)})') from None
     common, right, found, gold = common_words(texts), 0, 0, 0
     for labelled, doc in zip(names, pipeline(ner).pipe(texts), strict=True):
         mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
         theirs = {(start, end) for start, end, _ in labelled}
         right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
-    return f"{ner}: {len(texts)} texts, precision {right / found:.3f}, recall {right / gold:.3f} ({found} found, {gold} labelled)"
+    precision, recall = right / max(found, 1), right / max(gold, 1)
+    counts = f"{found} found, {gold} labelled"
+    return f"{ner}: {len(texts)} texts, precision {precision:.3f}, recall {recall:.3f} ({counts})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure-ner", metavar="FILE", required=True, help='lines of {"text", "entities": [[start, end, label]]}')
+    lines = 'lines of {"text", "entities": [[start, end, label]]}'
+    parser.add_argument("--measure-ner", metavar="FILE", required=True, help=lines)
     parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
     arguments = parser.parse_args()
     print(measure(arguments.measure_ner, arguments.ner))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

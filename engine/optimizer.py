@@ -1,15 +1,16 @@
 """AdamW over float32 master weights, for a policy that computes in bfloat16, on the GPU or in CPU memory.
 
 bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would all round away, and
-so would most of what accumulates in a bfloat16 gradient. Weights, moments and the gradients that add up over
-micro-batches are therefore kept in float32 here, and the policy holds a rounded copy. A float32 policy is its own master: this is then plain AdamW.
+so would most of what accumulates in a bfloat16 gradient. So weights, moments and the gradients that add up over
+micro-batches are float32 here, and the policy holds a rounded copy. A float32 policy is its own master: then this is
+plain AdamW.
 """
 
 import math
 
 import torch
 
-from parallel import sum_gradients
+from engine.parallel import sum_gradients
 
 
 class MasterAdamW:
@@ -38,7 +39,7 @@ class MasterAdamW:
         weight.grad = None
 
     def step(self, lr: float, grad_clip: float) -> float:
-        """One update with the gradients summed over all processes, none if they are not finite; their norm before clipping."""
+        """One update by the gradients of all processes, or none if they are not finite -> their norm, unclipped."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         gradients = []
@@ -60,12 +61,13 @@ class MasterAdamW:
         return norm.item()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on, but the policy's weights: moments, step counts and separate masters."""
-        found = {f"{n}.{name}": t for n, values in self.adamw.state_dict()["state"].items() for name, t in values.items()}
+        """All that the next step depends on, beside the policy: moments, step counts and separate masters."""
+        state = self.adamw.state_dict()["state"]
+        found = {f"{n}.{name}": tensor for n, values in state.items() for name, tensor in values.items()}
         return found | ({f"{n}.master": master for n, master in enumerate(self.masters)} if self.separate else {})
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors()`, the policy's weights being where they were; without masters these follow from them."""
+        """Go on from `tensors()`. The policy must have its weights back: masters that are missing are made of them."""
         if self.separate:
             for weight, master in zip(self.weights, self.masters, strict=True):
                 master.data.copy_(weight)

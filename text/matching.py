@@ -1,11 +1,10 @@
-"""What counts as an occurrence of an entity, and how it is masked.
+"""Which spans of a text are occurrences of an entity.
 
-Whole words, in any case, Unicode-normalised: `mask("Ulm and ULM, not Ulmer", "Ulm")` is `"[MASK] and [MASK], not Ulmer"`.
+Whole words, in any case, Unicode-normalised: "Ulm" occurs twice in "Ulm and ULM, not Ulmer".
 """
 
 import re
 import unicodedata
-from bisect import bisect_left
 from functools import lru_cache
 
 MASK, TARGET = "[MASK]", "[TARGET]"
@@ -14,12 +13,13 @@ ALIKE = str.maketrans("’‘‐‑–", "''---")  # curly quotes and dashes are
 
 
 def fold(text: str):
-    """(`text` in NFKC and caseless, for each of its characters and its end the place in `text` it comes from).
+    """(`text` in NFKC and caseless; the place in `text` of each of its characters, and of its end).
 
     `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
     """
     folded = text.casefold()
-    if len(folded) == len(text) and unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded):
+    normal = unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded)
+    if normal and len(folded) == len(text):
         return folded.translate(ALIKE), range(len(text) + 1)
     pieces, origin = [], []
     for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
@@ -47,12 +47,13 @@ def merges(before: str, character: str) -> bool:
 
 
 def is_whole(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] has no word character on either side; 5 is not in 5.2, nor in 1,500; MASK not in [MASK]."""
+    """Whether text[start:end] has no word character beside it; 5 is not in 5.2 nor in 1,500, nor MASK in [MASK]."""
     before, after = text[max(0, start - 2) : start], text[end : end + 2]
     if _wordy(before[-1:]) or _wordy(after[:1]) or text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET):
         return False
-    in_number = re.fullmatch(r"\d[.,]", before) and text[start].isdigit() or re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
-    return not in_number
+    number_before = re.fullmatch(r"\d[.,]", before) and text[start].isdigit()
+    number_after = re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
+    return not (number_before or number_after)
 
 
 def _wordy(character: str) -> bool:
@@ -81,32 +82,14 @@ def occurrences(text: str, entity: str) -> list[Span]:
     return found
 
 
-def mask(text: str, entity: str, token: str = MASK) -> str:
-    """`text` with every form of `entity` replaced by `token`."""
-    return mask_spans(text, [], entity, token)[0]
-
-
-def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
-    """(`text` with every form of `entity` replaced, `spans` at their new places less those it met, the places of `token`)."""
-    pieces, places, done, length = [], [], 0, 0
-    hits = occurrences(text, entity)
-    for start, end in hits:
-        pieces += [text[done:start], token]
-        length += start - done + len(token)
-        places.append((length - len(token), length))
-        done = end
-    shifts = [0, *(place[1] - hit[1] for place, hit in zip(places, hits, strict=True))]
-    starts, moved = [start for start, _ in hits], []
-    for start, end in spans:
-        n = bisect_left(starts, end)  # hits that start before the span's end: the last of them must end before its start
-        if n == 0 or hits[n - 1][1] <= start:
-            moved.append((start + shifts[n], end + shifts[n]))
-    return "".join([*pieces, text[done:]]), moved, places
-
-
 def name_words(entity: str) -> list[str]:
     """The words of a name that would give it away: capitalised, of four letters or more."""
     return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
+
+
+def gives_away(text: str, entity: str) -> bool:
+    """Whether one of the telling words of a name stands in `text`."""
+    return any(occurrences(text, word) for word in name_words(entity))
 
 
 @lru_cache(maxsize=65536)

@@ -19,37 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from errors import UserError
+from engine.errors import UserError
+from engine.files import flush, replace_text
 
-# May differ between the parts of a run: what is written, not what is learned; and what a run that met its limits may need.
-ROOM = {"rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference"}
+# These settings may differ between the parts of a run: ROOM, which changes rounding and draws but not the method, for a
+# run that met its limits; and those of what is written.
+ROOM = {"rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference", "plain"}
 FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps"} | ROOM
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
-def flush(path: Path) -> None:
-    """Have the file or folder on the disk, not only in the system's memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    flush(fresh)
-    fresh.replace(path)
-
-
 def unfinished(out: Path, config: dict, resume: str) -> bool:
     """Whether `out` holds a run of this very `config` to go on with. Raises UserError where it holds something else."""
-    if not out.exists() or out.is_dir() and all(path.name.startswith(".") or path.suffix == ".new" for path in out.iterdir()):
+    if not out.exists() or out.is_dir() and not any(map(counts, out.iterdir())):
         above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--out {out}: {above} {'can' if above.is_dir() else 'is a file, so it can'}'t be written to; name another folder")
+            why = "can't" if above.is_dir() else "is a file, so it can't"
+            raise UserError(f"--out {out}: {above} {why} be written to; name another folder")
         return False  # nothing, or killed in its first moment
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
@@ -59,10 +45,12 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
         saved = dict(json.loads((out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{held} or other files; {advice}") from None
-    differing = sorted(name for name in config.keys() | saved.keys() if name not in FREE and saved.get(name) != config.get(name))
+    names = (config.keys() | saved.keys()) - FREE
+    differing = sorted(name for name in names if saved.get(name) != config.get(name))
     if differing:
         flags = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in differing[:5])
-        raise UserError(f"{held}, with {flags}{' ...' if differing[5:] else ''}; {advice}, or give its settings to go on with it")
+        more = " ..." if differing[5:] else ""
+        raise UserError(f"{held}, with {flags}{more}; {advice}, or give its settings to go on with it")
     if resume == "never":
         raise UserError(f"{held}; {advice}, or go on with it by --resume auto")
     if (out / "finished").exists():
@@ -70,12 +58,20 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
     return True
 
 
+def counts(path: Path) -> bool:
+    """Whether a file of a run's folder is part of a run, and not a lock or half-written."""
+    return not path.name.startswith(".") and path.suffix != ".new"
+
+
 def write_config(out: Path, config: dict) -> None:
     """Write config.json; over that of a run with other batch sizes, say so."""
     file = out / "config.json"
     saved = json.loads(file.read_text()) if file.exists() else config
-    if any(saved.get(name) != config.get(name) for name in ROOM):
-        print(f"--out {out}: going on with other batch sizes, so rounding and samples will not be those of a run that never stopped")
+    if any(saved.get(name, config[name]) != config[name] for name in ROOM):
+        print(
+            f"--out {out}: going on with other batch sizes, so rounding and samples will not be those of a run that "
+            "never stopped"
+        )
     replace_text(file, json.dumps(config, indent=1))
 
 
@@ -142,7 +138,8 @@ def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card)
         lengths = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh / "training.safetensors")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, fresh / "training.safetensors")
         (fresh / "training.json").write_text(json.dumps(state | {"lengths": lengths}, indent=1))
         for path in [*fresh.rglob("*"), fresh, *(out / name for name in lengths)]:
             flush(path)
@@ -151,9 +148,9 @@ def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         older = newest(out)
+        advice = f"{older} is whole: free some space and run the same command again" if older else "free some space"
         raise UserError(
-            f"the checkpoint of step {state['step']} could not be written to {folder.parent} ({error}); "
-            + (f"{older} is whole: free some space and run the same command again" if older else "free some space")
+            f"the checkpoint of step {state['step']} could not be written to {folder.parent} ({error}); {advice}"
         ) from error
     point(out, folder, keep)
 
@@ -165,7 +162,7 @@ def point(out: Path, folder: Path, keep: int) -> None:
     link.symlink_to(folder.relative_to(out))
     link.replace(out / "checkpoint")
     for old in sorted((out / "checkpoints").glob("step-*"))[:-keep]:
-        old.rename(old.with_name(f"deleted-{old.name}"))  # half of it is left if this is killed, under no name that counts
+        old.rename(old.with_name(f"deleted-{old.name}"))  # a kill then leaves half of it under no name that counts
     for gone in (out / "checkpoints").glob("deleted-*"):
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -173,7 +170,7 @@ def point(out: Path, folder: Path, keep: int) -> None:
 def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
     """Bring model, optimizer and this process' random state to where `folder` has them; its training.json."""
     state = json.loads((folder / "training.json").read_text())
-    # Into the tensors that are there: freshly loaded ones may be aligned otherwise, and some kernels then round otherwise.
+    # Into the tensors that are there: fresh ones may be aligned otherwise, and some kernels then round otherwise.
     model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())
     tensors = load_file(folder / "training.safetensors")
     optimizer.load({name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")})
@@ -184,7 +181,7 @@ def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
     else:
         torch.manual_seed(torch.initial_seed() + 7919 * state["step"])  # the first step's numbers are spent
         if rank == 0:
-            print("going on with another number of processes: the samples will not be those of a run that never stopped")
+            print("going on with another number of processes: samples will not be those of a run that never stopped")
     return state
 
 

@@ -1,0 +1,215 @@
+"""Attention to prompts that several completions share: while sampling, and in training.
+
+    SharedPrompts     sampling: the samples of a prompt attend to it where it lies in the cache, not to copies of it
+    packed_sdpa       training: completions that are packed behind their prompt, each blind to the others
+    enable_packing    switches a model to packed_sdpa; importing this file changes nothing
+
+A model that can't share prompts computes every row by itself: can_share_prompts, is_plain and packs tell which can.
+"""
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# These models hand all that their attention needs to the attention function: no sinks, no soft cap, no bias by
+# position. So SharedPrompts can stand in for it; the tests compare.
+PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
+PACKED = "packed_sdpa"
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room ahead: the plain one copies itself for every new token."""
+
+    room, buffers = 64, (None, None)
+
+    def append(self, buffer: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`held` and then `new`, both (batch, heads, tokens, head size), in one buffer: in `buffer` if it has room."""
+        past = held.shape[-2] if held.numel() else 0
+        total = past + new.shape[-2]
+        # What is held lies elsewhere once rows were selected or the cache was reset.
+        if buffer is None or not past or held.data_ptr() != buffer.data_ptr() or total > buffer.shape[-2]:
+            buffer = new.new_empty(*new.shape[:-2], total + self.room, new.shape[-1])
+            if past:
+                buffer[..., :past, :] = held
+        buffer[..., past:total, :] = new
+        return buffer
+
+    def make_room(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
+        """Hold `rows` rows of `width` zeros, shaped like these keys and values (any, heads, any, head size)."""
+        self.lazy_initialization(keys, values)
+        total = width + self.room
+        self.buffers = tuple(like.new_zeros(rows, like.shape[1], total, like.shape[3]) for like in (keys, values))
+        self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None, None  # or all rows would stay in memory until the next token
+
+    def update(self, key_states, value_states, *more, **named):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        total = key_states.shape[-2] + (self.keys.shape[-2] if self.keys.numel() else 0)
+        keys, values = self.buffers
+        self.buffers = self.append(keys, self.keys, key_states), self.append(values, self.values, value_states)
+        self.keys, self.values = (buffer[..., :total, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+class PromptLayer(RoomyLayer):
+    """A cache layer that can hold each prompt once, apart from the tokens of the rows that go on from it.
+
+    Once prompts are set aside, rows only grow or are selected; which prompts stay is for SharedPrompts to say.
+    """
+
+    prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
+
+    def set_prompts_aside(self) -> None:
+        self.prompt_keys, self.prompt_values = self.keys, self.values
+        self.lazy_initialization(self.keys, self.values)  # from here on keys and values are the rows' own
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + (0 if self.prompt_keys is None else self.prompt_keys.shape[-2])
+
+
+class SharedPrompts:
+    """The attention of rows that write behind prompts which `cache` holds once (Hydragen, arXiv 2402.05099).
+
+    A row's softmax over its prompt and its own tokens is a mix of the two softmaxes, weighed by their sums. So all rows
+    of a prompt read it in one matrix product, where copies would be read row by row.
+    """
+
+    def __init__(self, cache: DynamicCache, prompt_of: Tensor, mask: Tensor):
+        """prompt_of (rows,): each row's prompt. mask (prompts, tokens): 0 where a prompt is padded."""
+        self.cache = cache
+        # The lowest number and not minus infinity: a prompt of padding alone then weighs nothing, and is not nan.
+        self.hidden = (mask == 0)[:, None, None] * torch.finfo(torch.float32).min  # (prompts, 1, 1, tokens)
+        self.arrange(prompt_of)
+
+    def arrange(self, prompt_of: Tensor) -> None:
+        """Lay the rows of each prompt side by side, as many for each prompt: row 0 fills up, and is not looked at."""
+        self.prompt_of = prompt_of
+        counts = prompt_of.bincount(minlength=len(self.hidden))  # (prompts,)
+        order = prompt_of.argsort(stable=True)  # (rows,)
+        firsts = (counts.cumsum(0) - counts)[prompt_of[order]]  # (rows,)
+        nth = torch.arange(len(order), device=order.device) - firsts  # (rows,), each among its prompt's
+        self.place = torch.empty_like(order)  # (rows,), in `members` laid flat
+        self.place[order] = prompt_of[order] * counts.max() + nth
+        self.members = order.new_zeros(len(counts), int(counts.max()))  # (prompts, most rows); row 0 fills up
+        self.members.view(-1)[self.place] = torch.arange(len(order), device=order.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, and with their prompts."""
+        prompts, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        self.cache.batch_select_indices(rows)
+        if len(prompts) < len(self.hidden):
+            self.hidden = self.hidden[prompts]
+            for layer in self.cache.layers:
+                layer.prompt_keys, layer.prompt_values = layer.prompt_keys[prompts], layer.prompt_values[prompts]
+        self.arrange(prompt_of)
+
+    def __call__(self, module, query, key, value, attention_mask, scaling: float, **more) -> tuple[Tensor, None]:
+        """query (rows, heads, 1, size), own key and value (rows, key heads, tokens, size) -> (rows, 1, heads, size)."""
+        layer, (rows, heads, _, size), groups = self.cache.layers[module.layer_idx], query.shape, key.shape[1]
+        query = query.view(rows, groups, heads // groups, size)
+        # (prompts, key heads, most rows * heads a group, size)
+        together = query[self.members].transpose(1, 2).flatten(2, 3)
+        shared, shared_sum = self.attend(together, layer.prompt_keys, layer.prompt_values, scaling, self.hidden)
+        own, own_sum = self.attend(query, key, value, scaling)  # (rows, key heads, heads a group, size), (..., 1)
+        share = torch.sigmoid(self.by_row(shared_sum) - own_sum)
+        return torch.lerp(own, self.by_row(shared), share).to(value.dtype).view(rows, 1, heads, size), None
+
+    @staticmethod
+    def attend(query, keys, values, scaling, hidden=0.0) -> tuple[Tensor, Tensor]:
+        """The attended values, and the log of the softmax's sum, in float32 as in torch's own kernels."""
+        scores = (query.float() * scaling) @ keys.float().mT + hidden
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp_()  # torch's softmax and logsumexp would each take all the exponentials
+        total = weights.sum(-1, keepdim=True)
+        return weights @ values.float() / total, top + total.log()
+
+    def by_row(self, together: Tensor) -> Tensor:
+        """(prompts, key heads, most rows * heads a group, n) -> (rows, key heads, heads a group, n)."""
+        return together.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+
+    @contextmanager
+    def used_by(self, model):
+        """Within, the model attends this way."""
+        config = model.config.get_text_config()
+        usual = config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS.register("shared_prompts", self)
+        config._attn_implementation = "shared_prompts"
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
+            ALL_ATTENTION_FUNCTIONS.register("shared_prompts", None)  # or it would keep the whole cache alive
+
+
+def packed_mask(segments: Tensor, first: int) -> Tensor:
+    """Where the positions from `first` on may look: (rows, 1, longest - first, longest) bool, for `packed_sdpa`.
+
+    segments (rows, longest): 0 for a row's prompt, longer than `first`; 1, 2, ... for its completions; -1 for padding.
+    """
+    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, first:, None])
+    return visible.tril(first)[:, None]
+
+
+def packed_sdpa(module, query, key, value, attention_mask, **more):
+    """transformers' sdpa, which also takes a mask of the last queries alone: those before are causal.
+
+    The causal part keeps its fast kernel, which takes no mask.
+    """
+    # A mask of one row is one for all queries, as encoders have.
+    first = query.shape[2] - attention_mask.shape[2] if attention_mask is not None and attention_mask.ndim == 4 else 0
+    if first <= 0 or attention_mask.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    causal, _ = sdpa_attention_forward(module, *(x[:, :, :first] for x in (query, key, value)), None, **more)
+    masked, _ = sdpa_attention_forward(module, query[:, :, first:], key, value, attention_mask, **more)
+    return torch.cat([causal, masked], 1), None  # (rows, queries, heads, size)
+
+
+def implementation(model) -> str:
+    """The name of the attention that the model's layers use now."""
+    return model.config.get_text_config()._attn_implementation
+
+
+def can_share_prompts(model) -> bool:
+    """Whether every layer attends to everything before it, at positions that the caller gives.
+
+    A sliding window or a recurrent state ties a token to its neighbours in the row: no copying, no packing.
+    """
+    layers = DynamicCache(config=model.config).layers
+    takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    return takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def is_plain(model) -> bool:
+    """Whether SharedPrompts can stand in for the model's attention. The model must pass can_share_prompts."""
+    return implementation(model) in ("sdpa", PACKED) and model.config.get_text_config().model_type in PLAIN_ATTENTION
+
+
+def packs(model) -> bool:
+    """Whether enable_packing has switched the model to packed_sdpa."""
+    return implementation(model) == PACKED
+
+
+def enable_packing(model) -> bool:
+    """Let completions be packed behind shared prompts in training, for this one model -> whether it can.
+
+    It needs can_share_prompts and sdpa: eager would add a boolean mask to its scores, flash attention takes none.
+    """
+    if packs(model):
+        return True
+    if not (can_share_prompts(model) and model._supports_attention_backend and implementation(model) == "sdpa"):
+        return False
+    ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_sdpa)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
+    model.config.get_text_config()._attn_implementation = PACKED
+    return True

@@ -1,0 +1,257 @@
+"""The settings of a run, read from flags and files, and the models that they name."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from engine import errors
+from engine.errors import UserError, first_line
+from rollout import end_ids
+
+ROOT = Path(__file__).parents[1]
+
+
+def option(default, help: str, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    """All settings of a run. The defaults are those of the tiny model; recipes/ has those of real ones."""
+
+    model: str = option(str(ROOT / "tiny/model"), "model folder or hub name")
+    dtype: str = option(
+        "float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"]
+    )
+    seed: int = option(0, "documents, sampling and everything else random follow from it")
+    plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
+
+    # The task
+    task: str = option(
+        "memtrain", "memtrain (masked documents), longqa (questions in long texts) or searchqa",
+        choices=["memtrain", "longqa", "searchqa"],
+    )
+    questions: str = option(
+        str(ROOT / "tiny/questions.jsonl"),
+        "longqa, searchqa: questions to train on, in the layout of HotpotQA, 2Wiki, MuSiQue or FlashRAG",
+    )
+    eval_questions: str | None = option(
+        None, "questions to evaluate on (default: those of --questions whose subject's hash says test)"
+    )
+    eval_split: str = option(
+        "test", "without --eval-questions: test, or dev to choose settings by", choices=["dev", "test"]
+    )
+    objectives: int = option(2, "searchqa: questions asked as one (paper: 2)")
+    searches: int = option(6, "searchqa: most searches of an episode (paper: 6)")
+    result_tokens: int = option(192, "searchqa: tokens of a search result (paper: 1024)")
+    retriever: str = option("bm25", "searchqa: bm25 or dense over the corpus, or the http://... of a Search-R1 server")
+    encoder: str | None = option(None, "searchqa: model of the dense retriever")
+
+    # The text
+    corpus: str | None = option(
+        None,
+        "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set (default: tiny/passages.jsonl, "
+        "to search in tiny/passages_all.jsonl)",
+    )
+    corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
+    corpus_split: str = option("train", "split of a hub data set")
+    text_field: str = option("text", "field that holds the text")
+    max_passages: int | None = option(None, "stop loading after this many passages")
+    ner: str = option("rules", "'rules', or an installed spaCy pipeline such as en_core_web_sm")
+    heldout: float = option(
+        0.2, "share of the titles kept for evaluation: never a pivot, an answer or a recall target in training"
+    )
+
+    # A document, and the texts of an agent
+    chunk_tokens: int = option(64, "tokens of a chunk (paper: 5120)")
+    chunks: int = option(
+        4, "chunks of a training document, filled with passages to that length; with --passages the most it may have"
+    )
+    passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
+    related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
+    keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
+    memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
+    answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
+    rollout_tokens: int = option(
+        24576, "tokens of one generate batch, with padding; a prompt that rows share counts once"
+    )
+    eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
+
+    # Training: the rollout and its rewards
+    out: str = option("runs/tiny", "folder of this run; it must not hold another")
+    steps: int = option(22, "steps: one rollout of every document, then its updates (paper: 300)")
+    documents: int = option(8, "documents a step (paper: 32)")
+    g1: int = option(8, "trajectories a document, a group")
+    g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
+    recall_weight: float = option(0.5, "lambda of Eq. 2")
+    ablation: str = option(
+        "none", "none, end_to_end (no recall at all) or decoupled (recall stays out of R^E)",
+        choices=["none", "end_to_end", "decoupled"],
+    )
+    shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
+
+    # Training: the update
+    lr: float = option(4e-4, "peak learning rate of AdamW (paper: 1e-6)")
+    lr_warmup: int = option(2, "steps of linear warm-up")
+    lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
+    grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
+    advantage: str = option("group_norm", "group_norm, or mean as in the paper (Eq. 3)", choices=["group_norm", "mean"])
+    eps_low: float = option(0.2, "clip range below 1")
+    eps_high: float = option(0.2, "clip range above 1")
+    kl: float = option(0.0, "beta, KL to the model that training started from (paper: 1e-3); 0 loads no reference")
+    update_batch: int | None = option(None, "documents an update (default: all of a step's)")
+    train_tokens: int = option(4096, "padded tokens of one forward and backward; gradients add up over them")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
+    offload_optimizer: bool = option(
+        False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU"
+    )
+    offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
+
+    # Training: what is written, and when
+    sample_every: int = option(10, "show a decoded trajectory every so many steps")
+    save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
+    keep: int = option(2, "checkpoints to keep")
+    resume: str = option(
+        "auto", "auto goes on with an unfinished run of the same settings in --out; never refuses",
+        choices=["auto", "never"],
+    )
+    max_bad_steps: int = option(
+        3, "stop after so many steps in a row whose gradient is not finite; their updates are left out"
+    )
+
+    @property
+    def text(self) -> str:
+        """--corpus, or else the tiny default that belongs to the task."""
+        passages = "passages_all.jsonl" if self.task == "searchqa" else "passages.jsonl"
+        return self.corpus or str(ROOT / "tiny" / passages)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether trajectories are asked to recall."""
+        return self.task == "memtrain" and self.ablation != "end_to_end"
+
+    @property
+    def joint_weight(self) -> float:
+        """Lambda of Eq. 2; decoupled, recall is trained but weighs 0 in the trajectory's reward."""
+        return 0.0 if self.ablation == "decoupled" else self.recall_weight
+
+
+# ---- flags ---------------------------------------------------------------------------------------------
+
+# A smaller number is a mistake. Numbers that are not here may be anything.
+LEAST = dict.fromkeys(
+    "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
+    "max_passages objectives steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
+) | dict.fromkeys(
+    "seed related heldout eval_documents searches recall_weight lr lr_warmup grad_clip eps_low eps_high kl".split(), 0
+)
+
+
+def run_script(main, flags: type, follow_model: bool = False) -> None:
+    """Call `main` with the command line's settings; a user's mistake ends as one line and exit code 2."""
+    errors.run_script(lambda: main(parse(flags, follow_model)))
+
+
+def parse(flags: type, follow_model: bool = False):
+    """An instance of the dataclass `flags`, from the command line and `--config FILE`s.
+
+    With `follow_model` the defaults are the settings of the run that wrote --model. Raises UserError.
+    """
+    given = parse_with(flags, {})
+    if follow_model and (saved := saved_settings(given.model)):
+        given = parse_with(flags, saved)
+    for name, value in vars(given).items():
+        for number in value if isinstance(value, list) else [value]:
+            least = LEAST.get(name, -math.inf)
+            if isinstance(number, int | float) and not (least <= number and math.isfinite(number)):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {number}: must be a number of at least {LEAST.get(name, 0)}")
+    if not given.heldout < 1:
+        raise UserError(f"--heldout {given.heldout}: is a share, less than 1")
+    return given
+
+
+def parse_with(flags: type, defaults: dict):
+    for n, argument in enumerate(sys.argv):
+        name = argument.partition("=")[2] or "".join(sys.argv[n + 1 : n + 2])
+        if argument.split("=")[0] == "--config" and not Path(name).is_file():
+            raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
+    parser = HfArgumentParser([flags])
+    if {"-h", "--help"} & set(sys.argv[1:]):  # here: --config has a parser of its own, which knows no other flag
+        parser.print_help()
+        sys.exit(0)
+    parser.error = refuse
+    parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
+    given, rest = parser.parse_args_into_dataclasses(
+        args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
+    return given
+
+
+def refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists what can be given")
+
+
+def saved_settings(model: str) -> dict:
+    """The settings of the run that wrote `model`, runs/NAME/checkpoint or .../checkpoints/step-N; {} for others."""
+    for folder in Path(model).parents[:2]:
+        file = folder / "config.json"
+        if file.is_file():
+            try:
+                written = json.loads(file.read_text())
+            except ValueError:
+                return {}
+            if not isinstance(written, dict) or "chunk_tokens" not in written:  # another program's config.json
+                return {}
+            print(f"settings are those of {file}, but for the command line's")
+            return {name: value for name, value in written.items() if name not in ("model", "out")}
+    return {}
+
+
+# ---- models --------------------------------------------------------------------------------------------
+
+
+def check_model(name: str, given: str) -> None:
+    """Raises UserError where `name`, given by this argument, can be no model's."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
+
+
+def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
+    """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError."""
+    check_model(name, given)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
+        kind, why = type(error).__name__, first_line(error)
+        raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({kind}: {why})") from None
+    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
+        raise UserError(
+            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
+            "model"
+        )
+    if not end_ids(model, tokenizer):
+        raise UserError(
+            f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; "
+            "name one"
+        )
+    # Dropout stays off in train mode, too: the ratio compares passes of one network.
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for attribute, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
+                setattr(holder, attribute, 0.0)
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,36 @@
+"""Files that a kill can't spoil: written under another name, flushed, renamed."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Have the file or folder on the disk, not only in the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_file(path: Path):
+    """A fresh path to write to, in the folder of `path`, which is made if need be. After the block it becomes `path`.
+
+    Several processes may write the same file at once: each has a fresh path of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield fresh
+        flush(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as fresh:
+        fresh.write_text(text)

@@ -1,0 +1,203 @@
+"""Training in fewer tokens: batches of similar length, and completions of one prompt packed behind one copy of it.
+
+    by_length, by_prompt   which rows meet in a batch, and which share a prompt; sampling uses them, too
+    micro_batches          turns cut into batches by a token budget
+    token_logprobs         the fast twin of grpo.token_logprobs
+    enable                 packs for the models of a run
+
+Equal prompts are found by their token ids. That is always right: the network can't tell them apart, and every sample
+keeps its own reward and advantage.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from engine.attention import enable_packing, packed_mask, packs
+from engine.errors import UserError
+from engine.parallel import rank
+
+HEAD_TOKENS = 1024  # positions whose logits are in memory at one time
+
+
+def by_length(lengths: list[int], max_tokens: int, fill: float = 0.875) -> list[list[int]]:
+    """Positions in batches of at most `max_tokens` tokens with padding, longest first.
+
+    A length over the budget stands alone. A batch also ends where less than `fill` of it would be tokens, not padding.
+    """
+    batches: list[list[int]] = []
+    used = 0  # tokens of the last batch without its padding
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # The first of a batch is its longest, so it sets the width of every row.
+        padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
+        if batches and padded <= max_tokens and used + lengths[i] >= fill * padded:
+            batches[-1].append(i)
+            used += lengths[i]
+        else:
+            batches.append([i])
+            used = lengths[i]
+    return batches
+
+
+def by_prompt(prompts: list[list[int]]) -> list[list[int]]:
+    """Positions of equal prompts together, in the order in which each prompt first comes."""
+    groups: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(i)
+    return list(groups.values())
+
+
+def rows_of(model, turns: list) -> list[list[int]]:
+    """Positions of the turns that token_logprobs computes as one row: those of one prompt where the model packs."""
+    return by_prompt([turn.prompt_ids for turn in turns]) if packs(model) else [[i] for i in range(len(turns))]
+
+
+def row_tokens(turns: list) -> int:
+    """Tokens of one row: a prompt and the completions behind it."""
+    return len(turns[0].prompt_ids) + sum(len(turn.completion_ids) for turn in turns)
+
+
+def batch_tokens(model, turns: list) -> tuple[int, int]:
+    """(tokens, tokens with padding) of one batch of turns."""
+    sizes = [row_tokens([turns[i] for i in row]) for row in rows_of(model, turns)]
+    return sum(sizes), len(sizes) * max(sizes)
+
+
+def micro_batches(model, turns: list, max_tokens: int) -> list[list]:
+    """Cut turns into batches of similar length, each of at most max_tokens *with padding*; a longer row stands alone.
+
+    Rows of one completion are kept apart from packed rows, since they need no attention mask. Longest first, so that a
+    run that doesn't fit in memory fails at its first batch. The losses of the batches add up to that of the whole.
+    """
+    rows: list[list] = []
+    for same in rows_of(model, turns):
+        used = max_tokens + 1
+        for turn in (turns[i] for i in same):  # as many completions behind one copy of the prompt as the budget takes
+            if used + len(turn.completion_ids) > max_tokens:
+                rows.append([])
+                used = len(turn.prompt_ids)
+            rows[-1].append(turn)
+            used += len(turn.completion_ids)
+    batches = []
+    for part in ([row for row in rows if len(row) > 1], [row for row in rows if len(row) == 1]):
+        places = by_length([row_tokens(row) for row in part], max_tokens)
+        batches += [[turn for n in batch for turn in part[n]] for batch in places]
+    return batches
+
+
+def layout(turns: list, rows: list[list[int]]) -> tuple[list, list, list, list]:
+    """(token ids, segments, positions) of each row, and for each turn the (row, place) that predict its tokens.
+
+    Segment 0 is the prompt, 1, 2, ... are its completions. Positions go on from the prompt's in each completion.
+    """
+    ids, segments, positions, sources = [], [], [], [[] for _ in turns]
+    for row, members in enumerate(rows):
+        prompt = turns[members[0]].prompt_ids
+        ids.append(list(prompt))
+        segments.append([0] * len(prompt))
+        positions.append(list(range(len(prompt))))
+        for n, i in enumerate(members, start=1):
+            length, start = len(turns[i].completion_ids), len(ids[row])
+            # The prompt's last state predicts a completion's first token; its own states predict the others.
+            sources[i] = [(row, place) for place in [len(prompt) - 1, *range(start, start + length - 1)][:length]]
+            ids[row] += turns[i].completion_ids
+            segments[row] += [n] * length
+            positions[row] += range(len(prompt), len(prompt) + length)
+    return ids, segments, positions, sources
+
+
+def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The fast twin of grpo.token_logprobs -> logprobs, entropy or None, mask, each (turns, longest completion).
+
+    After enable_packing, turns of one prompt are one row: the prompt once, its completions behind it, each blind to the
+    others. The bare causal LM, not a DDP wrapper. ValueError for an empty prompt.
+    """
+    if not all(turn.prompt_ids for turn in turns):
+        raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
+    rows = rows_of(model, turns)
+    ids, segments, positions, sources = layout(turns, rows)
+
+    def padded(lists, value):  # (rows, longest)
+        return pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value).to(model.device)
+
+    ids = padded(ids, 0)  # (rows, longest)
+    more = {}  # padding is on the right, where causal attention never looks: without a mask, fast kernels stay in use
+    if len(rows) < len(turns):
+        # The prompts' last positions are the first that predict a completion's token; before them all is causal.
+        mask = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns) - 1)
+        more = {"attention_mask": mask, "position_ids": padded(positions, 0)}
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # (rows, longest, width)
+
+    row, place = torch.tensor([at for places in sources for at in places], dtype=torch.long).reshape(-1, 2).T
+    hidden = hidden[row.to(ids.device), place.to(ids.device)]  # (tokens, width), turn by turn
+    targets = torch.tensor([t for turn in turns for t in turn.completion_ids], dtype=torch.long, device=ids.device)
+    completion = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+    mask = torch.arange(int(completion.max()), device=ids.device) < completion  # (turns, longest completion)
+    logprobs, entropy = head_logprobs(model, hidden, targets, with_entropy)  # (tokens,)
+
+    def unflatten(column):  # turn by turn, as `sources` was listed
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, column)
+
+    return unflatten(logprobs), unflatten(entropy) if with_entropy else None, mask
+
+
+def head_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `targets` (tokens,) after the states `hidden` (tokens, width), and entropies or None, (tokens,).
+
+    The head is the widest matrix: 16k tokens by a vocabulary of 151k are 10 GB of float32 logits. So it sees
+    HEAD_TOKENS positions at a time, and backward recomputes their logits. A single chunk is kept: it is the peak.
+    """
+    chunks = list(zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True))
+    head = partial(_head, model, with_entropy=with_entropy)
+    if len(chunks) > 1:
+        head = partial(checkpoint, head, use_reentrant=False)
+    logprobs, entropies = zip(*(head(*chunk) for chunk in chunks), strict=True)  # tuples of (HEAD_TOKENS,)
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def _head(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    all_logprobs = torch.log_softmax(_logits(model, hidden).float(), dim=-1)  # (tokens, vocabulary)
+    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
+    if not with_entropy:
+        return logprobs, None
+    with torch.no_grad():
+        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(1)  # (tokens,)
+
+
+def _logits(model, hidden: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype))  # some decoders end in float32
+    if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def logits_agree(model) -> bool:
+    """Whether token_logprobs takes the model's own logits: some architectures scale or cap theirs behind lm_head."""
+    ids = torch.arange(4, device=model.device)[None]  # (1, 4)
+    own = model(input_ids=ids).logits.float()  # (1, 4, vocabulary)
+    if not own.isfinite().all():
+        return True  # sampling tells it
+    ours = _logits(model, model.get_decoder()(input_ids=ids).last_hidden_state).float()
+    return torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
+
+
+def enable(policy, reference=None) -> None:
+    """Pack for these models. UserError for a model whose log-probs would be plausible and wrong."""
+    name = policy.config.name_or_path
+    if not logits_agree(policy):
+        raise UserError(
+            f"--model {name}: {type(policy).__name__} scales or caps its logits in a way that engine/packing.py doesn't "
+            "know; --plain True trains it"
+        )
+    if reference is not None:
+        enable_packing(reference)
+    if not enable_packing(policy) and rank() == 0:
+        print(
+            f"{name}: completions are not packed behind shared prompts, as not every layer attends to the whole text "
+            "by sdpa"
+        )

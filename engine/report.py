@@ -1,0 +1,150 @@
+"""Numbers for people: accuracies with their intervals, as rows, tables and plots; and a step's metrics."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import UserError
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share, after Wilson (1927), which stays inside 0..1 and is sound for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.96, right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # rounding may step outside
+
+
+def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
+    difference = np.asarray(second) - np.asarray(first)  # (questions,)
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)  # (draws,)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+# ---- an evaluation -------------------------------------------------------------------------------------
+
+
+def row(when: str, task: str, chunks: int, memory: str, scores: list[float], **more: float) -> dict:
+    """One accuracy: of a task, at a length, with a memory or a control in its place; `more` are further measures."""
+    accuracy = float(np.mean(scores))
+    low, high = wilson(sum(scores), len(scores))
+    place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(scores)}
+    return place | {"accuracy": accuracy, "low": low, "high": high} | more | {"scores": scores}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a markdown table: a line per task, memory and measure, a column per number of chunks."""
+    lengths = sorted({row["chunks"] for row in rows})
+    if not rows:
+        return "no document could be built, so nothing was evaluated"
+    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+    heads = " | ".join(f"{length} {unit}" for length in lengths)
+    lines = [f"| | memory | n | {heads} |", "|---|---|---|" + "---|" * len(lengths)]
+    for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
+        task, when, memory = key
+        mine = {row["chunks"]: row for row in rows if (row["task"], row["when"], row["memory"]) == key}
+        counts = sorted({row["n"] for row in mine.values()})
+        n = "-".join(map(str, counts[:: max(1, len(counts) - 1)]))  # the least and the most
+        for measure, name in (("accuracy", ""), ("f1", ", F1"), ("substring", ", substring")):
+            if measure in next(iter(mine.values())):
+                cells = " | ".join(cell(mine.get(length), measure) for length in lengths)
+                lines.append(f"| {task}, {when}{name} | {memory} | {n} | {cells} |")
+    return "\n".join(lines)
+
+
+def cell(row: dict | None, measure: str) -> str:
+    if row is None:
+        return "-"
+    interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if measure == "accuracy" else ""
+    return f"{row[measure]:.2f}{interval}"
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """For each row of a further model a line: its scores minus the first model's, on the same questions."""
+    lines = []
+    for row in rows:
+        first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
+        if first is not row:
+            mean, low, high = paired_bootstrap(first["scores"], row["scores"])
+            names = f"{row['when']} - {first['when']}, {row['memory']}, {row['chunks']}"
+            lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+def check_files(rows: Path, picture: str | None) -> None:
+    """Raises UserError for files that can't be written: an evaluation can take hours, so they are tried first."""
+    for file in map(Path, filter(None, (rows, picture))):
+        if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError(f"{file}: its folder is missing or can't be written to; name another")
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; name a file in it")
+    if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {picture}: must end in .png, .svg or .pdf")
+    if picture and not load_pyplot():
+        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
+
+
+def load_pyplot():
+    """matplotlib's pyplot, drawing to files only; None where it isn't installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(rows: list[dict], file: str) -> None:
+    """Accuracy by number of chunks, a line per model, task and memory, with its 95 % interval. Needs matplotlib."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key in dict.fromkeys((row["when"], row["task"], row["memory"]) for row in rows):
+        mine = [row for row in rows if (row["when"], row["task"], row["memory"]) == key]
+        mine = sorted(mine, key=lambda row: row["chunks"])
+        x, y = [row["chunks"] for row in mine], [row["accuracy"] for row in mine]
+        spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
+        style = "-" if key[2] == "kept" else "--"
+        axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=" ".join(key), linestyle=style)
+    axes.set(xscale="log", ylim=(0, 1), xlabel="chunks", ylabel="accuracy, greedy")
+    axes.set_xticks(x, labels=map(str, x))
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
+# ---- a step --------------------------------------------------------------------------------------------
+
+
+def step_metrics(rows: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
+    """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); README says what each means."""
+    mean = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
+    std = {name: float(np.std(values)) if values else None for name, values in rows.items()}
+    trained = max(sums.get("tokens", 0), 1)
+    padding, tokens = sum(rows["padding"]), sum(rows["prompt_tokens"]) + sum(rows["completion_tokens"])
+    return {
+        "end_to_end": mean["correct"], "end_to_end_std": std["correct"],
+        "recall": mean["recalled"], "recall_std": std["recalled"],
+        "reward": mean["reward"], "reward_std": std["reward"],
+        "degenerate": mean["degenerate"], "leaky": sum(rows["leaks"]) / sum(rows["draws"]),
+        "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
+        "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
+        "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
+        "padding_rollout": padding / (tokens + padding),
+        "padding_update": 1 - sums["used_tokens"] / sums["padded_tokens"] if sums["padded_tokens"] else 0.0,
+        "tokens_per_second": tokens / sum(seconds.values()),
+    } | {f"seconds_{name}": value for name, value in seconds.items()}
+
+
+def json_line(values: dict) -> str:
+    """A line of JSON; numbers that are not finite, which JSON lacks, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,212 @@
+"""A run: its processes, its folder with a lock, its steps, its logs, and how it goes on after a stop.
+
+    run = Run(config)          joins the processes; refuses a folder that holds another run
+    run.open(...)              makes the folder and locks it
+    run.evaluate("before")     once, also over several starts
+    run.resume()               brings everything to where the last checkpoint has it
+    for step in run.steps():   ends early after SIGTERM or Ctrl-C
+        run.draw, run.guard, run.lap, run.log, run.show, run.save_if_due
+    run.finish()
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine import checkpoints, parallel
+from engine.errors import UserError
+from engine.files import replace_text
+from engine.parallel import first_error, gather
+from engine.report import json_line, step_metrics, table
+
+
+class Run:
+    """One run of memtrain.py. All processes call all of it; process 0 alone writes. It raises UserError."""
+
+    def __init__(self, config):
+        self.config, self.out, self.settings = config, Path(config.out), asdict(config)
+        if Path(config.model).is_dir():
+            # runs/X/checkpoint leads elsewhere when X goes on
+            self.settings["model"] = str(Path(config.model).resolve())
+        self.resuming = checkpoints.unfinished(self.out, self.settings, config.resume)
+        if config.g1 < 2 or (config.g2 < 2 and config.recalls):
+            raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
+        self.rank, self.processes, self.device = parallel.start()
+        if config.documents < self.processes:
+            raise UserError(
+                f"--documents {config.documents}: each of the {self.processes} processes needs at least one"
+            )
+        self.last = checkpoints.newest(self.out) if self.resuming else None
+        evaluated = self.resuming and (self.out / "eval.json").exists()
+        if len(set(gather((self.resuming, self.last, evaluated)))) > 1:
+            raise UserError(
+                f"--out {self.out}: the processes don't see the same folder; give a path that all machines share"
+            )
+        self.places = range(self.rank, config.documents, self.processes)  # of this process's documents in a step
+        self.state = {"step": 0, "processes": self.processes, "seconds": 0.0, "bad_steps": 0}
+        self.signals: list[int] = []
+        self.stopping = False
+        torch.manual_seed(config.seed + 1_000_003 * self.rank)  # every process draws its own samples
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text)
+
+    # ---- before the first step
+
+    def open(self, policy, tokenizer, optimizer, budget) -> None:
+        """Make the folder, lock it until this process ends, and take what a checkpoint holds."""
+        self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
+        self.say(f"{self.config.task} on {self.processes} x {self.device}")
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = checkpoints.lock(self.out)
+            if checkpoints.unfinished(self.out, self.settings, self.config.resume) != self.resuming:
+                raise UserError(f"--out {self.out}: another run came and went meanwhile; run the same command again")
+            checkpoints.write_config(self.out, self.settings)
+
+    def evaluate(self, when: str, measure) -> None:
+        """Rows of `measure(when)` into eval.json, and the table of all rows to the terminal."""
+        file = self.out / "eval.json"
+        rows = json.loads(file.read_text()) if file.exists() else []
+        if not self.config.eval_documents or any(row["when"] == when for row in rows):
+            return
+        rows = [row for row in rows if row["when"] == "before"] + measure(when)
+        if self.rank == 0:
+            print(table(rows))
+            replace_text(file, json.dumps(rows, indent=1))
+        gather(None)  # the others read the file next time, and wait until it is there
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, and cut the logs to what they held then."""
+        self.state["rollout_tokens"] = self.budget.tokens
+        if self.last:
+            self.state |= checkpoints.load(self.last, self.policy, self.optimizer, self.rank, self.processes)
+            self.budget.tokens = min(self.budget.tokens, self.state["rollout_tokens"])
+            self.say(f"going on after step {self.state['step']}")
+        if self.rank == 0:
+            if self.last:  # a kill may have come between its writing and this
+                checkpoints.point(self.out, self.last, self.config.keep)
+            checkpoints.rewind(self.out, self.state)
+
+    # ---- a step
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left; it ends after the step in which a signal came."""
+        self.signals = checkpoints.catch_signals()
+        first, last = self.state["step"], self.config.steps
+        self.bar = tqdm(range(first, last), desc="memtrain", disable=self.rank > 0, initial=first, total=last)
+        for step in self.bar:
+            self.seconds, self.lap_began = {}, time.perf_counter()
+            self.began = self.lap_began
+            yield step
+            if self.stopped:
+                break
+        checkpoints.release_signals()
+
+    def draw(self, source, step: int) -> list:
+        """This process's documents of a step."""
+        documents = [source.document(step * self.config.documents + place) for place in self.places]
+        for place, document in zip(self.places, documents, strict=True):
+            document.place = place
+        return documents
+
+    @contextmanager
+    def guard(self):
+        """A UserError of any process inside ends all of them, once what was learned is saved."""
+        random_state, error = checkpoints.random_state(), None
+        try:
+            yield
+        except UserError as caught:  # text, retriever or memory gave out
+            error = caught
+        if error := first_error(error):
+            if self.state["step"]:
+                self.save(random_state)
+            raise error
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self.lap_began = now - self.lap_began, now
+
+    def log(self, step: int, rows: dict[str, list], stats: dict[str, float], more: dict) -> None:
+        """A line of metrics.jsonl, of the samples (`rows`) and updates (`stats`) of all processes."""
+        parts, all_stats = zip(*gather((rows, stats)), strict=True)
+        if self.rank:
+            return
+        rows = {name: [value for part in parts for value in part[name]] for name in rows}
+        sums = {name: sum(part.get(name, 0) for part in all_stats) for name in set().union(*all_stats)}
+        metrics = {"step": step + 1} | step_metrics(rows, sums, self.seconds)
+        metrics |= {name: stats[name] for name in ("grad_norm", "updates", "bad_updates")} | more
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json_line(metrics))
+        shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
+        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+
+    def show(self, step: int, text: str, chunks: list[str]) -> None:
+        """Every so many steps, one trajectory in words, to the terminal and to samples.jsonl."""
+        if self.rank == 0 and step % self.config.sample_every == 0:
+            tqdm.write(f"step {step + 1}: {text}")
+            with (self.out / "samples.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step + 1, "document": chunks, "text": text}) + "\n")
+
+    def save_if_due(self, step: int, bad_updates: int) -> None:
+        """A checkpoint every so many steps, at the end, and before a stop. UserError after too many bad steps."""
+        signals, budgets = zip(*gather((bool(self.signals), self.budget.tokens)), strict=True)
+        self.state["step"], self.state["rollout_tokens"] = step + 1, min(budgets)
+        self.state["seconds"] += time.perf_counter() - self.began
+        self.state["bad_steps"] = self.state["bad_steps"] + 1 if bad_updates else 0
+        self.stopping = any(signals)
+        broken = self.state["bad_steps"] >= self.config.max_bad_steps
+        if broken or self.stopping or (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps:
+            self.save(checkpoints.random_state())
+        if broken:
+            raise UserError(
+                f"the gradient was not finite in {self.state['bad_steps']} steps in a row, up to step {step + 1}; "
+                f"{self.out}/checkpoint has the weights from before: look at the corpus, or lower --lr"
+            )
+
+    def save(self, random_state: dict[str, torch.Tensor]) -> None:
+        """Write the checkpoint of the state's step; `random_state` is this process's at its end."""
+        states = gather(random_state)
+        if self.rank:
+            return
+        ended = self.state["step"] == self.config.steps  # nothing takes the optimizer on from here
+        tensors = {} if ended else {f"optimizer/{name}": t for name, t in self.optimizer.tensors().items()}
+        tensors |= {f"random/{n}/{name}": tensor for n, part in enumerate(states) for name, tensor in part.items()}
+        card = model_card(self.config, self.state["step"])
+        checkpoints.save(self.out, self.state, self.policy, self.tokenizer, card, self.config.keep, tensors)
+
+    # ---- after the last step
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has ended the run before its last step."""
+        return self.stopping and self.state["step"] < self.config.steps
+
+    def finish(self) -> None:
+        """Mark the run as finished, or say how it goes on."""
+        if self.stopped:
+            command = checkpoints.command(self.processes)
+            self.say(f"stopped after step {self.state['step']}; go on with: {command}")
+        else:
+            if self.rank == 0:
+                (self.out / "finished").touch()
+            minutes = f"{self.state['seconds'] / 60:.1f} minutes on {self.processes} x {self.device}"
+            self.say(f"{self.config.steps} steps in {minutes}; checkpoint in {self.out / 'checkpoint'}")
+        parallel.stop()
+
+
+def model_card(config, step: int) -> str:
+    return (
+        f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
+        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.text}`: it reads a text "
+        f"chunk by chunk ({config.chunk_tokens} tokens) and keeps a memory of up to {config.memory_tokens} tokens.\n"
+        "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
+    )

@@ -1,0 +1,236 @@
+"""The fast twin of rollout.generate: the same completions, by Hugging Face's `generate`, in less time and memory.
+
+    generate          prompts to completions, in batches of a token budget that shrinks after running out of memory
+    generate_batch    one batch: prompts computed first, then written together, ended rows left out
+    prefill           prompts computed in batches of similar length, each once, and laid side by side in one cache
+    Draw              takes each token from its distribution
+    Stop              ends a row
+
+Temperature is 1, without top-p, top-k or penalties, so that the log-probs of training are those of the sampler.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from engine.attention import PromptLayer, SharedPrompts, can_share_prompts, is_plain
+from engine.errors import UserError
+from engine.packing import by_length, by_prompt
+from rollout import Completion, end_ids, left_padded, pad_id
+
+
+@dataclass
+class Budget:
+    """Tokens of one generate batch, padding included; running out of memory halves it for good."""
+
+    tokens: int = 65536
+
+
+@lru_cache(maxsize=4)
+def closing_tokens(tokenizer) -> list[int]:
+    """Ids of the tokens that hold the end of a box or a tag: `done` is asked only after these."""
+    special = set(tokenizer.all_special_ids)  # some look like <|this|>, and come in every padded row
+    closing = {i for token, i in tokenizer.get_vocab().items() if "}" in token or ">" in token}
+    return sorted(closing - special)
+
+
+class Draw(LogitsProcessor):
+    """Draws one token a row from its scores (rows, vocabulary) and leaves that one alone, for an argmax to find.
+
+    torch.multinomial takes a random number for every word of the vocabulary, one after the other on a CPU. This takes
+    one a row. Sums in float64, since tokens of 1e-7 count too.
+    """
+
+    finite = True  # or a tensor, False once a score was nan: looked at only in the end, so that no token waits for it
+
+    def __call__(self, ids, scores):
+        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
+        at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
+        above = torch.searchsorted(cumulative, at, right=True)  # (rows, 1): the first above `at`
+        drawn = above.clamp(max=scores.shape[1] - 1)
+        self.finite = cumulative[:, -1].isfinite().all() & self.finite
+        return scores.fill_(-torch.inf).scatter_(1, drawn, 0.0)  # generate's own copy, which can be large
+
+
+class Stop(StoppingCriteria):
+    """Ends each row where `done(text)` first holds: nobody reads what a model says after its answer.
+
+    `lengths` (rows,) are the new tokens up to there or up to an end token, 0 where neither came; behind them generate
+    only pads. Once no more than `few` rows go on, all are ended, and generate_batch goes on with those few.
+    """
+
+    def __init__(self, done, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
+        self.done, self.tokenizer, self.width, self.few = done, tokenizer, width, few
+        self.closing = torch.tensor(closing_tokens(tokenizer) if done else [], dtype=torch.long, device=device)
+        self.ends = torch.tensor(ends, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def __call__(self, ids, scores, **more):
+        going = self.lengths == 0  # (rows,)
+        self.lengths[going & torch.isin(ids[:, -1], self.ends)] = ids.shape[1] - self.width
+        if self.done:
+            closed = going & torch.isin(ids[:, -1], self.closing)  # (rows,)
+            for row in closed.nonzero().flatten().tolist():
+                new = ids[row, self.width :]
+                if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
+                    self.lengths[row] = len(new)
+        going = self.lengths == 0
+        return ~going | (going.sum() <= self.few)
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, done=None, greedy: bool = False,
+    budget: Budget | None = None,
+) -> list[Completion]:
+    """The fast twin of rollout.generate: one completion for each prompt, in the order of `prompts`.
+
+    Running out of memory halves `budget`. UserError where a single prompt doesn't fit, and for logits not finite.
+    """
+    ends, budget = end_ids(model, tokenizer), budget or Budget()
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id(model, tokenizer))
+    draw = None if greedy else Draw()
+    share = can_share_prompts(model)
+    fill = 0.5 if share else 0.875  # prompts that are computed apart needn't be of similar length to write
+    completions: list = [None] * len(prompts)
+    while waiting := [i for i, completion in enumerate(completions) if completion is None]:
+        sizes = row_sizes([prompts[i] for i in waiting], new_tokens, share and is_plain(model))
+        full = False
+        try:
+            for places in by_length(sizes, budget.tokens, fill):
+                batch = [waiting[n] for n in places]
+                prefill_tokens = budget.tokens // 8 if share else None
+                texts = [prompts[i] for i in batch]
+                found = generate_batch(model, tokenizer, texts, new_tokens, prefill_tokens, config, draw, done)
+                for i, completion in zip(batch, found, strict=True):
+                    completions[i] = completion
+        except torch.OutOfMemoryError:
+            full = True
+        if full:  # here and not above: while an exception is handled, it keeps alive all that its frames hold
+            shrink(budget, len(batch), max(sizes[n] for n in places), len(prompts[batch[0]]))
+    if draw and not draw.finite:
+        raise UserError(
+            "--model: its logits are not finite, so nothing can be sampled; look at its weights, or try another --dtype"
+        )
+    return completions
+
+
+def row_sizes(prompts: list[list[int]], new_tokens: int, shared: bool) -> list[int]:
+    """Tokens that each row holds of the cache: of a prompt that is `shared` by its rows, each row's share."""
+    sizes = [len(prompt) + new_tokens for prompt in prompts]
+    for group in by_prompt(prompts) if shared else []:
+        for n in group:
+            sizes[n] = ceil(len(prompts[n]) / len(group)) + new_tokens
+    return sizes
+
+
+def shrink(budget: Budget, rows: int, width: int, prompt_tokens: int) -> None:
+    """After a batch of `rows` rows of `width` tokens met the end of the memory. UserError for a single row."""
+    if rows == 1:
+        raise UserError(
+            f"out of memory for a single prompt of {prompt_tokens} tokens: make --chunk-tokens smaller, leave out "
+            "--controls full, or see README on what can be held in CPU memory"
+        )
+    torch.cuda.empty_cache()
+    budget.tokens = min(budget.tokens, rows * width) // 2  # the batch may have been far smaller than the budget
+    print(f"out of memory in rollout: going on with --rollout-tokens {budget.tokens}", flush=True)
+
+
+def generate_batch(
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int | None,
+    config: GenerationConfig, draw: Draw | None, done=None,
+) -> list[Completion]:
+    """One batch: Hugging Face's generate, called anew with the rows that go on once half of them have ended.
+
+    Prompts are computed first, in batches of `prefill_tokens`. None, for a model that fails can_share_prompts: generate
+    computes them, and ended rows stay in to the end.
+    """
+    ids, mask = left_padded(prompts, config.pad_token_id, model.device)  # (rows, width)
+    width = ids.shape[1]
+    cache, shared, padding = None, None, [width - len(prompt) for prompt in prompts]
+    if prefill_tokens is not None:
+        cache, shared, padding = prefill(model, prompts, prefill_tokens)
+    config.max_length = width + new_tokens
+    completions: list = [None] * len(prompts)
+    going = list(range(len(prompts)))  # the prompt of each row
+    # generate takes from the model folder's config all that `config` leaves open: penalties, forbidden words.
+    own, model.generation_config = model.generation_config, config
+    try:
+        while going:
+            few = len(going) // 2 if cache is not None and len(going) > 8 else 0
+            stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
+            with shared.used_by(model) if shared else nullcontext():
+                ids = model.generate(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+                    logits_processor=[draw] if draw else [], stopping_criteria=[stop],
+                )
+            new = ids[:, width:].tolist()
+            rows = []  # that go on
+            for row, (i, length) in enumerate(zip(going, stop.lengths.tolist(), strict=True)):
+                if length or len(new[row]) == new_tokens:
+                    completions[i] = Completion(new[row][: length or None], length > 0, padding[i])
+                else:
+                    rows.append(row)
+            going = [going[row] for row in rows]
+            if going:
+                chosen = torch.tensor(rows, device=ids.device)
+                ids = ids[chosen]
+                mask = torch.cat([mask[chosen], mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], 1)
+                shared.keep(chosen) if shared else cache.batch_select_indices(chosen)
+    finally:
+        model.generation_config = own
+    return completions
+
+
+def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
+    """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
+
+    Returns a cache, where each prompt lies at the right end of its row; the attention that goes with it, or None: with
+    it, each distinct prompt is one row, set aside; and the padding of each prompt in the batch that computed it. Such a
+    batch has at most `max_tokens` tokens, or one prompt.
+    """
+    groups = by_prompt(prompts)
+    lengths = [len(prompts[group[0]]) - 1 for group in groups]
+    cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
+    cache.layers = [PromptLayer() for _ in cache.layers]
+    for places in by_length(lengths, max_tokens):
+        places = [n for n in places if lengths[n]]  # a prompt of one token leaves nothing to compute
+        if not places:
+            continue
+        # Padded on the right, where causal attention never looks: no mask is needed, so fast kernels stay in use.
+        rows = [torch.tensor(prompts[groups[n][0]][:-1]) for n in places]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)  # (batch, longest)
+        part = DynamicCache(config=model.config)
+        model.get_decoder()(input_ids=ids, past_key_values=part, use_cache=True)
+        for layer, computed in zip(cache.layers, part.layers, strict=True):
+            if not layer.is_initialized:
+                layer.make_room(computed.keys, computed.values, len(groups), width)
+            for row, n in enumerate(places):
+                layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
+                layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]
+            computed.keys = computed.values = None  # or a prompt that is a batch of its own would be held twice
+        for n in places:
+            for i in groups[n]:
+                padding[i] = ids.shape[1] - lengths[n]
+    prompt_of = torch.empty(len(prompts), dtype=torch.long)  # (rows,)
+    for n, group in enumerate(groups):
+        prompt_of[group] = n
+    prompt_of = prompt_of.to(model.device)
+    # Groups of much the same size stay together: the largest sets the work of all.
+    even = is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)
+    if width and len(groups) < len(prompts) and not even:
+        cache.batch_select_indices(prompt_of)
+        lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
+    alone = len(lengths) == len(prompts)
+    # For one row a prompt this is faster than torch's attention on a CPU, but would widen bfloat16 at each token.
+    if not width or not is_plain(model) or (alone and model.dtype != torch.float32):
+        return cache, None, padding
+    for layer in cache.layers:
+        layer.set_prompts_aside()
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # (prompts, width)
+    return cache, SharedPrompts(cache, prompt_of, mask.to(model.device)), padding

@@ -1,0 +1,116 @@
+"""How well an agent answers real questions: exact match, F1 and substring match, beside controls without a memory."""
+
+from dataclasses import replace
+from functools import cache
+
+from engine import parallel
+from engine.config import Config, check_model
+from engine.errors import UserError
+from engine.report import row
+from rewards import answer_reward, boxed, f1_score, substring_match
+from rollout import EMPTY_MEMORY, Limits, answer
+from tasks.sources import prompt_overhead
+
+
+def check(evaluation) -> None:
+    """Raises UserError for controls that the task doesn't have, nothing to evaluate, and models that can be none."""
+    task, controls = evaluation.task, evaluation.controls
+    if bad := [control for control in controls if control not in ("empty", "full", "oracle")]:
+        raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
+    if task == "memtrain" and controls != ["empty"]:
+        raise UserError(f"--controls {' '.join(controls)}: masked documents have the control empty only")
+    if task == "searchqa" and {"full", "oracle"} & set(controls):
+        raise UserError(f"--controls {' '.join(controls)}: search questions come without a text; use empty")
+    if evaluation.eval_documents < 1:
+        raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
+    for name in evaluation.against:
+        check_model(name, "--against")
+
+
+def evaluate_questions(
+    sample, agent, source, limits: Limits, config: Config, lengths: list[int], when: str,
+    controls: tuple[str, ...] = ("empty",), full=None,
+) -> list[dict]:
+    """Accuracy on up to `eval_documents` questions: longqa at each length, searchqa once; a row each, and by control.
+
+    "kept" is the agent itself. The controls answer in one step: from "empty" memory (searchqa: with no search left),
+    from the "full" text, full(document), or from "oracle", the gold paragraphs. `scores` are per question, in an order
+    that is the same for every model and length.
+    """
+    rank, found = parallel.rank(), {}
+    shown = f"evaluation {when}" if rank == 0 else None
+    asked = documents_by_length(source, config, source.lengths(lengths, config.eval_split), rank == 0)
+    places = [(length, i) for length in asked for i in range(len(asked[length]))][rank :: parallel.count()]
+    documents = [asked[length][i] for length, i in places]
+    if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
+        raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
+    for control in ("kept", *controls):
+        if control == "kept" or config.task == "searchqa":  # all lengths together: short documents fill the batches
+            allowed = limits if control == "kept" else replace(limits, searches=0)
+            predictions = [t.prediction for t in agent(sample, documents, allowed, progress=shown)]
+        else:
+            memories = [control_memory(control, document, full) for document in documents]
+            predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, limits)]
+        for (length, i), prediction, document in zip(places, predictions, documents, strict=True):
+            found.setdefault((length, control), {})[i] = measures(config.task, prediction, document.answers)
+    parts, rows = parallel.gather(found), []
+    for length, control in ((length, control) for length in asked for control in ("kept", *controls)):
+        scores = dict(sorted(item for part in parts for item in part.get((length, control), {}).items()))
+        exact, *others = zip(*scores.values(), strict=True)
+        more = {name: sum(values) / len(values) for name, values in zip(("f1", "substring"), others)}
+        rows.append(row(when, config.task, length, control, list(exact), **more))
+    return rows
+
+
+def measures(task: str, prediction: str | None, answers: list) -> tuple[float, ...]:
+    """Exact match; in longqa F1 and substring match, too."""
+    exact = answer_reward(prediction, answers)
+    if task != "longqa":
+        return (exact,)
+    return exact, f1_score(prediction, answers), float(substring_match(prediction, answers))
+
+
+def documents_by_length(source, config: Config, lengths: list[int], verbose: bool) -> dict[int, list]:
+    """{length: documents}: at every length the same questions, each once, of those that reach all lengths.
+
+    Skip a length that more than a tenth of the first 20 questions can't reach: without those questions it would be
+    another task. Print it if `verbose`.
+    """
+    order = range(len(source.questions[config.eval_split]))
+    document = cache(lambda i, length: source.document(i, config.eval_split, length))  # the first 20 are built twice
+    for length in list(lengths):
+        reasons = []
+        for i in order[:20]:
+            try:
+                document(i, length)
+            except UserError as error:
+                reasons.append(error)
+        if len(reasons) > len(order[:20]) / 10:
+            lengths = [other for other in lengths if other != length]
+            if verbose:
+                lost = f"{len(reasons)} of {len(order[:20])} questions can't be brought to it"
+                print(f"evaluation at {length} chunks is left out, {lost}: {reasons[0]}")
+    built: dict[int, list] = {length: [] for length in lengths}
+    for i in order if lengths else ():
+        try:
+            documents = [document(i, length) for length in lengths]
+        except UserError:
+            continue
+        for length, one in zip(lengths, documents, strict=True):
+            built[length].append(one)
+        if len(built[lengths[0]]) == config.eval_documents:
+            break
+    return {length: documents for length, documents in built.items() if documents}
+
+
+def control_memory(control: str, document, full) -> str:
+    """The text that stands in for the memory in a control that doesn't read."""
+    return {"empty": lambda: EMPTY_MEMORY, "oracle": lambda: document.gold, "full": lambda: full(document)}[control]()
+
+
+def full_text(model, tokenizer, limits: Limits, document) -> str:
+    """As much of a document's text as fits the model's window beside the question and the answer."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    question = len(tokenizer(document.question)["input_ids"])
+    room = window - prompt_overhead(tokenizer) - question - limits.answer_tokens
+    return limits.cut("".join(document.chunks), room)

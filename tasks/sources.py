@@ -1,0 +1,100 @@
+"""The task that --task names: where its documents come from, and which agent reads them."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from engine.config import Config
+from engine.errors import UserError
+from masking import QUESTION, Corpus
+from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, encode_prompt, fill, read
+from tasks.longqa import LongQA, Pool
+from tasks.questions import load_questions, load_search, split_questions, subject
+from tasks.retrieval import open_retriever
+from tasks.search import SEARCH_PROMPT, SearchQA, objectives, search
+from text.corpus import Passage, find_entities, load_passages
+
+
+def load_task(config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None):
+    """(source, agent): documents by source.document(index, split, chunks), and agent(sample, documents, limits, ...).
+
+    `left_out` counts the passages that can't be used; `cache` is a folder. Raises UserError.
+    """
+    retriever = open_retriever(config.retriever, config.text, config.encoder) if config.task == "searchqa" else None
+    source = load_source(config, model, tokenizer, cache, left_out)
+    return source, partial(search, retriever=retriever) if retriever else read
+
+
+def load_source(config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None):
+    if config.task == "memtrain":
+        return load_corpus(config, model, tokenizer, cache, left_out)
+    load = load_questions if config.task == "longqa" else load_search
+    train = load(config.questions)
+    other = load(config.eval_questions) if config.eval_questions else None
+    if config.task == "longqa":
+        questions = split_questions(train, other, subject)
+        asked = [question.question for part in questions.values() for question in part]
+        pool = Pool([(passage.title, passage.text) for passage in load_text(config, left_out)], tokenizer)
+        source = LongQA(questions, pool, seed=config.seed, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
+    else:
+        # The split is by question here: a file of FlashRAG's fields doesn't name its subjects.
+        questions = split_questions(train, other, lambda item: item[0])
+        questions = {name: objectives(items, config.objectives) for name, items in questions.items()}
+        asked = [question for part in questions.values() for question, _ in part]
+        source = SearchQA(questions, config.seed)
+    for name in ("train", config.eval_split):
+        if not source.questions[name]:
+            raise UserError(
+                f"--questions {config.questions}: no question is left for {name!r}; bring more, or --eval-questions"
+            )
+    check_window(config, model, tokenizer, max(asked, key=len))
+    return source
+
+
+def load_corpus(config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None) -> Corpus:
+    """The masked documents of the settings."""
+    check_window(config, model, tokenizer)
+    passages = load_text(config, left_out)
+    find_entities(passages, config.ner, cache)
+    return Corpus(
+        passages, tokenizer, seed=config.seed, n_passages=config.passages, n_related=config.related,
+        n_chunks=None if config.passages else config.chunks, chunk_tokens=config.chunk_tokens,
+        max_chunks=config.chunks if config.passages else None, keep_leaky=config.keep_leaky, heldout=config.heldout,
+    )
+
+
+def load_text(config: Config, left_out: Counter | None) -> list[Passage]:
+    """The passages of --corpus, as the settings beside it say."""
+    return load_passages(
+        config.text, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
+        max_passages=config.max_passages, left_out=left_out,
+    )
+
+
+def prompt_overhead(tokenizer) -> int:
+    """Tokens of the longest prompt with all its slots empty: the instructions and the template."""
+    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
+    prompts = (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT, SEARCH_PROMPT)
+    return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)
+
+
+def check_window(config: Config, model, tokenizer, question: str = QUESTION) -> None:
+    """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
+    if config.task == "searchqa":  # the last query stands beside its result
+        shown, written = "result_tokens", config.memory_tokens + config.answer_tokens
+    else:
+        shown, written = "chunk_tokens", max(config.memory_tokens, config.answer_tokens)
+    asked = prompt_overhead(tokenizer) + len(tokenizer(question)["input_ids"])
+    needed = asked + getattr(config, shown) + config.memory_tokens + written
+    settings = model.config.get_text_config()
+    window = getattr(settings, "max_position_embeddings", None)
+    rope = getattr(settings, "rope_parameters", None) or {}
+    if window and rope.get("rope_type") in ("longrope", "dynamic"):  # beyond this a row's positions depend on its batch
+        original = getattr(settings, "original_max_position_embeddings", None)
+        window = rope.get("original_max_position_embeddings") or original or window
+    if window and needed > window:
+        raise UserError(
+            f"--{shown.replace('_', '-')} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and "
+            f"--answer-tokens {config.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has "
+            f"{window}; make them smaller"
+        )

@@ -1,0 +1,91 @@
+"""The passages that share the most telling words with a query."""
+
+import re
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.errors import UserError
+from engine.files import whole_file
+
+WORD = re.compile(r"\w+")
+
+
+def best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k greatest of `scores` (n,), greatest first; equal scores by position."""
+    some = np.arange(len(scores))
+    if 0 < k < len(scores):  # all that tie with the k-th stay in, or equal scores would come in no fixed order
+        some = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return some[np.argsort(-scores[some], kind="stable")][:k]
+
+
+class BM25:
+    """Okapi BM25 (Robertson and Zaragoza, 2009) with Lucene's idf, log(1 + (N - df + 0.5) / (df + 0.5)).
+
+    A posting is (passage, weight): the whole score of one term in one passage is computed when the index is
+    built, so a search only adds up the postings of its terms. Postings of term t lie at starts[t]:starts[t + 1].
+    """
+
+    def __init__(self, texts, k1: float = 1.5, b: float = 0.75):
+        self.terms = {}  # term -> id
+        term_ids, counts, distinct, lengths = array("i"), array("i"), array("i"), array("i")
+        for text in tqdm(texts, desc="BM25 index", unit=" passages", delay=5, mininterval=1):
+            words = Counter(WORD.findall(text.lower()))
+            lengths.append(words.total())
+            distinct.append(len(words))
+            term_ids.extend([self.terms.setdefault(term, len(self.terms)) for term in words])
+            counts.extend(words.values())
+        term_ids, counts, distinct, lengths = (np.asarray(a, np.int32) for a in (term_ids, counts, distinct, lengths))
+        self.size = len(lengths)
+        frequency = np.bincount(term_ids, minlength=len(self.terms))  # (terms,): in how many passages
+        idf = np.log1p((self.size - frequency + 0.5) / (frequency + 0.5))
+        norm = k1 * (1 - b + b * lengths / max(lengths.sum() / max(self.size, 1), 1e-9))
+        by_term = np.argsort(term_ids, kind="stable")  # stable: within a term, passages stay in order
+        self.postings = np.repeat(np.arange(self.size, dtype=np.int32), distinct)[by_term]
+        self.weights = np.empty(len(by_term), np.float32)
+        for start in range(0, len(by_term), 1 << 22):  # in blocks: float64 for all postings at once is gigabytes
+            block = slice(start, start + (1 << 22))
+            count, own_idf = counts[by_term[block]], idf[term_ids[by_term[block]]]
+            self.weights[block] = own_idf * count * (k1 + 1) / (count + norm[self.postings[block]])
+        self.starts = np.concatenate([[0], np.cumsum(frequency)])
+
+    def search(self, queries: list[str], k: int) -> list[list[tuple[int, float]]]:
+        """For each query its k best passages, [(index, score), ...], best first; equal scores by index.
+
+        A passage that shares no word with the query is never returned, so there may be fewer than k. A word counts as
+        often as the query has it.
+        """
+        return [self._search(query, k) for query in queries]
+
+    def _search(self, query: str, k: int) -> list[tuple[int, float]]:
+        scores = np.zeros(self.size, np.float32)
+        for word, count in Counter(WORD.findall(query.lower())).items():
+            if (term := self.terms.get(word)) is not None:
+                span = slice(self.starts[term], self.starts[term + 1])
+                scores[self.postings[span]] += count * self.weights[span]  # a passage stands once in a term's postings
+        found = np.flatnonzero(scores)
+        found = found[best(scores[found], k)]
+        return [(int(passage), float(scores[passage])) for passage in found]
+
+    def save(self, file: str | Path) -> None:
+        """Write the index as one .npz without pickles."""
+        terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)  # no newline in a \w+
+        arrays = {"terms": terms, "starts": self.starts, "postings": self.postings, "weights": self.weights}
+        with whole_file(Path(file)) as fresh, fresh.open("wb") as out:  # given a name, savez would append .npz to it
+            np.savez(out, size=self.size, **arrays)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "BM25":
+        """The index that `save` wrote. Raises UserError if there is none, or if it is damaged."""
+        index = cls([])
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                index.size, words = int(saved["size"]), saved["terms"].tobytes().decode()
+                index.starts, index.postings, index.weights = saved["starts"], saved["postings"], saved["weights"]
+        except Exception as error:  # the file, the zip in it, the arrays in that: each fails in its own ways
+            raise UserError(f"{file}: not a BM25 index ({error}); remove it, and it will be built again") from None
+        index.terms = {term: n for n, term in enumerate(words.split("\n") if words else [])}
+        return index

@@ -1,0 +1,64 @@
+"""A text cut into chunks at safe places, each within a token limit."""
+
+import re
+import unicodedata
+from bisect import bisect_right
+from itertools import accumulate, chain
+
+from engine.errors import UserError
+from text.matching import MASK, Span, merges
+
+
+def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
+    """`text` in pieces of at most `limit` tokens, each measured as it stands; joined they are `text`.
+
+    A cut falls between words; in the last half of a chunk it prefers the end of a paragraph, then of a sentence. It
+    never splits a [MASK], and splits a span of `keep`, a word or a character only where that is longer than a chunk.
+    UserError where even one letter is.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    token_ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
+    within_mask = {m.start() + n for m in re.finditer(re.escape(MASK), text) for n in range(1, len(MASK))}
+    inside = {place for start, end in keep for place in range(start + 1, end)} | within_mask
+    places, ranks = [], []  # between two words, and how good a cut it is: 2 after a paragraph, 1 a sentence, 0 a word
+    for gap in re.finditer(r"(\S?\S?)(\s+)(?=\S)", text):
+        if gap.end() not in inside and not _splits_character(text, gap.end()):
+            places.append(gap.end())
+            ranks.append(2 if "\n" in gap[2] else int(gap[1].rstrip("\"'”’)]").endswith((".", "!", "?"))))
+    last_resorts = (
+        lambda place: place not in inside and not _splits_character(text, place),  # for a word longer than a chunk
+        lambda place: text[place - 1].isspace() and not _splits_character(text, place),  # for such an entity
+        lambda place: place not in within_mask and not _splits_character(text, place),
+        lambda place: place not in within_mask,  # an emoji can be a dozen codes
+    )
+    chunks, start = [], 0
+    while start < len(text):
+        last = bisect_right(token_ends, start) + limit - 1  # the last token that fits, counted within the whole text
+        reach = max(token_ends[last], start + 1) if last < len(token_ends) - 1 else len(text)
+        near, half = range(bisect_right(places, start), bisect_right(places, reach)), (start + reach) // 2
+        best = sorted(near, key=lambda n: (ranks[n] if places[n] >= half else 0, places[n]), reverse=True)
+        ends = chain(
+            [reach] if reach == len(text) else [], (places[n] for n in best),
+            (end for fits in last_resorts for end in range(reach, start, -1) if fits(end)),
+        )
+        for end in ends:  # a piece may take more tokens alone than it took within the text
+            if len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]) <= limit:
+                break
+        else:
+            word = text[start : start + 6]
+            raise UserError(f"--chunk-tokens {limit}: too few for {word!r} with this tokenizer; make it larger")
+        chunks.append(text[start:end])
+        start = end
+    return chunks
+
+
+def _splits_character(text: str, place: int) -> bool:
+    """Whether text[place] and the code before it are one character to a reader."""
+    before, after = text[place - 1], text[place : place + 1]
+    if after.isascii():  # so is the text's end
+        return before + after == "\r\n"
+    if "\U0001f1e6" <= after <= "\U0001f1ff":  # a flag is two of these: the second has an odd number before it
+        return len(re.search("[\U0001f1e6-\U0001f1ff]*\\Z", text[max(0, place - 50) : place])[0]) % 2 == 1
+    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after) or "\U0001f3fb" <= after <= "\U0001f3ff":
+        return True  # an accent, a joined emoji, its skin
+    return merges(before, after)

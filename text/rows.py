@@ -1,0 +1,67 @@
+"""The records of a .json, .jsonl or .parquet file, one by one, each with the place where it stands."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.errors import UserError, first_line
+
+HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
+
+
+def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
+    """(record, "FILE: line 3") of a .jsonl file, "record 3" of a .json list, "row 3" of a .parquet file.
+
+    A first character "[" makes a list, whatever the file is called. `errors` is bytes.decode's, for bytes that are not
+    UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place.
+    """
+    if file.suffix == ".parquet":
+        rows = _parquet(file)
+    else:
+        try:
+            with file.open("rb") as lines:
+                first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror})") from None
+        rows = _list(file, errors) if first.lstrip()[:1] == b"[" else _lines(file, errors)
+    for row, where in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object")
+        yield row, where
+
+
+def _lines(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
+    with file.open("rb") as lines:  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
+        for number, line in enumerate(lines, 1):
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                yield _parsed(line, f"{file}: line {number}", errors), f"{file}: line {number}"
+
+
+def _list(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
+    for number, record in enumerate(_parsed(file.read_bytes(), f"{file}:", errors), 1):
+        yield record, f"{file}: record {number}"
+
+
+def _parsed(text: bytes, where: str, errors: str):
+    """The JSON value of `text`, which stands at `where`."""
+    try:
+        value = json.loads(text.removeprefix(b"\xef\xbb\xbf").decode(errors=errors))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+    if HALF.search(text):
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value
+
+
+def _parquet(file: Path) -> Iterator[tuple[dict, str]]:
+    import datasets  # here, as a server that searches by words should not wait for it
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield row, f"{file}: row {number}"
+    except Exception as error:  # each kind of damage has its own
+        raise UserError(f"{file}: is no readable .parquet file ({first_line(error)})") from None
