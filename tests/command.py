@@ -8,17 +8,19 @@ import traceback
 from types import SimpleNamespace
 from unittest import mock
 
-import checkpoints
-from errors import run
+from engine import checkpoints
+from engine.config import Config, run_script
 
 
 def command(*arguments, script="memtrain"):
     """`python {script}.py *arguments` in this process: its returncode, stdout and stderr, a traceback included."""
+    module = importlib.import_module(script)
+    flags, follow_model = (Config, False) if script == "memtrain" else (module.Evaluation, True)
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [f"{script}.py", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run(importlib.import_module(script).main)
+            run_script(module.main, flags, follow_model)
         except SystemExit as stop:
             code = stop.code or 0
         except Exception:
