@@ -113,10 +113,11 @@ class Corpus:
         self.same_title: dict[str, list[int]] = {}
         for n, passage in enumerate(passages):
             self.same_title.setdefault(passage.title, []).append(n)
-        self.never_in_train = {normalize(p.name) for p in passages if is_heldout(p.title, heldout)}
+        self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
+        self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
         self.pivots = {"train": [], "heldout": []}
         for n, passage in enumerate(passages):
-            split = "heldout" if is_heldout(passage.title, heldout) else "train"
+            split = "heldout" if passage.title in self.heldout else "train"
             if self._names(n, split):
                 self.pivots[split].append(n)
         if not any(self.pivots.values()):

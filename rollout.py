@@ -169,9 +169,9 @@ def generate(
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
     ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
+    drawn = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
-        do_sample=not greedy, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens, eos_token_id=ends,
-        pad_token_id=pad,
+        do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **drawn
     )
     # generate takes from the model folder's config all that `config` leaves open: penalties, forbidden words.
     folders, model.generation_config = model.generation_config, config

@@ -60,6 +60,8 @@ def search(
     results = [NOTHING] * len(trajectories)
     going = list(range(len(trajectories)))
     for turn_number in tqdm(range(limits.searches + 1), desc=progress, disable=progress is None, leave=False):
+        if not going:
+            break
         left = limits.searches - turn_number
         prompts = [search_prompt(trajectories[n], results[n], left) for n in going]
         asking = []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from command import command
 
-from eval import default_lengths, table, wilson
+from engine.report import table, wilson
+from eval import default_lengths
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,17 +48,21 @@ def test_table_has_a_cell_for_every_row():
     assert lines[0].count("chunks") == 2 and len(lines) == 4
     assert "0.25" in lines[2] and "0.50" in lines[2] and "before" in lines[2]
     assert "0.75" in lines[3] and "| - |" in lines[3]
-    rows = [dict(row, n=n, when="now", task="longqa", chunks=n, memory="kept", accuracy=0.25, f1=0.375, substring=0.5) for n in (4, 8)]
+    row |= dict(when="now", task="longqa", memory="kept", accuracy=0.25, f1=0.375, substring=0.5)
+    rows = [dict(row, n=n, chunks=n) for n in (4, 8)]
     lines = table(rows).splitlines()
     assert len(lines) == 5 and all("| 4-8 |" in line for line in lines[2:])
     assert "0.38" in lines[3] and "F1" in lines[3] and "0.50" in lines[4] and "substring" in lines[4]
 
 
 def test_a_config_of_another_program_holds_no_settings(tmp_path):
-    """Hugging Face's own trainer writes a config.json above its checkpoints, too; a length asked for twice counts once."""
+    """Hugging Face's own trainer writes a config.json above its checkpoints, too; a length given twice counts once."""
     shutil.copytree(ROOT / "tiny/model", tmp_path / "checkpoint-5", ignore=shutil.ignore_patterns(".*"))
     for text in ('{"dtype": "float16", "chunks": 9}', "[1]", "{"):
         (tmp_path / "config.json").write_text(text)
-        done = command("--model", tmp_path / "checkpoint-5", "--eval_documents", 2, "--lengths", 1, 1, "--out", tmp_path / "rows.json", script="eval")
+        done = command(
+            "--model", tmp_path / "checkpoint-5", "--eval_documents", 2, "--lengths", 1, 1, "--out",
+            tmp_path / "rows.json", script="eval",
+        )
         assert done.returncode == 0 and "settings are" not in done.stdout, done.stderr
         assert [row["n"] for row in json.loads((tmp_path / "rows.json").read_text())] == [2, 2]

@@ -1,44 +1,27 @@
-"""grpo.py against independent arithmetic: float64 loops for Eq. 3 and Eq. 4, plain full-logits passes for log-probs."""
+"""grpo.py against independent arithmetic: float64 loops for Eq. 3 and Eq. 4, unpadded passes for log-probs."""
 
-from dataclasses import dataclass
-from functools import partial
 from math import exp, log
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CohereConfig,
-    FalconConfig,
-    FalconForCausalLM,
-    GPT2Config,
-    Gemma2Config,
-    GemmaConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Starcoder2Config,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from attention import can_pack_completions
-from grpo import completion_logprobs, conversation_weights, group_advantages, grpo_loss, logits_agree, micro_batches
-from settings import load_model
+from grpo import (
+    assign_advantages,
+    conversation_weights,
+    group_advantages,
+    grpo_loss,
+    recall_groups,
+    token_logprobs,
+    trajectory_groups,
+)
+from masking import Document
+from rollout import Trajectory, Turn
 
 VOCABULARY = 61
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 EOS = 0  # Also the id that padding gets, so that a mask taken from token values fails here.
-
-
-@dataclass
-class Turn:
-    prompt_ids: list
-    completion_ids: list
 
 
 def tiny_model(config_class=Qwen3Config, seed=0, **settings):
@@ -55,7 +38,10 @@ def tiny_model(config_class=Qwen3Config, seed=0, **settings):
 def random_turns(lengths, seed=0):
     """Turns of the given (prompt, completion) lengths; every completion of two tokens or more ends with EOS."""
     rng = np.random.default_rng(seed)
-    turns = [Turn(rng.integers(0, VOCABULARY, p).tolist(), rng.integers(0, VOCABULARY, c).tolist()) for p, c in lengths]
+    turns = [
+        Turn(rng.integers(0, VOCABULARY, p).tolist(), rng.integers(0, VOCABULARY, c).tolist(), True, "")
+        for p, c in lengths
+    ]
     for turn in turns:
         turn.completion_ids[-1:] = [EOS] if len(turn.completion_ids) > 1 else turn.completion_ids
     return turns
@@ -64,26 +50,15 @@ def random_turns(lengths, seed=0):
 LENGTHS = [(5, 4), (1, 7), (9, 1), (3, 12), (12, 3), (6, 6), (2, 9)]
 
 
-def plain_logprobs(model, turn, temperature=1.0):
+def unpadded_logprobs(model, turn):
     """One unpadded sequence, all its logits, a float64 log-softmax: log-probs and entropies of the completion."""
     ids = torch.tensor([turn.prompt_ids + turn.completion_ids])
-    logits = model(input_ids=ids).logits[0].double() / temperature
+    logits = model(input_ids=ids).logits[0].double()
     rows, first = [], len(turn.prompt_ids)
     for t, token in enumerate(turn.completion_ids):
         distribution = logits[first + t - 1] - logits[first + t - 1].logsumexp(0)
         rows.append((distribution[token], -(distribution.exp() * distribution).sum()))
     return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
-
-
-def with_siblings(turns, copies, seed=5):
-    """Further completions of every turn's prompt, shuffled among them: what a group of samples looks like."""
-    rng = np.random.default_rng(seed)
-    more = [
-        Turn(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
-        for n, turn in enumerate(turns) for _ in range(copies if n % 3 else 0)
-    ]  # every third prompt keeps its one completion
-    both = [*turns, *more]
-    return [both[i] for i in rng.permutation(len(both))]
 
 
 def parameter_gradient(model):
@@ -144,12 +119,51 @@ def test_group_of_one_and_unknown_mode():
         group_advantages(torch.tensor([[1.0, 0.0]]), "group-norm")
 
 
-def test_weights_are_the_outer_means_of_what_is_kept():
-    """A document counts once however many conversations it has; dropped conversations and documents dilute nothing."""
-    weights = conversation_weights([0, 0, 0, 1, 2, 2], [True, True, False, True, False, False])
-    assert weights.tolist() == [0.25, 0.25, 0, 0.5, 0, 0]
-    assert conversation_weights([0, 1], [False, False]).tolist() == [0, 0]
-    assert conversation_weights([], []).tolist() == []
+def test_weights_are_the_outer_means():
+    """A document counts once however many conversations it has; places without any, such as 1 here, dilute nothing."""
+    weights = [1 / 6, 1 / 6, 1 / 3, 1 / 9, 1 / 9, 1 / 9]
+    assert conversation_weights([0, 0, 3, 2, 2, 2]).tolist() == pytest.approx(weights)
+    assert conversation_weights([5]).tolist() == [1.0] and conversation_weights([]).tolist() == []
+
+
+def some_trajectories(turns_of: list[int]) -> list[Trajectory]:
+    """Two trajectories for each of the documents at places 4 and 7, with so many turns each."""
+    documents = [Document(0, "", "", ["y"], [], [], place=place) for place in (4, 4, 7, 7)]
+    turns = [[Turn([1], [2], True, "") for _ in range(n)] for n in turns_of]
+    return [Trajectory(document, own) for document, own in zip(documents, turns, strict=True)]
+
+
+def test_groups_are_a_documents_trajectories_and_a_trajectorys_recalls():
+    """Every turn of a trajectory gets its advantage, every recall answer its own; groups of equal rewards drop out."""
+    trajectories = some_trajectories([3, 3, 2, 2])
+    recalls = [[Turn([1], [2], True, "") for _ in range(2)] if n != 1 else [] for n in range(4)]
+    groups = trajectory_groups(trajectories, [1.0, 0.0, 0.5, 0.5], 2)
+    groups += recall_groups(trajectories, recalls, [[1.0, 0.0], [], [0.0, 0.0], [0.0, 1.0]])
+    assert [(g.document, len(g.samples)) for g in groups] == [(4, 2), (7, 2), (4, 2), (7, 2), (7, 2)]
+    kept = assign_advantages(groups, "mean")
+    expected = [(t, 4, 0.5) for t in trajectories[0].turns] + [(t, 4, -0.5) for t in trajectories[1].turns]
+    expected += [(recalls[0][0], 4, 0.5), (recalls[0][1], 4, -0.5), (recalls[3][0], 7, -0.5), (recalls[3][1], 7, 0.5)]
+    assert len(kept) == len(expected)
+    assert all(a is b and (a.document, a.advantage) == (d, A) for a, (b, d, A) in zip(kept, expected, strict=True))
+    assert [group.degenerate for group in groups] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("mode", ["mean", "group_norm"])
+def test_groups_of_any_sizes_in_any_order_are_scored_alone(mode):
+    """Random groups of mixed sizes: each turn's advantage is numpy's for its own group."""
+    rng = np.random.default_rng(3)
+    groups = []
+    for size in rng.integers(2, 5, 30):
+        trajectories = [Trajectory(Document(0, "", "", ["y"], [], []), [Turn([1], [2], True, "")]) for _ in range(size)]
+        groups += trajectory_groups(trajectories, rng.choice([0.0, 0.25, 1.0], size).tolist(), int(size))
+    kept = {id(turn) for turn in assign_advantages(groups, mode)}
+    for group in groups:
+        rewards = np.array(group.rewards)
+        scale = rewards.std(ddof=1) + 1e-4 if mode == "group_norm" else 1.0
+        for (turn,), reward in zip(group.samples, rewards, strict=True):
+            assert (id(turn) in kept) == (np.ptp(rewards) > 0)
+            expected = (reward - rewards.mean()) / scale if np.ptp(rewards) else 0.0
+            assert turn.advantage == pytest.approx(expected, abs=1e-9)
 
 
 # Eq. 4
@@ -194,12 +208,19 @@ def random_case(seed):
     return logprobs, old, reference, lengths, rng.normal(0, 1, turns), documents, kept, clip
 
 
+def weights_of(documents, kept):
+    """conversation_weights of the kept conversations, 0 for the others."""
+    weights = torch.zeros(len(documents), dtype=torch.float64)
+    weights[torch.tensor(kept)] = conversation_weights([d for d, k in zip(documents, kept, strict=True) if k]).double()
+    return weights
+
+
 def run_loss(logprobs, old, reference, lengths, advantages, documents, kept, clip):
     logprobs = torch.tensor(logprobs, requires_grad=True)
     mask = torch.arange(logprobs.shape[1]) < torch.tensor(lengths)[:, None]
     loss, stats = grpo_loss(
         logprobs, None if old is None else torch.tensor(old), None if reference is None else torch.tensor(reference),
-        mask, torch.tensor(advantages), conversation_weights(documents, kept).double(), **clip,
+        mask, torch.tensor(advantages), weights_of(documents, kept), **clip,
     )
     loss.backward()
     return loss.item(), logprobs.grad.numpy(), stats
@@ -291,269 +312,40 @@ def test_nothing_kept_and_empty_completions_give_zero_not_nan():
 # Log-probs
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logprobs_equal_plain_unpadded_passes(name, temperature):
-    """Log-probs, entropies and gradients equal one full-logits pass per sequence; the head's chunks don't matter."""
+def test_logprobs_equal_unpadded_passes(name):
+    """Log-probs, entropies and gradients equal one float64 softmax per sequence; nothing stands where mask is False."""
     model, turns = tiny_model(CONFIGS[name]), random_turns(LENGTHS)
     coefficients = torch.randn(len(turns), 12, generator=torch.Generator().manual_seed(1))
-    expected_loss = 0.0
-    expected = [plain_logprobs(model, turn, temperature) for turn in turns]
-    for row, (logprobs, _) in zip(coefficients, expected):
-        expected_loss = expected_loss + (row[: len(logprobs)] * logprobs).sum()
-    expected_loss.backward()
+    expected = [unpadded_logprobs(model, turn) for turn in turns]
+    sum((row[: len(own)] * own).sum() for row, (own, _) in zip(coefficients, expected, strict=True)).backward()
     expected_gradient = parameter_gradient(model)
-    for head_tokens in (1, 5, 1000):
-        logprobs, entropy, mask = completion_logprobs(
-            model, turns, temperature=temperature, head_tokens=head_tokens, with_entropy=True
-        )
-        assert logprobs.dtype == torch.float32 and not entropy.requires_grad
-        assert mask.sum(1).tolist() == [len(turn.completion_ids) for turn in turns]
-        for i, (plain, plain_entropy) in enumerate(expected):
-            torch.testing.assert_close(logprobs[i, : len(plain)].double(), plain, atol=2e-5, rtol=0)
-            torch.testing.assert_close(entropy[i, : len(plain)].double(), plain_entropy, atol=2e-5, rtol=0)
-            assert (logprobs[i, len(plain):] == 0).all() and (entropy[i, len(plain):] == 0).all()
-            assert not mask[i, len(plain):].any()
-        (coefficients * logprobs).sum().backward()
-        gradient = parameter_gradient(model)
-        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    logprobs, entropy, mask = token_logprobs(model, turns, with_entropy=True)
+    assert logprobs.dtype == torch.float32 and not entropy.requires_grad
+    assert mask.sum(1).tolist() == [len(turn.completion_ids) for turn in turns]
+    for i, (own, own_entropy) in enumerate(expected):
+        torch.testing.assert_close(logprobs[i, : len(own)].double(), own, atol=2e-5, rtol=0)
+        torch.testing.assert_close(entropy[i, : len(own)].double(), own_entropy, atol=2e-5, rtol=0)
+        assert (logprobs[i, len(own) :] == 0).all() and (entropy[i, len(own) :] == 0).all()
+        assert not mask[i, len(own) :].any()
+    (coefficients * logprobs).sum().backward()
+    assert (parameter_gradient(model) - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert token_logprobs(model, turns)[1] is None
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_training_logprobs_equal_rollout_logprobs(name, temperature):
-    """What HF generate sampled from, left-padded in a batch, is what training scores: same tokens, 1e-4, pad = EOS."""
-    model, turns = tiny_model(CONFIGS[name]), random_turns([(p, 1) for p in (3, 11, 7, 1, 5, 8)])
-    width = max(len(turn.prompt_ids) for turn in turns)
-    prompts = torch.tensor([[EOS] * (width - len(turn.prompt_ids)) + turn.prompt_ids for turn in turns])
-    attention = torch.tensor([[0] * (width - len(turn.prompt_ids)) + [1] * len(turn.prompt_ids) for turn in turns])
-    torch.manual_seed(3)
-    sampled = model.generate(
-        prompts, attention_mask=attention, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        max_new_tokens=12, eos_token_id=[EOS, 2, 3, 4, 5, 6], pad_token_id=EOS, output_scores=True,
-        return_dict_in_generate=True,
-    )
-    scores = torch.stack(sampled.scores, 1).log_softmax(-1)  # (turns, new, vocabulary)
-    ends = []
-    for turn, row in zip(turns, sampled.sequences[:, width:].tolist()):
-        end = next((t + 1 for t, token in enumerate(row) if token in (EOS, 2, 3, 4, 5, 6)), len(row))
-        turn.completion_ids = row[:end]
-        ends.append(end)
-    assert min(ends) < max(ends)  # Some ended early, or padding after EOS would go untested.
-    with torch.no_grad():
-        logprobs, _, mask = completion_logprobs(model, turns, temperature=temperature, head_tokens=7)
-    for i, turn in enumerate(turns):
-        rollout = scores[i].gather(1, sampled.sequences[i, width:, None])[: ends[i], 0]
-        torch.testing.assert_close(logprobs[i, : ends[i]], rollout, atol=1e-4, rtol=0)
-    assert mask.sum(1).tolist() == ends
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("config", [*CONFIGS.values(), partial(MistralConfig, sliding_window=None), GemmaConfig])
-def test_packed_completions_equal_unpacked_ones(config, recompute):
-    """One row for a prompt and all its completions gives the log-probs and gradient of one row each, to 1e-5."""
-    model, turns = tiny_model(config), with_siblings(random_turns(LENGTHS), 3)
-    if recompute:
-        model.activation_checkpointing_enable()
-        model.train()
-    coefficients = torch.randn(len(turns), 13, generator=torch.Generator().manual_seed(1))
-    results, rows = [], []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    for share in (False, True):
-        logprobs, entropy, mask = completion_logprobs(model, turns, share_prompts=share, head_tokens=16, with_entropy=True)
-        (coefficients[:, : logprobs.shape[1]] * logprobs).sum().backward()
-        results.append((logprobs.detach(), entropy, mask, parameter_gradient(model)))
-    hook.remove()
-    (plain, plain_entropy, plain_mask, plain_gradient), (packed, entropy, mask, gradient) = results
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy, plain_entropy, atol=1e-5, rtol=0)
-    assert torch.equal(mask, plain_mask)
-    assert (gradient - plain_gradient).norm() < 1e-5 * plain_gradient.norm()
-    assert len(rows) == 2 and rows[0] == len(turns) * max(len(t.prompt_ids + t.completion_ids) for t in turns)
-    assert rows[1] != rows[0]  # it was packed
-
-
-def test_a_packed_row_of_one_completion_token():
-    """Beside an empty completion: the mask of so few queries is not taken for one of all queries."""
-    model = tiny_model()
-    turns = [Turn([1, 2, 3, 4, 5], [9]), Turn([1, 2, 3, 4, 5], [])]
-    with torch.no_grad():
-        (packed, *_), (alone, *_) = (completion_logprobs(model, part, share_prompts=True) for part in (turns, turns[:1]))
-    torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=0)
-
-
-def test_one_completion_a_prompt_takes_the_plain_causal_path():
-    """Without anything to share no attention mask is built, so that fast kernels stay in use."""
-    model, seen = tiny_model(), []
-    model.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
-    turns = random_turns(LENGTHS)
-    completion_logprobs(model, turns, share_prompts=True)
-    completion_logprobs(model, with_siblings(turns, 1), share_prompts=True)
-    assert "attention_mask" not in seen[0] and "attention_mask" in seen[1]
-    assert can_pack_completions(model)
-    model.config._attn_implementation = "eager"  # would add a boolean mask to its scores
-    assert not can_pack_completions(model)
-    small = FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=False)
-    falcon = FalconForCausalLM(small)
-    assert falcon.config._attn_implementation == "sdpa" and not can_pack_completions(falcon)  # calls torch's by itself
-
-
-def test_eos_is_trained():
-    """A rewarded completion that is nothing but its EOS makes that EOS likelier, though padding has the same id."""
-    model, turns = tiny_model(), [Turn([5, 6, 7], [EOS]), Turn([8, 9], [10, 11, 12, EOS])]
-    logprobs, _, mask = completion_logprobs(model, turns)
-    logprobs.retain_grad()
-    assert mask.tolist() == [[True, False, False, False], [True] * 4]
-    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), conversation_weights([0, 1], [1, 1]), 0.2, 0.2, 0.0)
-    loss.backward()
-    assert logprobs.grad.tolist() == [[-0.5, 0, 0, 0], [-0.125] * 4]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 1e-3 * parameter.grad
-        after, _, _ = completion_logprobs(model, turns)
-    assert after[0, 0] > logprobs[0, 0] and after[1, 3] > logprobs[1, 3]
-
-
-def test_empty_completions_and_prompts():
-    """An empty completion scores nothing and spoils no neighbour; an empty prompt is an error, not a shifted mask."""
-    model, turns = tiny_model(), random_turns(LENGTHS[:2])
-    alone, _, _ = completion_logprobs(model, turns)
-    mixed, _, mask = completion_logprobs(model, [turns[0], Turn([3, 4, 5], []), turns[1]])
-    torch.testing.assert_close(mixed[[0, 2]], alone)
-    assert mask.sum(1).tolist() == [4, 0, 7]
-    logprobs, _, mask = completion_logprobs(model, [Turn([3], []), Turn([4], [])])
-    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), torch.ones(2), 0.2, 0.2, 0.0)
-    assert logprobs.shape == mask.shape == (2, 0) and loss == 0
-    loss.backward()
-    with pytest.raises(ValueError, match="empty prompt"):
-        completion_logprobs(model, [Turn([], [3, 4])])
-
-
-def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits():
-    """Forward and backward make logits of at most head_tokens positions, only of completions, and store none."""
-    model, turns, seen, stored = tiny_model(), random_turns(LENGTHS), [], []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-
-    def remember(tensor):
-        stored.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        logprobs, _, _ = completion_logprobs(model, turns, head_tokens=8)
-    tokens = sum(len(turn.completion_ids) for turn in turns)
-    assert sum(rows for rows, _ in seen) == tokens > 8 and set(seen) <= {(8, VOCABULARY), (tokens % 8, VOCABULARY)}
-    assert not any(VOCABULARY in shape[-1:] for shape in stored)
-    logprobs.sum().backward()
-    assert sum(rows for rows, _ in seen) == 2 * tokens and max(seen) == (8, VOCABULARY)
-
-
-def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
-    """Gemma's tanh on the logits is applied; models that scale or cap them by settings of their own are told apart."""
+def test_capped_logits_are_the_models_own():
+    """Gemma caps its logits: the lesson takes them as they come from the model."""
     model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
-    logprobs, _, _ = completion_logprobs(model, turns)
+    logprobs, _, _ = token_logprobs(model, turns)
     for i, turn in enumerate(turns):
-        plain = plain_logprobs(model, turn)[0].float()
-        torch.testing.assert_close(logprobs[i, : len(plain)], plain, atol=1e-4, rtol=0)
-    assert logits_agree(model) and logits_agree(tiny_model())
-    for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):
-        assert not logits_agree(tiny_model(config_class, **{setting: 0.5}))
+        own = unpadded_logprobs(model, turn)[0].float()
+        torch.testing.assert_close(logprobs[i, : len(own)], own, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("config", [OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.5,
-                                              attention_dropout=0.5, activation_dropout=0.5, word_embed_proj_dim=32),
-                                    GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
-                                    Starcoder2Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                                     num_key_value_heads=2, residual_dropout=0.5, embedding_dropout=0.5),
-                                    FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5)])  # fmt: skip
-def test_dropout_stays_off_in_train_mode(config, tmp_path):
-    """Checkpointing of activations needs train mode; the passes of a step must all be of one network."""
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tiny/model").save_pretrained(tmp_path)
-    model, _ = load_model(str(tmp_path), "cpu")
-    ids = torch.arange(20)[None]
-    quiet = model(input_ids=ids).logits
-    assert torch.equal(model.train()(input_ids=ids).logits, quiet)
-
-
-# Micro-batches
-
-
-def batch_gradient(model, turns, batches, share=False):
-    """Gradient of one Eq. 4 batch (a moved policy, KL, a dropped turn), accumulated over the given micro-batches."""
-    advantages = torch.tensor([1.0, -2.0, 0.5, -0.5, 1.5, -1.0, 0.7])
-    weights = conversation_weights([0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, 0])
-    old_model, reference_model = tiny_model(seed=1), tiny_model(seed=2)
-    total, totals = 0.0, {}
-    for batch in batches:
-        part = [turns[i] for i in batch]
-        logprobs, entropy, mask = completion_logprobs(model, part, share_prompts=share, head_tokens=8, with_entropy=True)
-        with torch.no_grad():
-            drift = 0.05 * completion_logprobs(old_model, part)[0]
-            reference = logprobs + 0.1 * completion_logprobs(reference_model, part)[0]
-        loss, stats = grpo_loss(
-            logprobs, (logprobs + drift).detach(), reference, mask, advantages[batch], weights[batch], 0.1, 0.2, 0.05,
-            entropy,
-        )
-        loss.backward()
-        total += loss.item()
-        totals = {name: totals.get(name, 0) + value.item() for name, value in stats.items()}
-    return total, parameter_gradient(model), totals
-
-
-def test_any_micro_batch_size_gives_the_same_gradient():
-    """One batch, cut in any way, adds up to the same loss, gradient (1e-5) and stats."""
-    model, turns = tiny_model(), random_turns(LENGTHS)
-    loss, gradient, stats = batch_gradient(model, turns, [list(range(7))])
-    assert gradient.norm() > 1e-3 and 0 < stats["clipped"] < stats["tokens"] == sum(c for _, c in LENGTHS[:6])
-    cuts = [[[i] for i in range(7)], [[0, 1], [2, 3], [4, 5], [6]], [[6, 2, 0], [1, 3, 4, 5]], micro_batches(turns, 30)]
-    for cut in cuts:
-        part_loss, part_gradient, part_stats = batch_gradient(model, turns, cut)
-        assert part_loss == pytest.approx(loss, rel=1e-5)
-        assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()
-        assert part_stats == pytest.approx(stats, rel=1e-4)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    """In train mode (dropout 0) with activation checkpointing, the gradient is the one of eval mode."""
-    model, turns = tiny_model(), random_turns(LENGTHS)
-    _, gradient, _ = batch_gradient(model, turns, [list(range(7))])
-    model.activation_checkpointing_enable()
-    _, again, _ = batch_gradient(model.train(), turns, [list(range(7))])
-    assert (again - gradient).norm() < 1e-6 * gradient.norm()
-
-
-def test_micro_batches_keep_the_token_budget():
-    """Every turn once; padded size within the budget, or one row alone; equal prompts together; little padding."""
-    lengths = [3, 10, 4, 30, 9, 10]
-    turns = [Turn([1], [2] * (length - 1)) for length in lengths]
-    assert micro_batches(turns, 20) == [[3], [1, 5], [4], [2, 0]]  # 30 alone, 10 + 10, 9 is too far from 4, 4 + 3
-    assert micro_batches(turns, 0) == [[3], [1], [5], [4], [2], [0]] and micro_batches([], 20) == []
-    assert micro_batches(turns[1:3], 14, share_prompts=True) == [[0, 1]]  # 1 + 9 + 3 tokens in one row
-    assert micro_batches(turns[1:3], 12, share_prompts=True) == [[0], [1]]
-    many = with_siblings(random_turns(np.random.default_rng(0).integers(1, 200, (200, 2)).tolist()), 4)
-    for share in (False, True):
-        batches = micro_batches(many, 2048, share)
-        padded = used = 0
-        for batch in batches:
-            rows = {}
-            for n, i in enumerate(batch):
-                rows.setdefault(tuple(many[i].prompt_ids) if share else n, []).append(many[i])
-            sizes = [len(row[0].prompt_ids) + sum(len(t.completion_ids) for t in row) for row in rows.values()]
-            assert max(sizes) * len(sizes) <= 2048
-            assert not share or len({len(row) > 1 for row in rows.values()}) == 1
-            padded, used = padded + max(sizes) * len(sizes), used + sum(sizes)
-        assert sorted(sum(batches, [])) == list(range(len(many))) and padded < 1.1 * used and len(batches) < 1.5 * used / 2048
-
-
-def test_packed_micro_batches_give_the_same_gradient():
-    """The whole batch packed and cut equals the whole batch plain, also where a prompt's completions are split."""
-    model, turns = tiny_model(), random_turns(LENGTHS)
-    for n in (1, 4, 6):
-        turns[n].prompt_ids = list(turns[0].prompt_ids)
-    loss, gradient, _ = batch_gradient(model, turns, [list(range(7))])
-    for budget in (14, 25, 1000):
-        part_loss, part_gradient, _ = batch_gradient(model, turns, micro_batches(turns, budget, True), share=True)
-        assert part_loss == pytest.approx(loss, rel=1e-5)
-        assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()
+def test_an_empty_prompt_is_refused_and_an_empty_completion_is_nothing():
+    """Nothing predicts the first token behind an empty prompt; a turn without tokens has no log-probs."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="empty prompt"):
+        token_logprobs(model, [Turn([], [3], True, "")])
+    logprobs, _, mask = token_logprobs(model, [Turn([1, 2], [], True, ""), Turn([1, 2], [3], True, "")])
+    assert mask.tolist() == [[False], [True]] and logprobs[0] == 0 and logprobs[1] < 0

@@ -10,9 +10,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import eval as evaluation
 import memtrain
 from command import command
-from memtrain import Training, update
-from rollout import Trajectory, Turn
-from settings import Setting, load_corpus, load_model
+from engine.attention import enable_packing
+from engine.config import Config, load_model
+from memtrain import store_reference_logprobs, update
+from rollout import Trajectory, Turn, limits_of
+from tasks.sources import load_corpus
 
 DOCUMENTS, G1, G2, STEPS, WEIGHT = 3, 4, 3, 3, 0.5
 
@@ -28,29 +30,38 @@ class Script:
         self.rng = np.random.default_rng(0)
         self.steps: list[dict] = []
 
-    def read(self, model, tokenizer, documents, limits, samples):
+    def load_task(self, *given):
+        source, _ = self.real_task(*given)
+        return source, self.read
+
+    def read(self, sample, documents, limits, samples):
         right = self.rng.random((len(documents), samples)) < 0.5
         right[0] = len(self.steps) % 2  # a group whose answers are all alike: recall alone may tell them apart
         trajectories = []
         for document, row in zip(documents, right, strict=True):
             for hit in row:
                 turns = [turn(self.rng) for _ in range(len(document.chunks) + 1)]
-                trajectories.append(Trajectory(document, turns, ["m"] * len(document.chunks), document.answers[0] if hit else "wrong"))
-        self.steps.append({"right": right, "trajectories": trajectories, "draws": [], "recalled": [], "hits": np.zeros((0, G2))})
+                said = document.answers[0] if hit else "wrong"
+                trajectories.append(Trajectory(document, turns, ["m"] * len(document.chunks), said))
+        step = {"right": right, "trajectories": trajectories, "draws": [], "recalled": [], "hits": np.zeros((0, G2))}
+        self.steps.append(step)
         return trajectories
 
-    def recall(self, model, tokenizer, asked, limits, samples):
+    def recall(self, sample, trajectories, targets, limits, samples):
         now = self.steps[-1]
-        now["draws"] = [draw for _, draw in asked]
-        now["hits"] = self.rng.random((len(asked), samples)) < 0.5
-        now["recalled"] = [[turn(self.rng) for _ in range(samples)] for _ in asked]
+        now["draws"] = [target for target in targets if target]
+        assert trajectories == now["trajectories"] and len(now["draws"]) in (0, len(targets))
+        now["hits"] = self.rng.random((len(now["draws"]), samples)) < 0.5
+        now["recalled"] = [[turn(self.rng) for _ in range(samples)] for _ in now["draws"]]
         for turns, draw, hits in zip(now["recalled"], now["draws"], now["hits"], strict=True):
             for answer, hit in zip(turns, hits, strict=True):
                 answer.text = "so \\boxed{" + (draw.entity if hit else "something else") + "}"
-        return now["recalled"]
+        return now["recalled"] or [[] for _ in targets]
 
-    def update(self, model, optimizer, lr, turns, frozen, training, pack):
-        self.steps[-1] |= {"lr": lr, "frozen": frozen, "trained": {id(t): (t.document, t.advantage) for t in turns}}
+    def update(self, policy, optimizer, turns, lr, config):
+        references = [t.reference_logprobs for t in turns]
+        trained = {id(t): (t.document, t.advantage) for t in turns}
+        self.steps[-1] |= {"lr": lr, "references": references, "trained": trained}
         assert len(turns) == len(self.steps[-1]["trained"])  # none comes twice
         return {"loss": 0.0, "used_tokens": 1, "padded_tokens": 1, "grad_norm": 0.0, "updates": 1, "bad_updates": 0}
 
@@ -65,21 +76,28 @@ def advantages(rewards: list[float], mode: str) -> list[float] | None:
 
 
 @pytest.mark.parametrize("ablation", ["none", "decoupled", "end_to_end"])
-@pytest.mark.parametrize("mode, more", [("mean", ["--shared_recall_draw", "True"]), ("group_norm", ["--kl", 0.1, "--lr_schedule", "constant"])])
+@pytest.mark.parametrize("mode, more", [
+    ("mean", ["--shared_recall_draw", "True"]), ("group_norm", ["--kl", 0.1, "--lr_schedule", "constant"]),
+])
 def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablation, mode, more):
-    """Three steps with made-up rewards: each turn is trained with the document and the advantage of Eq. 1 to 3, or left out."""
+    """Three steps with made-up rewards: each turn is trained with its document and advantage, or left out."""
     script = Script()
-    for name in ("read", "recall", "update"):
+    script.real_task = memtrain.load_task
+    for name in ("load_task", "recall", "update"):
         monkeypatch.setattr(memtrain, name, getattr(script, name))
-    monkeypatch.setattr(memtrain, "logprobs_of", lambda model, turns, training, pack: [("log-probs of", id(t)) for t in turns])
-    done = command("--out", tmp_path / "run", "--documents", DOCUMENTS, "--g1", G1, "--g2", G2, "--steps", STEPS, "--eval_documents", 0, "--lr", 1,
-                   "--lr_warmup", 2, "--recall_weight", WEIGHT, "--ablation", ablation, "--advantage", mode, *more)  # fmt: skip
+    marked = lambda model, turns, config: [(t, ("log-probs of", id(t))) for t in turns]  # noqa: E731
+    monkeypatch.setattr(memtrain, "logprobs_under", marked)
+    done = command(
+        "--out", tmp_path / "run", "--documents", DOCUMENTS, "--g1", G1, "--g2", G2, "--steps", STEPS,
+        "--eval_documents", 0, "--lr", 1, "--lr_warmup", 2, "--recall_weight", WEIGHT, "--ablation", ablation,
+        "--advantage", mode, *more,
+    )
     assert done.returncode == 0, done.stderr
     assert len(script.steps) == STEPS
     left_out = 0
     for number, step in enumerate(script.steps):
         expected, hits = {}, step["hits"].astype(float)
-        assert len(hits) == (0 if ablation == "end_to_end" else DOCUMENTS * G1)  # each of these documents has something to recall
+        assert len(hits) == (0 if ablation == "end_to_end" else DOCUMENTS * G1)  # each document has something to recall
         for document in range(DOCUMENTS):
             group = range(document * G1, (document + 1) * G1)
             rewards = [float(hit) for hit in step["right"][document]]
@@ -88,7 +106,8 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
             for n, advantage in zip(group, advantages(rewards, mode) or [None] * G1, strict=True):
                 expected |= {id(t): (document, advantage) for t in step["trajectories"][n].turns}
             for n in group if len(hits) else []:
-                for answer, advantage in zip(step["recalled"][n], advantages(hits[n].tolist(), mode) or [None] * G2, strict=True):
+                own = advantages(hits[n].tolist(), mode) or [None] * G2
+                for answer, advantage in zip(step["recalled"][n], own, strict=True):
                     expected[id(answer)] = document, advantage
         kept = {key: value for key, value in expected.items() if value[1] is not None}
         left_out += len(expected) - len(kept)
@@ -101,11 +120,11 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
             per_document = [len(set(draws[d * G1 : (d + 1) * G1])) for d in range(DOCUMENTS)]
             assert per_document == [1] * DOCUMENTS if "--shared_recall_draw" in more else max(per_document) > 1
         if "--kl" in more:
-            assert step["frozen"] == [("log-probs of", key) for key in step["trained"]]
+            assert step["references"] == [("log-probs of", key) for key in step["trained"]]
         else:
-            assert step["frozen"] is None
-        warm = min(1.0, (number + 1) / 2)
-        assert step["lr"] == pytest.approx(warm if "--kl" in more else warm * 0.5 * (1 + math.cos(math.pi * number / STEPS)))
+            assert set(step["references"]) <= {None}
+        warm, cosine = min(1.0, (number + 1) / 2), 0.5 * (1 + math.cos(math.pi * number / STEPS))
+        assert step["lr"] == pytest.approx(warm if "--kl" in more else warm * cosine)
     assert left_out > 0
 
 
@@ -131,13 +150,16 @@ class Descent:
         return norm.item()
 
 
+@pytest.mark.parametrize("twin", ["packed", "fast", "plain"])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_updates_of_a_step_equal_the_formula(kl):
-    """Three updates after one rollout: the policy has moved, so ratios are clipped and the sampling log-probs are the old ones."""
+def test_updates_of_a_step_equal_the_formula(kl, twin):
+    """Three updates after one rollout: ratios are clipped, as the policy has moved from the old log-probs."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
-                         num_key_value_heads=1, initializer_range=0.2)  # fmt: skip
-    policy, plain, reference = (Qwen3ForCausalLM(config).eval() for _ in range(3))
+    shape = Qwen3Config(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.2,
+    )
+    policy, plain, reference = (Qwen3ForCausalLM(shape).eval() for _ in range(3))
     plain.load_state_dict(policy.state_dict())
     rng, turns = np.random.default_rng(1), []
     for document, count in enumerate((3, 2, 4)):
@@ -145,11 +167,18 @@ def test_updates_of_a_step_equal_the_formula(kl):
         for n in range(count):
             made = turn(rng)
             made.prompt_ids = prompt if n < 2 else made.prompt_ids
-            turns += memtrain.mark([made], document, float(rng.normal()) * 3)
-    training = Training(documents=3, update_batch=1, eps_low=0.02, eps_high=0.03, kl=kl, grad_clip=0.5, train_tokens=30)
+            made.document, made.advantage = document, float(rng.normal()) * 3
+            turns.append(made)
+    config = Config(
+        documents=3, update_batch=1, eps_low=0.02, eps_high=0.03, kl=kl, grad_clip=0.5, train_tokens=30,
+        plain=twin == "plain",
+    )
+    if twin == "packed":
+        assert enable_packing(policy) and enable_packing(reference)
     with torch.no_grad():
-        old, frozen = ([plain_logprobs(model, t) for t in turns] for model in (plain, reference))
-    totals = update(policy, Descent(policy), 0.2, turns, frozen if kl else None, training, pack=True)
+        old, anchor = ([plain_logprobs(model, t) for t in turns] for model in (plain, reference))
+    store_reference_logprobs(reference if kl else None, turns, config, "cpu")
+    totals = update(policy, Descent(policy), turns, 0.2, config)
 
     descent, clipped, tokens = Descent(plain), 0, 0
     for document in range(3):
@@ -158,7 +187,7 @@ def test_updates_of_a_step_equal_the_formula(kl):
         for i in mine:
             now, A = plain_logprobs(plain, turns[i]), turns[i].advantage
             terms = []
-            for p, q, r in zip(now, old[i], frozen[i], strict=True):
+            for p, q, r in zip(now, old[i], anchor[i], strict=True):
                 ratio = torch.exp(p - q)
                 held = min(max(ratio.item(), 1 - 0.02), 1 + 0.03)
                 stopped = held != ratio.item() and held * A < ratio.item() * A
@@ -174,28 +203,28 @@ def test_updates_of_a_step_equal_the_formula(kl):
 
 
 def test_the_controls_of_an_evaluation_have_no_memory(tmp_path, monkeypatch):
-    """Kept and empty are measured by separate calls, on the same documents and recall draws, and land in their own rows."""
-    setting = Setting(eval_documents=4)
+    """Kept and empty are measured by separate calls, on the same documents and recall targets, in rows of their own."""
+    config = Config(eval_documents=4)
     calls = []
 
-    def read(model, tokenizer, documents, limits, greedy, empty_memory=False, progress=None):
+    def read(sample, documents, limits, empty_memory=False, progress=None):
         calls.append(("read", empty_memory, [d.index for d in documents]))
-        assert greedy
-        return [Trajectory(d, [], ["m"] * len(d.chunks), "wrong" if empty_memory or d.index == 0 else d.answers[0]) for d in documents]
+        said = ["wrong" if empty_memory or d.index == 0 else d.answers[0] for d in documents]
+        return [Trajectory(d, [], ["m"] * len(d.chunks), word) for d, word in zip(documents, said, strict=True)]
 
-    def recall(model, tokenizer, draws, limits, greedy, empty_memory=False):
-        calls.append(("recall", empty_memory, [(t.document.index, d.entity) for t, d in draws]))
-        assert greedy
-        said = ["wrong" if empty_memory or t.document.index < 2 else d.entity for t, d in draws]
+    def recall(sample, trajectories, targets, limits, empty_memory=False):
+        asked = list(zip(trajectories, targets, strict=True))
+        calls.append(("recall", empty_memory, [(t.document.index, target.entity) for t, target in asked]))
+        said = ["wrong" if empty_memory or t.document.index < 2 else target.entity for t, target in asked]
         return [[Turn([], [], True, "\\boxed{" + text + "}")] for text in said]
 
     monkeypatch.setattr(evaluation, "read", read)
     monkeypatch.setattr(evaluation, "recall", recall)
-    model, tokenizer = load_model(setting.model, "cpu")
-    corpus = load_corpus(setting, model, tokenizer, tmp_path)
-    rows = evaluation.evaluate(model, tokenizer, corpus, setting, [3], "now")
+    model, tokenizer = load_model(config.model, "cpu")
+    corpus = load_corpus(config, model, tokenizer, tmp_path)
+    rows = evaluation.evaluate(None, corpus, limits_of(config, tokenizer), config, [3], "now")
     assert {(row["task"], row["memory"]): row["accuracy"] for row in rows} == {
         ("end_to_end", "kept"): 0.75, ("end_to_end", "empty"): 0.0, ("recall", "kept"): 0.5, ("recall", "empty"): 0.0,
-    }  # fmt: skip
+    }
     kept, empty = ([call[::2] for call in calls if call[1] == control] for control in (False, True))
     assert sorted(kept) == sorted(empty) and len(kept) == 2

@@ -1,4 +1,4 @@
-"""masking.py: chunks, documents, recall targets."""
+"""masking.py: masks, documents, recall targets."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -16,11 +15,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from corpus import Passage, find_entities, load_passages
-from errors import UserError
-from masking import Corpus, Document, cut_chunks, draw_recall, is_heldout
-from matching import MASK, TARGET, akin, mask, name_words, occurrences
+from engine.errors import UserError
+from masking import Corpus, Document, draw_recall, is_heldout, mask
 from rewards import normalize
+from text.corpus import Passage, find_entities, load_passages
+from text.matching import MASK, TARGET, akin, name_words, occurrences
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -49,113 +48,10 @@ def bpe():
     """A byte-level BPE of 400 tokens: several tokens a word, and up to 18 an emoji."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([line for text in (random.__doc__, re.__doc__) for line in text.split("\n")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.mark.parametrize("name", [*TOKENIZERS, "bpe"])
-def test_only_what_is_longer_than_a_chunk_is_cut(name, bpe):
-    """Random texts, half of them with hardly a space. What a cut splits (a word, an entity) is longer than a chunk; masks
-    and characters (accents, flags, joined emoji, line ends) are never split."""
-    if name != "bpe" and not SHARED.exists():
-        pytest.skip("needs the shared tokenizers, which are not here")
-    tokenizer = bpe if name == "bpe" else AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-    rng = random.Random(1)
-    family, flags, thumb = "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea", "\U0001f44d\U0001f3fd"
-    words = ["Ada", "the", MASK, "1,843", "na\u00efve", "\u5317\u4eac\u5927\u5b66", "e\u0301a\u0308", "end.", "\u201cYes!\u201d", "\ufdfa"]
-    words += [family, flags, thumb, "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0301x"]
-
-    def size(part):
-        return len(tokenizer(part, add_special_tokens=False)["input_ids"])
-
-    for _ in range(40):
-        gaps = rng.choice([[" ", " ", " ", "  ", "\n\n", "\r\n", ". "], [""] * 30 + [" ", "\r\n"]])
-        pieces = [(rng.choice(words), rng.choice(gaps)) for _ in range(rng.randint(0, 120))]
-        starts = [0, *np.cumsum([len(word) + len(gap) for word, gap in pieces]).tolist()]
-        keep, n = [], 0
-        while n + 3 < len(pieces):  # entities of one to three words
-            last = n + rng.randint(0, 2)
-            keep.append((starts[n], starts[last] + len(pieces[last][0])))
-            n = last + rng.randint(1, 6)
-        text, limit = "".join(word + gap for word, gap in pieces), rng.choice([16, 33, 64, 200])
-        chunks = cut_chunks(text, keep, tokenizer, limit)
-        assert "".join(chunks) == text and all(chunks) and all(size(chunk) <= limit for chunk in chunks)
-        assert sum(chunk.count(MASK) for chunk in chunks) == text.count(MASK)
-        cuts = np.cumsum([len(chunk) for chunk in chunks])[:-1].tolist()
-        for start, end in keep:  # give or take the tokens that a cut's edges cost
-            assert size(text[start:end]) > limit - 4 or not any(start < cut < end for cut in cuts), text[start:end]
-        inside = {place for start, end in keep for place in range(start + 1, end)}
-        clean = [0, *(m.end() for m in re.finditer("\\s(?=[^\\s\u0301])", text) if m.end() not in inside), len(text)]
-        for cut in set(cuts) - set(clean):
-            start, end = max(c for c in clean if c < cut), min(c for c in clean if c > cut)
-            assert size(text[start:end]) > limit - 4, text[start:end]
-        for cut in cuts if limit > 16 else []:  # a family is 18 bytes, and no longer fits
-            assert unicodedata.category(text[cut])[0] != "M" and "\u200d" not in text[cut - 1 : cut + 1]
-            assert text[cut - 1 : cut + 1] not in ("\r\n", flags[:2], flags[2:], thumb)
-
-
-def test_chunks_end_with_paragraphs_and_sentences_and_are_filled(bpe):
-    """In the last half of a chunk a sentence's end wins over a word's, a paragraph's over both; else chunks are full."""
-    sentence = "The quick brown fox jumps over a lazy dog. "
-    size = len(bpe(sentence)["input_ids"])
-    assert set(cut_chunks(sentence * 40, [], bpe, 5 * size // 2)) == {sentence * 2}
-    assert set(cut_chunks((sentence * 3 + "\n\n") * 10, [], bpe, 5 * size)) == {sentence * 3 + "\n\n"}
-    assert all(len(bpe(chunk)["input_ids"]) > 55 for chunk in cut_chunks("word " * 500, [], bpe, 64)[:-1])
-
-
-def test_an_entity_longer_than_a_chunk_is_cut_between_words(bpe):
-    """It must be cut somewhere; the masks in it must not."""
-    text = "alpha beta [MASK] gamma delta " * 20
-    chunks = cut_chunks(text, [(0, len(text))], bpe, 24)
-    assert "".join(chunks) == text and sum(c.count(MASK) for c in chunks) == 20 and all(c.endswith(" ") for c in chunks)
-
-
-def test_a_long_document_is_cut_fast():
-    """40,000 tokens of real text within two seconds on one core."""
-    if not SHARED.exists():
-        pytest.skip("needs the shared data, which is not here")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / TOKENIZERS[0])
-    text = "\n\n".join(json.loads(line)["text"] for line in (SHARED / "wiki/passages.jsonl").open())[:180000]
-    start = time.perf_counter()
-    chunks = cut_chunks(text, [], tokenizer, 5120)
-    assert time.perf_counter() - start < 2 and len(chunks) >= 7
-
-
-@pytest.mark.parametrize("name", [*TOKENIZERS, "tiny"])
-def test_chunks_join_to_the_text_and_keep_to_their_limit(name, tokenizer):
-    """Random mixtures of scripts, masks and entities: joined they are the text, none is too long, no span is cut."""
-    if name != "tiny":
-        if not SHARED.exists():
-            pytest.skip("needs the shared tokenizers, which are not here")
-        tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-    rng = random.Random(name)
-    words = ["Ada", "Lovelace", "met", MASK, "\u4e2d\u6587\u5b57", "na\u00efve", "e\u0301t\u00e9", "\U0001f469\u200d\U0001f52c", "1,234.5", "\u0645\u0631\u062d\u0628\u0627", "supercalifragilistic", ".", "\n\n"]  # fmt: skip
-    for _ in range(40):
-        parts = rng.choices(words, k=rng.randrange(1, 200))
-        text, keep = "", []
-        for part in parts:
-            text += rng.choice(["", " "])
-            if part in (MASK, "Lovelace", "1,234.5"):
-                keep.append((len(text), len(text) + len(part)))
-            text += part
-        limit = rng.randrange(24, 80)
-        chunks = cut_chunks(text, keep, tokenizer, limit)
-        assert "".join(chunks) == text and all(chunks)
-        assert all(len(tokenizer(c, add_special_tokens=False)["input_ids"]) <= limit for c in chunks)
-        cuts = np.cumsum([len(c) for c in chunks])[:-1].tolist()
-        assert not any(s < cut < e for cut in cuts for s, e in keep)
-        assert not any(unicodedata.combining(text[cut]) or "\u200d" in text[cut - 1 : cut + 1] for cut in cuts)
-
-
-def test_chunks_prefer_the_ends_of_sentences(tokenizer):
-    """Plain sentences are not cut in the middle."""
-    text = "Paris lies in France. The language of Paris is French. " * 12
-    chunks = cut_chunks(text, [], tokenizer, 40)
-    assert len(chunks) > 2 and all(c.rstrip().endswith(".") for c in chunks)
-
-
-# ---- documents -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +140,26 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
 def test_documents_are_a_pure_function_of_seed_split_and_index(tiny_passages, tokenizer, tmp_path):
     """The same in any order and in another process with other string hashes; another seed gives others."""
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); from corpus import *; from masking import *; from pathlib import Path\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from text.corpus import *; from masking import *\n"
+        "from pathlib import Path\n"
         "from transformers import AutoTokenizer; root = Path(sys.argv[1])\n"
         "p = load_passages(str(root / 'tiny/passages.jsonl')); find_entities(p, 'rules', Path(sys.argv[2]))\n"
-        "c = Corpus(p, AutoTokenizer.from_pretrained(root / 'tiny/model'), seed=3, chunk_tokens=64, n_chunks=4, n_related=2)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(root / 'tiny/model')\n"
+        "c = Corpus(p, tokenizer, seed=3, chunk_tokens=64, n_chunks=4, n_related=2)\n"
         "print(json.dumps([c.document(i).__dict__ for i in (5, 2, 9)]))"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "77"})
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "77"})
     other = json.loads(run.stdout.splitlines()[-1])
     corpus = Corpus(tiny_passages, tokenizer, seed=3, chunk_tokens=64, n_chunks=4, n_related=2)
     assert [corpus.document(i).__dict__ for i in range(10)][2] == other[1]
     assert [corpus.document(i).__dict__ for i in (9, 5)] == [other[2], other[0]]
-    assert Corpus(tiny_passages, tokenizer, seed=4, chunk_tokens=64, n_chunks=4, n_related=2).document(5).chunks != other[0]["chunks"]
+    another = Corpus(tiny_passages, tokenizer, seed=4, chunk_tokens=64, n_chunks=4, n_related=2)
+    assert another.document(5).chunks != other[0]["chunks"]
 
 
 def test_recall_draws(tiny_passages, tokenizer):
-    """l is earlier than k, k is a memory, the target is gone from the section, every pair turns up, and none is invented."""
+    """l is earlier than k, the target is gone from the section, every pair turns up, none is invented."""
     corpus = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=4, n_related=2)
     rng, pairs = np.random.default_rng(0), set()
     for i in range(60):
@@ -296,7 +196,8 @@ def made_up(n_titles=40):
     for n, name in enumerate(names):
         for v in range(3):
             friend = names[(n + 5 * v + 1) % n_titles]
-            text = f"{name} lived in Town{n % 9}z. It was {1800 + n} then. In version {v + 500} {name}'s friend is {friend}."
+            text = f"{name} lived in Town{n % 9}z. It was {1800 + n} then. "
+            text += f"In version {v + 500} {name}'s friend is {friend}."
             passages.append(Passage(name, text, [m.span() for m in re.finditer(MADE_UP, text)]))
     return passages
 
@@ -305,8 +206,8 @@ MADE_UP = r"Person\w+ Surname\w+|Town\dz|\b1\d\d\d|\b50\d\b"
 
 
 def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
-    """At several lengths: the chunks asked for, within their limit, and exactly the entities that a scan of the chunk finds,
-    less y's kin and, in train, held-out titles."""
+    """At several lengths: the chunks asked for, within their limit, and exactly the entities that a scan of the chunk
+    finds, less y's kin and, in train, held-out titles."""
     corpus = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
     assert 2 <= len(corpus.heldout) <= 16
     answers = set()
@@ -329,7 +230,8 @@ def test_the_pivot_is_whole_and_related_passages_are_preferred(bpe):
         corpus, near[related] = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=related), 0
         for i in range(60):
             document = corpus.document(i)
-            there = {p.text: p.title for p in corpus.passages if mask(p.text, document.answers[0]) in "".join(document.chunks)}
+            whole = "".join(document.chunks)
+            there = {p.text: p.title for p in corpus.passages if mask(p.text, document.answers[0]) in whole}
             (pivot,) = [text for text, title in there.items() if title == document.title]
             names = set(re.findall(r"Surname\d+y", pivot))
             near[related] += sum(bool(names & set(re.findall(r"Surname\d+y", text))) for text in there if text != pivot)
@@ -345,7 +247,7 @@ def test_a_document_is_the_same_at_every_length_but_for_its_length(bpe):
 
 
 def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
-    """N passages; cut to max_chunks without losing the pivot, wherever it stands, and its entities still in their chunks."""
+    """N passages; cut to max_chunks without losing the pivot, wherever it stands; entities still in their chunks."""
     passages, places = made_up(), []
     whole = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3)
     short = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3, max_chunks=5)
@@ -364,11 +266,12 @@ def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
 def test_the_held_out_share():
     """About the share asked for, by the title alone."""
     assert 1850 < sum(is_heldout(f"title {n}", 0.2) for n in range(10000)) < 2150
-    assert not any(is_heldout(f"title {n}", 0.0) for n in range(100)) and all(is_heldout(f"title {n}", 1.0) for n in range(100))
+    assert not any(is_heldout(f"title {n}", 0.0) for n in range(100))
+    assert all(is_heldout(f"title {n}", 1.0) for n in range(100))
 
 
 def test_leaks_are_counted(bpe):
-    """Half of the entities leak: with keep_leaky as many documents are as are counted, without none is and every redraw is one."""
+    """Half of the entities leak: with keep_leaky as many documents as are counted; else none, and each leak is a redraw."""
     passages = []
     for n in range(20):
         text = f"Ada{n} Lovelace met Lovelace in Rome{n}x."
@@ -398,8 +301,10 @@ def test_too_little_to_build_from(bpe):
 def test_recall_keeps_away_from_the_mask(bpe):
     """What overlaps or abuts a mask, is a part of y or shares a word with it, is not asked for."""
     text = "Oxford lies in Kent. University of Oxford, Oxford/Rome, Oxford/Ulm, Bath. Lord Oxford Bath met Ann."
-    found = [m.span() for m in re.finditer(r"University of Oxford|Oxford/Rome|(?<=Oxford)/Ulm|Oxford|Kent|Bath|Ann", text)]
-    corpus = Corpus([Passage("Oxford", text, found)], bpe, seed=0, chunk_tokens=128, n_passages=1, heldout=0, keep_leaky=True)
+    names = r"University of Oxford|Oxford/Rome|(?<=Oxford)/Ulm|Oxford|Kent|Bath|Ann"
+    found = [m.span() for m in re.finditer(names, text)]
+    passages = [Passage("Oxford", text, found)]
+    corpus = Corpus(passages, bpe, seed=0, chunk_tokens=128, n_passages=1, heldout=0, keep_leaky=True)
     recalled = {d.answers[0]: {name for names in d.recall for name in names} for d in map(corpus.document, range(60))}
     assert recalled["Oxford"] == {"Kent", "Bath", "Ann"}
     assert "Oxford" not in recalled["University of Oxford"] and "/Ulm" in recalled["University of Oxford"]
@@ -413,9 +318,10 @@ def test_a_recall_section_by_hand():
     draws = [draw_recall(document, rng) for _ in range(400)]
     assert {(d.memory_step, d.chunk) for d in draws} == {(2, 1), (3, 1), (4, 1), (4, 3)}
     assert {d.entity: d.section for d in draws} == {
-        "Ada": "[TARGET] met [MASK], [TARGET]'s friend. The Mask.", "Mask": "Ada met [MASK], ADA's friend. The [TARGET].",
+        "Ada": "[TARGET] met [MASK], [TARGET]'s friend. The Mask.",
+        "Mask": "Ada met [MASK], ADA's friend. The [TARGET].",
         "Bob": "[TARGET] and [TARGET] in [MASK].",
-    }  # fmt: skip
+    }
     steps = Counter(d.memory_step for d in draws)
     assert all(90 < steps[k] < 180 for k in (2, 3, 4))
     assert draw_recall(Document(0, "t", "q", ["y"], ["a"], [["Ada"]]), rng) is None

@@ -4,14 +4,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-import memtrain
 from command import command
-from memtrain import Training, learning_rate
+from engine.attention import enable_packing
+from engine.config import Config
+from engine.optimizer import MasterAdamW
+from grpo import token_logprobs
+from memtrain import learning_rate, update
+from rollout import Turn
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -19,7 +24,8 @@ SHARED = ROOT.parent / "shared/data"
 
 def process(*arguments):
     """`python memtrain.py` as users run it."""
-    return subprocess.run([sys.executable, ROOT / "memtrain.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    command = [sys.executable, ROOT / "memtrain.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--eval_documents", 0]
@@ -28,7 +34,10 @@ SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--eval_documents", 0]
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tiny"
-    done = process("--steps", 2, "--chunks", 2, "--documents", 3, "--g1", 4, "--g2", 2, "--eval_documents", 2, "--out", out, "--kl", 1e-3)
+    done = process(
+        "--steps", 2, "--chunks", 2, "--documents", 3, "--g1", 4, "--g2", 2, "--eval_documents", 2, "--out", out,
+        "--kl", 1e-3,
+    )
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -46,9 +55,9 @@ def test_a_run_writes_all_it_promises(tiny_run):
     rows = json.loads((out / "eval.json").read_text())
     assert {(r["when"], r["task"], r["memory"], r["chunks"]) for r in rows} == {
         (w, t, m, c)
-        for w in ("before", "after") for t in ("end_to_end", "recall") for m in ("kept", "empty") for c in (1, 2, 4, 8, 16)
-        if c > 1 or t == "end_to_end"  # nothing was read before the only chunk
-    }  # fmt: skip
+        for w in ("before", "after") for t in ("end_to_end", "recall") for m in ("kept", "empty")
+        for c in (1, 2, 4, 8, 16) if c > 1 or t == "end_to_end"  # nothing was read before the only chunk
+    }
     assert all(r["low"] <= r["accuracy"] <= r["high"] and 0 < r["n"] <= 2 for r in rows)
     assert json.loads((out / "samples.jsonl").read_text().splitlines()[0])["step"] == 1
     assert json.loads((out / "config.json").read_text())["g1"] == 4
@@ -60,9 +69,12 @@ def test_the_checkpoint_loads_and_differs(tiny_run):
     out, _ = tiny_run
     trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model", dtype=torch.float32).state_dict()
-    assert trained.keys() == base.keys() and any(not torch.equal(trained[n], base[n].to(trained[n].dtype)) for n in base)
-    assert AutoTokenizer.from_pretrained(out / "checkpoint")("Ulm")["input_ids"] == AutoTokenizer.from_pretrained(ROOT / "tiny/model")("Ulm")["input_ids"]
-    assert (out / "checkpoint/README.md").read_text().startswith("---") and (out / "checkpoint/model.safetensors").exists()
+    assert trained.keys() == base.keys()
+    assert any(not torch.equal(trained[n], base[n].to(trained[n].dtype)) for n in base)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (out / "checkpoint", ROOT / "tiny/model")]
+    assert tokenizers[0]("Ulm")["input_ids"] == tokenizers[1]("Ulm")["input_ids"]
+    assert (out / "checkpoint/README.md").read_text().startswith("---")
+    assert (out / "checkpoint/model.safetensors").exists()
     done = command("--model", out / "checkpoint", "--eval_documents", 2, "--lengths", 1, 3, script="eval")
     assert done.returncode == 0 and "3 chunks" in done.stdout, done.stderr
 
@@ -78,8 +90,11 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path):
     assert seen[0] == seen[1] != seen[2]
 
 
-@pytest.mark.parametrize("extra", [["--ablation", "end_to_end"], ["--ablation", "decoupled", "--shared_recall_draw", "True"],
-                                   ["--update_batch", 1, "--lr_schedule", "cosine", "--dtype", "bfloat16", "--gradient_checkpointing", "True"]])  # fmt: skip
+@pytest.mark.parametrize("extra", [
+    ["--ablation", "end_to_end"],
+    ["--ablation", "decoupled", "--shared_recall_draw", "True"],
+    ["--update_batch", 1, "--lr_schedule", "cosine", "--dtype", "bfloat16", "--gradient_checkpointing", "True"],
+])
 def test_ablations_and_switches_run(tmp_path, extra):
     """End-to-end has no recall figures, decoupled has; several updates a rollout are counted."""
     done = command(*SMALL, "--steps", 1, "--out", tmp_path / "run", *extra)
@@ -90,24 +105,43 @@ def test_ablations_and_switches_run(tmp_path, extra):
         assert m["reward"] == m["end_to_end"]
 
 
-@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "qwen2.5-instruct", "smollm2-instruct"])
+@pytest.mark.parametrize("task", ["memtrain", "longqa", "searchqa"])
+def test_the_plain_twins_run_every_task(tmp_path, task):
+    """--plain True samples and trains by the lesson's own code; nothing of engine/ is asked for tokens or log-probs."""
+    with mock.patch("engine.sampling.generate_batch", None), mock.patch("engine.packing.layout", None):
+        done = command(
+            "--task", task, *SMALL, "--chunks", 1 if task == "longqa" else 2, "--steps", 1, "--eval_documents", 1,
+            "--searches", 1, "--plain", "True", "--out", tmp_path / "run",
+        )
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1 and (tmp_path / "run/checkpoint/model.safetensors").exists()
+    rows = json.loads((tmp_path / "run/eval.json").read_text())
+    assert {row["when"] for row in rows} == {"before", "after"}
+
+
+@pytest.mark.parametrize("name", [
+    "smollm2-instruct", pytest.param("qwen3-4b-instruct-2507", marks=pytest.mark.slow),
+    pytest.param("qwen2.5-instruct", marks=pytest.mark.slow),
+])
 def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
     """Real chat templates, real Wikipedia passages, 512-token chunks, a small random Qwen3-shaped model."""
     if not SHARED.exists():
         pytest.skip("needs the shared data, which is not here")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-                    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
-                    eos_token_id=tokenizer.eos_token_id)  # fmt: skip
-    )
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    ))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     done = command(
-        "--model", tmp_path / "model", "--corpus", SHARED / "wiki/passages.jsonl", "--max_passages", 600, "--chunk_tokens", 512,
-        "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2, "--out", tmp_path / "run", *SMALL,
-    )  # fmt: skip
+        "--model", tmp_path / "model", "--corpus", SHARED / "wiki/passages.jsonl", "--max_passages", 600,
+        "--chunk_tokens", 512, "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2,
+        "--out", tmp_path / "run", *SMALL,
+    )
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2
@@ -116,7 +150,7 @@ def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
 
 
 def test_a_mistake_as_a_process(tmp_path):
-    """What users see: one line on stderr and exit code 2 for their mistake, and no folder; tests/test_bad_input.py has many."""
+    """As users see it: one line on stderr, exit code 2 and no folder; tests/engine/test_bad_input.py has many."""
     (tmp_path / "malformed.jsonl").write_text('{"title": "B", "te\n')
     done = process("--corpus", tmp_path / "malformed.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
@@ -125,25 +159,25 @@ def test_a_mistake_as_a_process(tmp_path):
 
 def test_learning_rate_schedule():
     """Linear warm-up to the peak, then constant, or a cosine towards zero."""
-    constant = Training(lr=1.0, lr_warmup=4, lr_schedule="constant", steps=10)
+    constant = Config(lr=1.0, lr_warmup=4, lr_schedule="constant", steps=10)
     assert [learning_rate(constant, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    cosine = Training(lr=1.0, lr_warmup=1, lr_schedule="cosine", steps=10)
+    cosine = Config(lr=1.0, lr_warmup=1, lr_schedule="cosine", steps=10)
     assert learning_rate(cosine, 5) == pytest.approx(0.5) and learning_rate(cosine, 9) < 0.03
 
 
 def test_a_positive_advantage_raises_the_probability(tmp_path):
     """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
-    from grpo import completion_logprobs
-    from masters import MasterAdamW
-    from rollout import Turn
-
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
-    ).eval()
-    good, bad = Turn([1, 2, 3], [4, 5, 6], True, ""), Turn([1, 2, 3], [7, 8], True, "")
-    turns = memtrain.mark([good], 0, 1.0) + memtrain.mark([bad], 0, -1.0)
-    before = completion_logprobs(model, turns)[0].sum(1)
-    stats = memtrain.update(model, MasterAdamW(model, 1e-3), 1e-3, turns, None, Training(), pack=True)
-    after = completion_logprobs(model, turns)[0].sum(1)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
+        num_key_value_heads=2,
+    )).eval()
+    assert enable_packing(model)
+    turns = [
+        Turn([1, 2, 3], [4, 5, 6], True, "", document=0, advantage=1.0),
+        Turn([1, 2, 3], [7, 8], True, "", document=0, advantage=-1.0),
+    ]
+    before = token_logprobs(model, turns)[0].sum(1)
+    stats = update(model, MasterAdamW(model, 1e-3), turns, 1e-3, Config())
+    after = token_logprobs(model, turns)[0].sum(1)
     assert after[0] > before[0] and after[1] < before[1] and stats["tokens"] == 5 and stats["updates"] == 1

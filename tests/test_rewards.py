@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from rewards import boxed, exact_match, f1_score, normalize, objective_scores, recall_reward, substring_match, trajectory_reward
+from rewards import (
+    answer_reward,
+    boxed,
+    exact_match,
+    f1_score,
+    normalize,
+    objective_scores,
+    recall_reward,
+    substring_match,
+    trajectory_reward,
+)
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -149,9 +159,9 @@ def digits(text):
 
 @lru_cache(maxsize=None)
 def answer_pairs():
-    """(prediction, golds) of the shared question sets: up to 200 pairs of answers to one question, and answers to others."""
+    """(prediction, golds) of the shared question sets: pairs of answers to one question, and answers to others."""
     fields = {"nq_open_dev_3610": "answer", "bamboogle_125": "golden_answers", "popqa_1000": "golden_answers",
-              "triviaqa_1000": "golden_answers", "hotpotqa_dev_distractor_200": "answer"}  # fmt: skip
+              "triviaqa_1000": "golden_answers", "hotpotqa_dev_distractor_200": "answer"}
     rng, pairs = random.Random(0), []
     for name, field in fields.items():
         path = SHARED / f"qa/{name}.jsonl"
@@ -160,7 +170,8 @@ def answer_pairs():
         rows = [json.loads(line)[field] for line in path.read_text().split("\n") if line]
         rows = [row if isinstance(row, list) else [row] for row in rows]
         for row in rows:
-            pairs += [(a, [a]) for a in row] + [p for a, b in islice(combinations(row, 2), 200) for p in ((a, [b]), (b, [a]))]
+            pairs += [(a, [a]) for a in row]
+            pairs += [pair for a, b in islice(combinations(row, 2), 200) for pair in ((a, [b]), (b, [a]))]
             pairs += [(rng.choice(rng.choice(rows)), row) for _ in range(10)]
     return pairs
 
@@ -182,10 +193,12 @@ def test_exact_match_and_f1_against_a_written_out_squad_scorer():
             guarded += 1
             equal = [gold for gold in golds if squad_words(gold) == squad_words(prediction)]
             if plain:
-                assert all(digits(gold) != digits(prediction) or not squad_words(gold) for gold in equal), (prediction, golds)
+                rightly = all(digits(gold) != digits(prediction) or not squad_words(gold) for gold in equal)
+                assert rightly, (prediction, golds)
             else:
                 number = re.compile(r"[-\u2212]?[\d,.]+")
-                assert any(digits(g) == digits(prediction) and number.fullmatch(g.strip()) for g in golds), (prediction, golds)
+                same = any(digits(gold) == digits(prediction) and number.fullmatch(gold.strip()) for gold in golds)
+                assert same, (prediction, golds)
                 assert number.fullmatch(prediction.strip())
     assert matched > 5000 and partial > 5000 and 0 < guarded < 0.001 * matched, (matched, partial, guarded)
 
@@ -247,7 +260,15 @@ def test_two_objectives(prediction, score):
 
 def test_one_objective_is_exact_match():
     """One question's answer is not split, and of four right answers each is worth a quarter."""
-    assert objective_scores("Rock; Paper", [["rock paper"]]) == 1.0 and objective_scores("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
+    assert objective_scores("Rock; Paper", [["rock paper"]]) == 1.0
+    assert objective_scores("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
+
+
+def test_the_reward_of_an_answer():
+    """Exact match of one question, 0 or 1; of several their mean; nothing for no answer."""
+    assert answer_reward("ulm", ["Bern", "Ulm"]) == 1.0 and answer_reward("Ulm am See", ["Ulm"]) == 0.0
+    assert answer_reward("Ulm; Bern", [["Ulm"], ["Basel"]]) == 0.5
+    assert answer_reward(None, ["Ulm"]) == 0.0 and answer_reward(None, [["Ulm"], ["Basel"]]) == 0.0
 
 
 def test_rewards_of_eq_1_and_eq_2():

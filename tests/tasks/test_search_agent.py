@@ -1,0 +1,83 @@
+"""tasks/search.py: the searching agent, with a script of answers in the model's place."""
+
+from masking import Document
+from rollout import EMPTY_MEMORY, Limits, Turn
+from tasks.search import search
+
+
+def uncut(text: str, tokens: int) -> str:
+    return text
+
+
+class Library:
+    """Answers with what it was asked, and remembers that."""
+
+    def __init__(self):
+        self.asked = []
+
+    def search(self, queries, k):
+        self.asked.append(queries)
+        return [[{"title": f"T{i}", "text": f"about {query}", "score": 1.0} for i in range(k)] for query in queries]
+
+
+def test_search_keeps_notes_query_and_result_and_nothing_else():
+    """Scripted episodes: an answer at once, a search then an answer, no action, and one that never stops searching."""
+    script = {
+        "first": [r"easy, \\boxed{Ulm}"],
+        "second": ["note A <search>who is it</search>", r"note B \\boxed{Bern} and more"],
+        "third": ["I say nothing useful <search>unclosed"],
+        "fourth": [f"note {n} <search>again {n}</search>" for n in range(9)],
+    }
+    script = {name: [line.replace("\\\\", "\\") for line in lines] for name, lines in script.items()}
+    turn_of, prompts_of = dict.fromkeys(script, 0), {name: [] for name in script}
+
+    def sample(prompts, new_tokens, done):
+        turns = []
+        for text in prompts:
+            name = next(name for name in script if f"Who is {name}" in text)
+            prompts_of[name].append(text)
+            turns.append(Turn([1], [2], True, script[name][turn_of[name]]))
+            turn_of[name] += 1
+        return turns
+
+    documents = [Document(n, name, f"Who is {name}?", ["x"], [], []) for n, name in enumerate(script)]
+    library = Library()
+    found = search(sample, documents, Limits(40, 9, 99, 2, uncut), retriever=library, top=3)
+    assert [t.prediction for t in found] == ["Ulm", "Bern", None, None]
+    assert [len(t.turns) for t in found] == [1, 2, 1, 3]  # the third search of two allowed ends the episode
+    assert library.asked == [["who is it", "again 0"], ["again 1"]]
+    assert [t.searches for t in found] == [[], ["who is it"], [], ["again 0", "again 1"]]
+    second, fourth = prompts_of["second"], prompts_of["fourth"]
+    assert EMPTY_MEMORY in second[0] and "Searches left: 2." in second[0] and "Searches left: 1." in second[1]
+    for part in ("note A", "who is it", "T0\nabout who is it", "T2\nabout"):
+        assert part in second[1], part
+    assert "T3" not in second[1]
+    assert "again 1" in fourth[2] and "again 0" not in fourth[2]
+    assert "note 1" in fourth[2] and "note 0" not in fourth[2]
+
+
+def test_only_generated_text_is_an_action():
+    """Boxes and searches that stand in the question or in a search result are nobody's action and nobody's answer."""
+    trap = r"Is it \boxed{x} or <search>y</search>?"
+    limits, question = Limits(40, 9, 99, 6, uncut), Document(0, "t", trap, ["x"], [], [])
+    (found,) = search(lambda prompts, *_: [Turn([1], [2], True, "I wonder")], [question], limits, retriever=Library())
+    assert found.prediction is None and found.searches == [] and len(found.turns) == 1
+
+
+def test_notes_queries_and_results_keep_to_their_limits():
+    """Notes and query are cut to memory_tokens, a result to result_tokens; a turn may write notes and action."""
+    cuts, asked = [], []
+
+    def cut(text: str, tokens: int) -> str:
+        cuts.append((text, tokens))
+        return text[:tokens]
+
+    def sample(prompts, new_tokens, done):
+        asked.append((prompts, new_tokens))
+        return [Turn([1], [2], True, "notes that are long <search>words that are long</search>")]
+
+    question = Document(0, "t", "Who?", ["x"], [], [])
+    search(sample, [question], Limits(5, 3, 8, 1, cut), retriever=Library(), top=1)
+    assert [new_tokens for _, new_tokens in asked] == [8, 8]
+    assert cuts[:3] == [("notes that are long", 5), ("words that are long", 5), ("T0\nabout words", 8)]
+    assert "<result>\nT0\nabout\n</result>" in asked[1][0][0] and "<query>\nwords\n</query>" in asked[1][0][0]
