@@ -179,16 +179,17 @@ def generate(
         rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # (rows, width + new)
     finally:
         model.generation_config = folders
-    completions = []
-    for prompt, row in zip(prompts, rows[:, ids.shape[1] :].tolist(), strict=True):
-        length = next((n for n in range(1, len(row) + 1) if ends_at(row[:n], ends, tokenizer, done)), None)
-        completions.append(Completion(row[:length], length is not None, ids.shape[1] - len(prompt)))
-    return completions
+    width = ids.shape[1]
+    written = [until_end(row, ends, tokenizer, done) for row in rows[:, width:].tolist()]
+    return [Completion(*own, width - len(prompt)) for own, prompt in zip(written, prompts, strict=True)]
 
 
-def ends_at(ids: list[int], ends: list[int], tokenizer, done) -> bool:
-    """Whether a completion ends with the last of these token ids."""
-    return ids[-1] in ends or (done is not None and done(tokenizer.decode(ids, skip_special_tokens=True)))
+def until_end(ids: list[int], ends: list[int], tokenizer, done) -> tuple[list[int], bool]:
+    """(token ids up to the end of the completion, whether it has one)."""
+    for length, token in enumerate(ids, 1):
+        if token in ends or (done and done(tokenizer.decode(ids[:length], skip_special_tokens=True))):
+            return ids[:length], True
+    return ids, False
 
 
 def sampler(generate, model, tokenizer, greedy: bool = False):

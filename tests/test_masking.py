@@ -271,7 +271,7 @@ def test_the_held_out_share():
 
 
 def test_leaks_are_counted(bpe):
-    """Half of the entities leak: with keep_leaky as many documents as are counted; else none, and each leak is a redraw."""
+    """Half of the entities leak: with keep_leaky as many documents as are counted; else none, each leak a redraw."""
     passages = []
     for n in range(20):
         text = f"Ada{n} Lovelace met Lovelace in Rome{n}x."
