@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +26,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention import can_pack_completions  # noqa: E402
-from batching import by_prompt  # noqa: E402
+from engine.attention import enable_packing  # noqa: E402
+from engine.config import Config, load_model  # noqa: E402
+from engine.optimizer import MasterAdamW  # noqa: E402
+from engine.packing import by_prompt  # noqa: E402
+from engine.sampling import Budget, generate  # noqa: E402
 from grpo import group_advantages  # noqa: E402
 from masking import draw_recall  # noqa: E402
-from masters import MasterAdamW  # noqa: E402
-from memtrain import Training, logprobs_of, mark, update  # noqa: E402
-from rollout import Turn, read, recall  # noqa: E402
-from sampling import Limits, generate  # noqa: E402
-from settings import Setting, limits, load_model, load_source  # noqa: E402
+from memtrain import store_reference_logprobs, update  # noqa: E402
+from rollout import Turn, limits_of, read, recall, sampler  # noqa: E402
+from tasks.sources import load_source  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
 SHAPES = {
@@ -54,7 +55,7 @@ def random_model(shape: str, dtype: str, device: str, seed: int = 0):
             hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv_heads, head_dim=head, vocab_size=vocabulary, tie_word_embeddings=True,
             max_position_embeddings=40960, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-        )  # fmt: skip
+        )
     else:
         config = AutoConfig.from_pretrained(shape)
     with torch.device(device):
@@ -85,33 +86,37 @@ class Clock:
 
 
 def computed_tokens(turns) -> int:
-    """Tokens of these turns, written at one time, where a shared prompt counts once: what the network computes in sampling."""
+    """Tokens of these turns, written at one time, where a shared prompt counts once: what sampling computes."""
     prompts = [turn.prompt_ids for turn in turns]
-    return sum(len(prompts[group[0]]) for group in by_prompt(prompts)) + sum(len(turn.completion_ids) for turn in turns)
+    written = sum(len(turn.completion_ids) for turn in turns)
+    return sum(len(prompts[group[0]]) for group in by_prompt(prompts)) + written
 
 
-def step(model, reference, optimizer, prompts: list[list[int]], samples: int, new_tokens: int, limits: Limits, training: Training) -> dict:
+def step(
+    model, reference, optimizer, prompts: list[list[int]], samples: int, new_tokens: int, budget: Budget, config: Config
+) -> dict:
     """One GRPO step, `samples` completions of each prompt, by the project's own functions: phases, tokens."""
-    pack, clock = can_pack_completions(model), Clock(model.device.type)
-    special = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    pack = enable_packing(model)
+    if reference is not None:
+        enable_packing(reference)
+    clock, special = Clock(model.device.type), SimpleNamespace(pad_token_id=0, eos_token_id=1)
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    completions = generate(model, special, asked, new_tokens, limits)
+    completions = generate(model, special, asked, new_tokens, budget=budget)
     clock.lap("generate")
-    rewards = torch.tensor([len(set(ids)) / len(ids) for ids, *_ in completions]).view(-1, 8)  # groups of 8, shared or not
+    rewards = torch.tensor([len(set(c.ids)) / len(c.ids) for c in completions]).view(-1, 8)  # shared prompts or not
     advantages = group_advantages(rewards, "mean")[0].flatten().tolist()
     turns = [
-        Turn(prompt, ids, ended, "", document=n // 8, advantage=advantages[n])
-        for n, (prompt, (ids, ended, _)) in enumerate(zip(asked, completions, strict=True))
+        Turn(prompt, c.ids, c.ended, "", document=n // 8, advantage=advantages[n])
+        for n, (prompt, c) in enumerate(zip(asked, completions, strict=True))
     ]
-    frozen = logprobs_of(reference, turns, training, pack) if reference is not None else None
+    store_reference_logprobs(reference, turns, config, model.device.type)
     clock.lap("reference")
-    model.train(training.gradient_checkpointing)  # as in memtrain.py: checkpointing works in train mode only, the cache in eval
-    update(model, optimizer, training.lr, turns, frozen, training, pack)
-    model.eval()
+    update(model, optimizer, turns, config.lr, config)
     clock.lap("update")
     written = sum(len(turn.completion_ids) for turn in turns)
     tokens = sum(map(len, asked)) + written
-    return {"seconds": clock.seconds, "tokens": tokens, "computed": computed_tokens(turns) if pack else tokens, "written": written}
+    computed = computed_tokens(turns) if pack else tokens
+    return {"seconds": clock.seconds, "tokens": tokens, "computed": computed, "written": written}
 
 
 def matmul_rate(dtype: str, device: str, size: int) -> float:
@@ -129,7 +134,9 @@ def matmul_rate(dtype: str, device: str, size: int) -> float:
 
 def peak_memory(device: str) -> float:
     """GiB: of the GPU since the last reset, or of this whole process since its start."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(arguments, device: str) -> list[dict]:
@@ -137,16 +144,16 @@ def measure(arguments, device: str) -> list[dict]:
     reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl else None
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    training = Training(
+    config = Config(
         documents=arguments.prompts, kl=arguments.kl, lr=1e-6, train_tokens=arguments.train_tokens,
         gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,
-    )  # fmt: skip
-    optimizer = MasterAdamW(model, training.lr, training.offload_optimizer)
+    )
+    optimizer = MasterAdamW(model, config.lr, config.offload_optimizer)
     samples, prompts = (1, arguments.prompts * 8) if arguments.unshared else (8, arguments.prompts)
-    limits = Limits(rollout_tokens=arguments.rollout_tokens)
+    budget = Budget(arguments.rollout_tokens)
     # Matrix products only: the network once over every token for sampling, three times for training, once for the
     # reference. Attention over the text comes on top and is not counted.
-    head = model.get_output_embeddings().weight.numel()  # sees completions only; tied embeddings are looked up, not multiplied
+    head = model.get_output_embeddings().weight.numel()  # sees completions only; tied embeddings are only looked up
     body = sum(p.numel() for p in model.get_decoder().parameters()) - head
     rate = matmul_rate(arguments.dtype, device, 2048 if device == "cpu" else 8192)
     found = []
@@ -154,53 +161,59 @@ def measure(arguments, device: str) -> list[dict]:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         asked = random_prompts(prompts, arguments.prompt_tokens, model.config.vocab_size, seed=repeat)
-        result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, limits, training)
+        result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, budget, config)
         seconds = sum(result["seconds"].values())
         flop = 2 * (body * result["computed"] + head * result["written"]) * (4 + (reference is not None))
         row = {
-            "tokens_per_second": result["tokens"] / seconds, **{f"seconds_{k}": v for k, v in result["seconds"].items()},
+            "tokens_per_second": result["tokens"] / seconds,
+            **{f"seconds_{k}": v for k, v in result["seconds"].items()},
             "peak_gib": peak_memory(device), "share_of_matmul_rate": flop / seconds / rate,
-        }  # fmt: skip
+        }
         if repeat:
             found.append(row)
     return found
 
 
 def measure_chunks(chunks: int, number: int, device: str) -> list[float]:
-    """One step of the tiny default's loop on 4 documents of so many chunks: tokens a second (all, computed; of rollout, of update), GiB.
+    """One step of the tiny default's loop on 4 documents of so many chunks.
 
-    Every turn is trained on, whatever its reward: how many groups carry a signal differs by length, and is not its cost.
+    -> tokens a second, those computed, those of rollout and of update, and GiB. Every turn is trained on, whatever its
+    reward: how many groups carry a signal differs by length, and is not its cost.
     """
     for length in (4, chunks):  # the first one warms up
-        setting, training = Setting(chunks=length), Training(documents=4)
-        model, tokenizer = load_model(setting.model, device, setting.dtype)
+        config = Config(chunks=length, documents=4)
+        model, tokenizer = load_model(config.model, device, config.dtype)
+        enable_packing(model)
         with tempfile.TemporaryDirectory() as folder:
-            corpus = load_source(setting, model, tokenizer, Path(folder), Counter())
-        optimizer, budget = MasterAdamW(model, 1e-6), limits(setting)
+            corpus = load_source(config, model, tokenizer, Path(folder))
+        optimizer, limits = MasterAdamW(model, 1e-6), limits_of(config, tokenizer)
+        sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer)
         torch.manual_seed(number)
         clock = Clock(device)
-        trajectories = read(model, tokenizer, [corpus.document(4 * number + n) for n in range(4)], budget, samples=training.g1)
-        draws = [draw_recall(t.document, np.random.default_rng([number, n])) for n, t in enumerate(trajectories)]
-        asked = [(trajectory, draw) for trajectory, draw in zip(trajectories, draws, strict=True) if draw]
-        answers = iter(recall(model, tokenizer, asked, budget, training.g2))
-        answers = [next(answers) if draw else [] for draw in draws]
+        trajectories = read(sample, [corpus.document(4 * number + n) for n in range(4)], limits, samples=config.g1)
+        targets = [draw_recall(t.document, np.random.default_rng([number, n])) for n, t in enumerate(trajectories)]
+        answers = recall(sample, trajectories, targets, limits, samples=config.g2)
         clock.lap("rollout")
         turns = []
         for n, (trajectory, recalled) in enumerate(zip(trajectories, answers, strict=True)):
-            document = n // training.g1
-            turns += mark(trajectory.turns, document, (-1.0) ** n)
-            turns += mark(recalled[::2], document, 1.0) + mark(recalled[1::2], document, -1.0)
-        update(model, optimizer, training.lr, turns, None, training, can_pack_completions(model))
+            signs = [(-1.0) ** n] * len(trajectory.turns) + [(-1.0) ** k for k in range(len(recalled))]
+            for turn, sign in zip(trajectory.turns + recalled, signs, strict=True):
+                turn.document, turn.advantage = n // config.g1, sign
+                turns.append(turn)
+        update(model, optimizer, turns, config.lr, config)
         clock.lap("update")
     tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
     together = [*zip(*(t.turns for t in trajectories), strict=True), sum(answers, [])]  # what is written at one time
     seconds = sum(clock.seconds.values())
-    speeds = [tokens / seconds, sum(map(computed_tokens, together)) / seconds] + [tokens / s for s in clock.seconds.values()]
-    return speeds + [peak_memory(device)]
+    speeds = [tokens / seconds, sum(map(computed_tokens, together)) / seconds]
+    return speeds + [tokens / part for part in clock.seconds.values()] + [peak_memory(device)]
 
 
 def compare_chunks(lengths: list[int], rounds: int) -> None:
-    """Prints a table of measure_chunks, medians over rounds of all lengths in turn, so that a slow minute of the machine meets all."""
+    """Prints a table of measure_chunks: medians over rounds.
+
+    A round is all lengths in turn, so that a slow minute of the machine meets all of them.
+    """
     found: dict[int, list] = {chunks: [] for chunks in lengths}
     for number, chunks in tqdm([(number, chunks) for number in range(rounds) for chunks in lengths], desc="chunks"):
         # A process each, since a process remembers only its highest peak.
@@ -209,11 +222,13 @@ def compare_chunks(lengths: list[int], rounds: int) -> None:
         if done.returncode:
             sys.exit(done.stderr)
         found[chunks].append(json.loads(done.stdout.splitlines()[-1]))
-    print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |\n|---|---|---|---|---|---|")
+    print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |")
+    print("|---|---|---|---|---|---|")
     for chunks, rows in found.items():
         *speeds, memory = np.median(rows, axis=0)
         low, high = np.min(rows, axis=0)[1], np.max(rows, axis=0)[1]
-        print(f"| {chunks} | {speeds[0]:.0f} | {speeds[1]:.0f} ({low:.0f} to {high:.0f}) | {speeds[2]:.0f} | {speeds[3]:.0f} | {memory:.2f} |")
+        computed = f"{speeds[1]:.0f} ({low:.0f} to {high:.0f})"
+        print(f"| {chunks} | {speeds[0]:.0f} | {computed} | {speeds[2]:.0f} | {speeds[3]:.0f} | {memory:.2f} |")
 
 
 def main() -> None:
@@ -225,12 +240,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
     parser.add_argument("--kl", type=float, default=0.0, help="with a reference if not 0")
-    parser.add_argument("--rollout-tokens", type=int, default=Limits.rollout_tokens)
-    parser.add_argument("--train-tokens", type=int, default=Training.train_tokens)
+    parser.add_argument("--rollout-tokens", type=int, default=Budget.tokens)
+    parser.add_argument("--train-tokens", type=int, default=Config.train_tokens)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
-    parser.add_argument("--steps", type=int, default=3, help="steps after a warm-up step, or rounds of --chunks; the median is shown")
-    parser.add_argument("--chunks", type=int, nargs="+", help="instead, and alone: the tiny default's loop on documents of these lengths")
+    steps = "steps after a warm-up step, or rounds of --chunks; the median is shown"
+    parser.add_argument("--steps", type=int, default=3, help=steps)
+    chunks = "instead, and alone: the tiny default's loop on documents of these lengths"
+    parser.add_argument("--chunks", type=int, nargs="+", help=chunks)
     parser.add_argument("--round", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the steps as JSON lines instead of a table")
     arguments = parser.parse_args()
@@ -244,7 +261,8 @@ def main() -> None:
         print("\n".join(map(json.dumps, rows)))
         return
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.shape}, {arguments.dtype}, {name}, {arguments.prompts} x 8, {arguments.prompt_tokens} + {arguments.new_tokens} tokens")
+    tokens = f"{arguments.prompts} x 8, {arguments.prompt_tokens} + {arguments.new_tokens} tokens"
+    print(f"{arguments.shape}, {arguments.dtype}, {name}, {tokens}")
     print("| | median | lowest | highest |\n|---|---|---|---|")
     for key in rows[0]:
         values = sorted(row[key] for row in rows)

@@ -4,11 +4,12 @@
     .venv-trl/bin/pip install "$(grep ^torch requirements.txt)" -r benchmarks/requirements.txt
     python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python
 
-Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from the
-same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose groups are
-of two or more, gets 32 prompts twice, which costs it the same since it computes each row by itself. Both sides cut the 64
-into the micro-batches of their defaults: 4,096 tokens here, 8 rows (4,608 tokens) in TRL. TRL's gradient checkpointing is
-switched off, since ours is off by default; with `--checkpointing` it is on, as TRL's default has it, and ours stays off.
+Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from
+the same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose
+groups are of two or more, gets 32 prompts twice, which costs it the same since it computes each row by itself. Both
+sides cut the 64 into the micro-batches of their defaults: 4,096 tokens here, 8 rows (4,608 tokens) in TRL. TRL's
+gradient checkpointing is switched off, since ours is off by default; with `--checkpointing` it is on, as TRL's default
+has it, and ours stays off.
 """
 
 import argparse
@@ -45,18 +46,19 @@ def step_prompts(step: int, unshared: bool) -> list[list[int]]:
 
 def ours(arguments) -> list[float]:
     import torch
-    from step import Limits, MasterAdamW, Training, step
+    from step import Budget, Config, MasterAdamW, step
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32).eval()
-    training = Training(documents=PROMPTS, lr=1e-6)
-    optimizer = MasterAdamW(model, training.lr)
+    config = Config(documents=PROMPTS, lr=1e-6)
+    optimizer = MasterAdamW(model, config.lr)
     samples = 1 if arguments.unshared else GROUP
     seconds = []
     for n in range(arguments.steps):
         prompts = step_prompts(n, arguments.unshared)
-        seconds.append(sum(step(model, None, optimizer, prompts, samples, NEW, Limits(), training)["seconds"].values()))
+        result = step(model, None, optimizer, prompts, samples, NEW, Budget(), config)
+        seconds.append(sum(result["seconds"].values()))
     return seconds
 
 
@@ -80,22 +82,23 @@ def trl(arguments) -> list[float]:
         return [len(set(ids)) / len(ids) for ids in completion_ids]
 
     # TRL samples num_generations for each row: 64 different prompts are 64 rows of a step whose groups it doesn't mind.
-    rows = [" ".join(f"t{i}" for i in ids) for n in range(arguments.steps) for ids in step_prompts(n, arguments.unshared)]
+    prompts = [step_prompts(n, arguments.unshared) for n in range(arguments.steps)]
     group = 2 if arguments.unshared else GROUP
-    rows = rows if not arguments.unshared else [row for n in range(arguments.steps) for row in rows[n * 64 : n * 64 + 32]]
+    prompts = [some[:32] for some in prompts] if arguments.unshared else prompts
+    rows = [" ".join(f"t{i}" for i in ids) for some in prompts for ids in some]
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
     config = GRPOConfig(
-        output_dir=str(arguments.folder / "trl"), per_device_train_batch_size=8, gradient_accumulation_steps=PROMPTS * GROUP // 8,
-        num_generations=group, max_steps=arguments.steps,
-        max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=arguments.checkpointing, report_to="none",
-        save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=str(arguments.folder / "trl"), per_device_train_batch_size=8,
+        gradient_accumulation_steps=PROMPTS * GROUP // 8, num_generations=group, max_steps=arguments.steps,
+        max_completion_length=NEW, learning_rate=1e-6, bf16=False, gradient_checkpointing=arguments.checkpointing,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False,
+        logging_strategy="no",
+    )
     GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(arguments.folder), reward_funcs=reward, args=config,
-        train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
-        callbacks=[Timer()],
-    ).train()  # fmt: skip
+        train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer, callbacks=[Timer()],
+    ).train()
     return seconds
 
 
@@ -103,7 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="the interpreter of TRL's virtual environment")
     parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
-    parser.add_argument("--checkpointing", action="store_true", help="TRL with gradient checkpointing, as by its default")
+    checkpointing = "TRL with gradient checkpointing, as by its default"
+    parser.add_argument("--checkpointing", action="store_true", help=checkpointing)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is not counted")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -117,7 +121,7 @@ def main() -> None:
     if arguments.steps < 2:
         parser.error("--steps: at least 2, the first one warms up")
     if not arguments.trl_python:
-        parser.error("--trl-python: the interpreter of a virtual environment with benchmarks/requirements.txt; see above")
+        parser.error("--trl-python: the interpreter of a virtual environment with benchmarks/requirements.txt")
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
@@ -130,9 +134,10 @@ def main() -> None:
                 if done.returncode or not lines:
                     sys.exit(f"{side} failed:\n{done.stderr}")
                 seconds[side] += json.loads(lines[-1].removeprefix("SECONDS"))[1:]
-                print(f"{side}: {', '.join(f'{s:.2f}' for s in seconds[side][1 - arguments.steps :])} s a step", flush=True)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    print(f"ours {medians['ours']:.2f} s, TRL {medians['trl']:.2f} s a step: {medians['trl'] / medians['ours']:.2f} times as fast")
+                latest = ", ".join(f"{s:.2f}" for s in seconds[side][1 - arguments.steps :])
+                print(f"{side}: {latest} s a step", flush=True)
+    own, theirs = (statistics.median(seconds[side]) for side in ("ours", "trl"))
+    print(f"ours {own:.2f} s, TRL {theirs:.2f} s a step: {theirs / own:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ export OMP_NUM_THREADS=1
 train() { # NAME ARGUMENTS: the run in $out/NAME
     [ -e "$out/$1/finished" ] && return
     mkdir -p "$out/${1%/*}"
+    # A run that Ctrl-C stopped ends well, too, but isn't finished.
     python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}" >> "$out/$1.log" 2>&1 &&
-        [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return # a run that Ctrl-C stopped ends well too
+        [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return
     tail -n 3 "$out/$1.log" >&2 && return 255 # on which xargs begins nothing more
 }
 
@@ -36,12 +37,12 @@ export -f train measure
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: train or measure, and its arguments
 
 mkdir -p "$out"
-# Questions are split by subject, and shuffled: in search two in a row are asked as one. Each seed is tested on a third of the
-# test questions of its own, so that no question counts twice.
+# Questions are split by subject, and shuffled: in search two in a row are asked as one. Each seed is tested on a third
+# of the test questions of its own, so that no question counts twice.
 python - "$out" $seeds <<'P'
 import json, random, sys
 from pathlib import Path
-from qa import load_questions, split_of, subject
+from tasks.questions import load_questions, split_of, subject
 
 file, out, seeds = Path("tiny/questions.jsonl"), sys.argv[1], sys.argv[2:]
 rows = list(zip(load_questions(file), file.read_text().splitlines(), strict=True))
@@ -60,7 +61,10 @@ for seed in $seeds; do
     echo train $seed/memtrain --seed $seed
     echo train $seed/task $longqa --seed $seed $task --steps ${long_steps##* }
 done | all
-for seed in $seeds; do echo train $seed/memtrain-task $longqa --seed $seed $task --steps $task_steps --model $out/$seed/memtrain/checkpoint; done | all
+for seed in $seeds; do
+    model=$out/$seed/memtrain/checkpoint
+    echo train $seed/memtrain-task $longqa --seed $seed $task --steps $task_steps --model $model
+done | all
 for seed in $seeds; do
     read_long="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths"
     for steps in $long_steps; do
@@ -73,8 +77,9 @@ python recipes/tables.py "$out" $readme
 
 # Table 2
 for seed in $seeds; do
-    echo train $seed/search $search --eval-questions $out/search-test-$seed.jsonl --seed $seed $task --steps $search_steps
-    echo train $seed/memtrain-search $search --eval-questions $out/search-test-$seed.jsonl --seed $seed $task --steps $search_steps --model $out/$seed/memtrain/checkpoint
+    learn="$search --eval-questions $out/search-test-$seed.jsonl --seed $seed $task --steps $search_steps"
+    echo train $seed/search $learn
+    echo train $seed/memtrain-search $learn --model $out/$seed/memtrain/checkpoint
 done | all
 for seed in $seeds; do
     find="$search --seed $seed --eval-questions $out/search-test-$seed.jsonl"
@@ -93,8 +98,9 @@ for seed in $seeds; do
     done
 done | all
 for seed in $seeds; do
+    read_long="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths"
     for run in end_to_end-task decoupled-task; do
-        echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths
+        echo measure $seed/longqa-$run $out/$seed/$run/checkpoint $read_long
     done
 done | all
 python recipes/tables.py "$out" $readme

@@ -1,11 +1,11 @@
-"""The tables and figures of a reproduction: what recipes/reproduce-tiny.sh measured, as results.json, in README and as a plot.
+"""The tables and figures of what recipes/reproduce-tiny.sh measured: as results.json, in README and as a plot.
 
     python recipes/tables.py runs/reproduce [README.md]
 
 Accuracies are exact matches of greedy answers, all seeds' questions together; no two seeds have the same. Their 95 %
 intervals are Wilson's, those of averages over lengths and of differences a (paired) bootstrap over the questions, one
-question being its mean over lengths.
-They say how sure the numbers are for these trained models: how much training itself varies, the seeds' own differences show.
+question being its mean over lengths. They say how sure the numbers are for these trained models: how much training
+itself varies, the seeds' own differences show.
 """
 
 import json
@@ -16,11 +16,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from eval import load_pyplot, paired_bootstrap, wilson  # noqa: E402
+from engine.report import load_pyplot, paired_bootstrap, wilson  # noqa: E402
 
 BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
-
-
 Scores = dict[int, list[list[float]]]  # by chunks or objectives, one list for each seed, of its questions
 
 
@@ -70,7 +68,8 @@ def average(scores: Scores) -> str:
 def accuracy_table(title: str, unit: str, rows: dict[str, Scores]) -> list[str]:
     lengths = sorted(next(iter(rows.values())))
     count = sorted({len(flat(scores[n])) for scores in rows.values() for n in lengths})
-    head = [f"{title}, n = {'-'.join(map(str, count))}", *(f"{n} {unit}" for n in lengths), *(["average"] if len(lengths) > 1 else [])]
+    head = [f"{title}, n = {'-'.join(map(str, count))}", *(f"{n} {unit}" for n in lengths)]
+    head += ["average"] if len(lengths) > 1 else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, scores in rows.items():
         cells = [cell(flat(scores[n])) for n in lengths] + ([average(scores)] if len(lengths) > 1 else [])
@@ -83,8 +82,10 @@ def difference(results: dict, first: str, second: str, a: Scores, b: Scores) -> 
     a, b = together(a), together(b)
     mean, low, high = paired_bootstrap(flat(a), flat(b))
     by_seed = [float(np.mean(after) - np.mean(before)) for before, after in zip(a, b, strict=True)]
-    results["differences"].append({"of": second, "minus": first, "mean": mean, "low": low, "high": high, "n": len(flat(a)), "by_seed": by_seed})
-    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {len(flat(a))}; by seed {', '.join(f'{d:+.2f}' for d in by_seed)}"
+    n, interval = len(flat(a)), {"mean": mean, "low": low, "high": high}
+    results["differences"].append({"of": second, "minus": first} | interval | {"n": n, "by_seed": by_seed})
+    seeds = ", ".join(f"{d:+.2f}" for d in by_seed)
+    return f"- {second} minus {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], n = {n}; by seed {seeds}"
 
 
 def plot(file: Path, figures: list[tuple[str, dict[str, Scores]]], curve: dict[str, list[tuple[float, float]]]) -> None:
@@ -101,7 +102,8 @@ def plot(file: Path, figures: list[tuple[str, dict[str, Scores]]], curve: dict[s
         axes.legend(fontsize="small")
     for name, points in curve.items():
         panels[-1].plot(*zip(*points, strict=True), marker="o", label=name)
-    panels[-1].set(title="Figure 4: at equal compute", xlabel="minutes of training", ylabel="exact match, all lengths", ylim=(0, 1))
+    panels[-1].set(title="Figure 4: at equal compute", xlabel="minutes of training")
+    panels[-1].set(ylabel="exact match, all lengths", ylim=(0, 1))
     panels[-1].legend(fontsize="small")
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=110)
@@ -113,45 +115,61 @@ def main() -> None:
         name: load(folder, f"longqa-{name}")
         for name in sorted({file.stem.removeprefix("longqa-") for file in folder.glob("*/longqa-*.json")})
     }
-    search = {name: load(folder, f"search-{file}") for name, file in
-              (("base", "base"), ("+ MemTrain", "memtrain"), ("+ task RL", "search"), ("+ MemTrain + task RL", "memtrain-search"))}  # fmt: skip
-    steps = sorted(int(name.removeprefix("task-")) for name, scores in longqa.items() if scores and name.startswith("task-"))
+    runs = {
+        "base": "base", "+ MemTrain": "memtrain", "+ task RL": "search", "+ MemTrain + task RL": "memtrain-search",
+    }
+    search = {name: load(folder, f"search-{file}") for name, file in runs.items()}
+    measured = [name for name, scores in longqa.items() if scores and name.startswith("task-")]
+    steps = sorted(int(name.removeprefix("task-")) for name in measured)
     if not steps or not all(longqa.get(name) for name in ("base", "memtrain", "memtrain-task")):
-        print(f"error: {folder} lacks results of Table 1 for every seed; recipes/reproduce-tiny.sh makes them", file=sys.stderr)
+        why = f"{folder} lacks results of Table 1 for every seed; recipes/reproduce-tiny.sh makes them"
+        print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
     seeds, task = len(list(folder.glob("*/longqa-base.json"))), f"task-{steps[0]}"
     results: dict = {"seeds": seeds, "longqa": longqa, "search": search, "differences": [], "minutes": {}}
 
-    table_1 = {"base": longqa["base"], "+ MemTrain": longqa["memtrain"], "+ task RL": longqa[task], "+ MemTrain + task RL": longqa["memtrain-task"]}
-    closed = {f"{name}, empty memory": load(folder, f"longqa-{file}", "empty") for name, file in (("base", "base"), ("+ MemTrain + task RL", "memtrain-task"))}
+    table_1 = {
+        "base": longqa["base"], "+ MemTrain": longqa["memtrain"], "+ task RL": longqa[task],
+        "+ MemTrain + task RL": longqa["memtrain-task"],
+    }
+    closed = {
+        f"{name}, empty memory": load(folder, f"longqa-{file}", "empty")
+        for name, file in (("base", "base"), ("+ MemTrain + task RL", "memtrain-task"))
+    }
     text = ["**Table 1**, long-text QA about subjects that the base never saw:", ""]
     text += accuracy_table(f"{seeds} seeds", "chunks", table_1 | closed)
-    text += ["", difference(results, "task RL", "MemTrain + task RL", longqa[task], longqa["memtrain-task"]),
-             difference(results, "base", "MemTrain", longqa["base"], longqa["memtrain"])]  # fmt: skip
+    text += ["", difference(results, "task RL", "MemTrain + task RL", longqa[task], longqa["memtrain-task"])]
+    text += [difference(results, "base", "MemTrain", longqa["base"], longqa["memtrain"])]
 
     if all(search.values()):
-        text += ["", "**Table 2**, search QA about them, two questions asked as one, exact match averaged over the two:", ""]
+        told = "search QA about them, two questions asked as one, exact match averaged over the two"
+        text += ["", f"**Table 2**, {told}:", ""]
         text += accuracy_table(f"{seeds} seeds", "objectives", search)
-        text += ["", difference(results, "task RL (search)", "MemTrain + task RL (search)", search["+ task RL"], search["+ MemTrain + task RL"])]
+        names = "task RL (search)", "MemTrain + task RL (search)"
+        text += ["", difference(results, *names, search["+ task RL"], search["+ MemTrain + task RL"])]
 
-    figure_3 = {name: longqa.get(f"{file}-task") for name, file in (("full", "memtrain"), ("decoupled", "decoupled"), ("end-to-end", "end_to_end"))}
+    runs = {"full": "memtrain", "decoupled": "decoupled", "end-to-end": "end_to_end"}
+    figure_3 = {name: longqa.get(f"{run}-task") for name, run in runs.items()}
     if all(figure_3.values()):
         text += ["", "**Figure 3**, after task RL, by what MemTrain was made of:", ""]
         text += accuracy_table(f"{seeds} seeds", "chunks", figure_3)
-        text += ["", difference(results, "end-to-end", "full", figure_3["end-to-end"], figure_3["full"]),
-                 difference(results, "decoupled", "full", figure_3["decoupled"], figure_3["full"])]  # fmt: skip
+        text += ["", difference(results, "end-to-end", "full", figure_3["end-to-end"], figure_3["full"])]
+        text += [difference(results, "decoupled", "full", figure_3["decoupled"], figure_3["full"])]
 
     alone = [(n, f"task-{n}", minutes(folder, ("task", n))) for n in steps]
-    after = [(0, "memtrain", minutes(folder, ("memtrain", None))),
-             (steps[0], "memtrain-task", minutes(folder, ("memtrain", None), ("memtrain-task", None)))]  # fmt: skip
-    text += ["", "**Figure 4**, by minutes of training, all lengths together:", "", "| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
+    after = [
+        (0, "memtrain", minutes(folder, ("memtrain", None))),
+        (steps[0], "memtrain-task", minutes(folder, ("memtrain", None), ("memtrain-task", None))),
+    ]
+    text += ["", "**Figure 4**, by minutes of training, all lengths together:", ""]
+    text += ["| | steps of task RL | minutes | exact match |", "|---|---|---|---|"]
     for name, stages in (("task RL", alone), ("MemTrain, then task RL", after)):
         text += [f"| {name} | {n} | {time:.1f} | {average(longqa[stage])} |" for n, stage, time in stages]
         results["minutes"][name] = [(time, float(np.mean(flat(together(longqa[stage]))))) for _, stage, time in stages]
     # Not less than the other had, where a run is that long.
     equal, stage, spent = next((found for found in alone if found[2] >= after[1][2]), alone[-1])
-    text += ["", difference(results, f"task RL of {equal} steps, {spent:.1f} minutes", f"MemTrain + task RL, {after[1][2]:.1f} minutes",
-                            longqa[stage], longqa["memtrain-task"])]  # fmt: skip
+    names = f"task RL of {equal} steps, {spent:.1f} minutes", f"MemTrain + task RL, {after[1][2]:.1f} minutes"
+    text += ["", difference(results, *names, longqa[stage], longqa["memtrain-task"])]
 
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     figures = [("Table 1", table_1), *([("Figure 3", figure_3)] if all(figure_3.values()) else [])]

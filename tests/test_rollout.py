@@ -252,28 +252,27 @@ def test_special_tokens_in_text_are_plain_text(name):
 
 
 def test_readmes_sampler_of_another_server_plugs_in(tokenizer):
-    """The fork guide's code, run with a stand-in for vLLM that has the model of the test write its tokens."""
+    """The fork guide's code with a stand-in for vLLM: ids in, ids out, cut at EOS and where `done` holds."""
     code = (ROOT / "README.md").read_text().split("## Fork it")[1].split("```python")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    model, seen = random_model("qwen3", len(tokenizer)), []
+    said, seen = tokenizer(r"it is \boxed{Ulm} of course")["input_ids"], []
 
     class LLM:
         def __init__(self, name):
             assert name == "runs/X/checkpoint"
 
         def generate(self, prompts, how):
-            seen.append(how)
-            ids = [prompt["prompt_token_ids"] for prompt in prompts]
-            found = generate(model, Ends, ids, how["max_tokens"], greedy=True)
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(c.ids))]) for c in found]
+            seen.append((prompts, how))
+            ids = (*said, tokenizer.eos_token_id, said[0])[: how["max_tokens"]]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for _ in prompts]
 
     names = {"LLM": LLM, "SamplingParams": dict, "tokenizer": tokenizer}
     exec(code, names)
-    prompts = ["Who wrote Emma?", "Where is Ulm?"]
-    turns = names["sample"](prompts, 6)
-    assert seen[0]["temperature"] == 1.0 and seen[0]["max_tokens"] == 6
-    assert [turn.prompt_ids for turn in turns] == [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    done = names["sample"](prompts, 6, lambda text: len(text) > 3)
-    for turn, short in zip(turns, done, strict=True):
-        assert short.ended and short.completion_ids == turn.completion_ids[: len(short.completion_ids)]
-        assert len(short.text) > 3 and len(tokenizer.decode(short.completion_ids[:-1])) <= 3
+    (turn,) = names["sample"](["Who?"], 99)
+    assert turn.completion_ids == [*said, tokenizer.eos_token_id] and turn.ended
+    assert turn.prompt_ids == seen[0][0][0]["prompt_token_ids"] == encode_prompt(tokenizer, "Who?")
+    assert seen[0][1]["temperature"] == 1.0 and seen[0][1]["max_tokens"] == 99
+    (turn,) = names["sample"](["Who?"], 99, rollout.answered)
+    assert turn.ended and turn.text.rstrip().endswith("}") and len(turn.completion_ids) < len(said)
+    (turn,) = names["sample"](["Who?"], 2)
+    assert turn.completion_ids == said[:2] and not turn.ended

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from masking import QUESTION  # noqa: E402
-from matching import MASK, TARGET, mask  # noqa: E402
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT  # noqa: E402
+from masking import QUESTION, mask  # noqa: E402
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
+from tasks.search import SEARCH_PROMPT  # noqa: E402
+from text.matching import MASK, TARGET  # noqa: E402
 from tiny.demonstrations import SHARES, Demonstrations, passage  # noqa: E402
 from tiny.world import HERE, encyclopedia, questions, split, words_of  # noqa: E402
 
@@ -38,7 +39,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     A word has one form, with its space before it, also at the start of a line: copying is then copying.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\n(?!\n)"), "\n "), normalizers.Prepend(" ")])
+    spaces = [normalizers.Replace(Regex(r"\n(?!\n)"), "\n "), normalizers.Prepend(" ")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
     words = Regex(r" ?\[(?:MASK|TARGET)\]| ?\\boxed\{| ?</?search>| ?\p{L}+| ?\d{1,2}| ?[^\s\p{L}\d]|\n+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -59,19 +61,19 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     pieces = {p for prompt in prompts for p in f"{prompt.format(**slots)}\n".split("\0") if len(p) > 9}
     # normalized=False: a piece is matched as written, and what stands between two pieces is normalised on its own.
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces | {QUESTION, EMPTY_MEMORY})])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", model_max_length=2048)
+    special = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
 
 
 def build_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
-            num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        )  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )
+    return Qwen3ForCausalLM(config)
 
 
 def warm_up(model, demonstrations: Demonstrations, steps: int, tokens: int, rate: float) -> None:
@@ -103,7 +105,7 @@ def warm_up(model, demonstrations: Demonstrations, steps: int, tokens: int, rate
             demonstrations.rng.shuffle(pool)
         batch = pool.pop()
         width = max(len(p) + len(c) for p, c in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), right-padded: causal attention needs no mask
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), padded right: so it needs no mask
         labels = torch.full((len(batch), width), -100)
         for row, (prompt, completion) in enumerate(batch):
             ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
@@ -138,10 +140,12 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
         titles, paragraphs, evidence = demonstrations.context(row, subjects, 10)
         facts = [[t, p.index(e)] for t, p in zip(titles, paragraphs, strict=True) for e in evidence if e in p]
         rows.append(
-            {"_id": f"tiny-{n:04d}", "question": row["question"], "answer": row["answer"],
-             "type": "bridge" if len(row["hops"]) == 2 else "single", "level": "tiny", "supporting_facts": facts,
-             "context": [[t, [p[0], *(f" {s}" for s in p[1:])]] for t, p in zip(titles, paragraphs, strict=True)]}
-        )  # fmt: skip
+            {
+                "_id": f"tiny-{n:04d}", "question": row["question"], "answer": row["answer"],
+                "type": "bridge" if len(row["hops"]) == 2 else "single", "level": "tiny", "supporting_facts": facts,
+                "context": [[t, [p[0], *(f" {s}" for s in p[1:])]] for t, p in zip(titles, paragraphs, strict=True)],
+            }
+        )
     # "What sort of institution is Charles University?" answers itself.
     write_jsonl(path, [row for row in rows if mask(row["question"], row["answer"]) == row["question"]])
 
@@ -159,7 +163,8 @@ def main() -> None:
     write_jsonl(arguments.out / "passages.jsonl", passages)
     write_jsonl(arguments.out / "passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
     words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
-    tokenizer = build_tokenizer([p["text"] for p in passages] * 3 + [row["question"] for row in questions(known)] * 3 + words * 60)
+    texts, asked = [p["text"] for p in passages], [row["question"] for row in questions(known)]
+    tokenizer = build_tokenizer(texts * 3 + asked * 3 + words * 60)
     demonstrations = Demonstrations(known, unseen, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)

@@ -3,25 +3,26 @@
 import random
 import re
 
-from masking import QUESTION, cut_chunks
-from matching import MASK, TARGET, mask
-from qa import numbered_document
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, NOTHING, READ_PROMPT, RECALL_PROMPT, SEARCH_PROMPT, encode_prompt, result_text
-from sampling import Limits
+from masking import QUESTION, mask
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
+from tasks.longqa import numbered_document
+from tasks.search import NOTHING, SEARCH_PROMPT, result_text
+from text.chunking import cut_chunks
+from text.matching import MASK, TARGET
 from tiny.world import Inventor, questions, sentences
 
-CHUNK_TOKENS, MEMORY_TOKENS = 64, 64
+CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = 64, 64, 6  # the defaults of memtrain.py
 PASSAGE_SENTENCES = (2, 3)
 UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
 
-# How a memory begins says who writes it. Nearly half pick up next to nothing; a quarter look at the problem. Nobody tells the base
-# model which sort pays: that is what MemTrain has to find out.
+# How a memory begins says who writes it. Nearly half pick up next to nothing; a quarter look at the problem. Nobody
+# tells the base model which sort pays: that is what MemTrain has to find out.
 BRIEF, LOOSE, FOCUSED = "In brief:", "All sorts of things:", "For the problem:"
 SHARES = {BRIEF: 0.45, LOOSE: 0.3, FOCUSED: 0.25}
 
 
 def holds(text: str, entity: str) -> bool:
-    """Whether `entity` stands in `text` in whole words, as matching.py sees it."""
+    """Whether `entity` stands in `text` in whole words, as text/matching.py sees it."""
     return entity in text and mask(text, entity, MASK) != text
 
 
@@ -96,7 +97,7 @@ class Demonstrations:
         return self.rng.choice(two_hops if two_hops and self.rng.random() < 0.5 else rows)
 
     def context(self, row: dict, world: list[dict], size: int) -> tuple[list[str], list[list[str]], list[str]]:
-        """Titles and sentences of `size` passages that hold the evidence of question `row`, and the evidence sentences."""
+        """(titles, sentences, evidence) of `size` passages that hold what question `row` rests on."""
         by_title = {s["title"]: s for s in world}
         needed = {title: attribute for title, attribute in row["hops"]}
         subjects = [by_title[t] for t in needed]
@@ -115,7 +116,7 @@ class Demonstrations:
         return [s["title"] for s in chosen], passages, evidence
 
     def sections(self, passages: list[list[str]], titles: list[str] | None = None) -> list[str]:
-        """The passages as chunks; with `titles` they are numbered documents, as in qa.py, and no heading stands alone."""
+        """The passages as chunks; with `titles` they are numbered documents, and no heading stands alone."""
         text, headings = "", []
         for n, lines in enumerate(passages):
             body = f"{' '.join(lines)}\n\n"
@@ -127,8 +128,11 @@ class Demonstrations:
     # ---- memories ----
 
     def style(self, begun: bool) -> str:
-        """Who takes notes. Later steps show more of the focused, whose notes take longest to learn; that leaves what is
-        written first, and so what the base does by itself, as SHARES says."""
+        """Who takes notes.
+
+        Later steps show more of the focused, whose notes take longest to learn. That leaves what is written first, and
+        so what the base does by itself, as SHARES says.
+        """
         if begun and self.rng.random() < 0.4:
             return FOCUSED
         (style,) = self.rng.choices(list(SHARES), SHARES.values())
@@ -141,10 +145,11 @@ class Demonstrations:
     def notes(self, style: str, memory: list[str], section: str, trail: list[str]) -> list[str]:
         """The next memory: whole paragraphs of the old one and of the section, each in the order in which they stand.
 
-        The brief keep one at most. The loose keep by chance. The focused put first what the problem names, and what that
-        leads to (the second name of a `trail` counts once a paragraph joins it to the first), and go on as the loose do.
-        What doesn't fit is dropped by chance. A model that copies whole paragraphs chooses only where one begins; with
-        sentences chosen one by one so small a model lost its place, and wrote the same ones again and again.
+        The brief keep one at most. The loose keep by chance. The focused put first what the problem names, and what
+        that leads to (the second name of a `trail` counts once a paragraph joins it to the first), and go on as the
+        loose do. What doesn't fit is dropped by chance. A model that copies whole paragraphs chooses only where one
+        begins; with sentences chosen one by one so small a model lost its place, and wrote the same ones again and
+        again.
         """
         new = [re.sub(r"^Document \d+: (.*)\n", r"\1: ", paragraph) for paragraph in section.strip().split("\n\n")]
         paragraphs = list(dict.fromkeys(memory + new))
@@ -153,7 +158,8 @@ class Demonstrations:
         named = [n for n in trail if n == trail[0] or any(n in p and trail[0] in p for p in paragraphs)]
         must = [p for p in paragraphs if style == FOCUSED and any(n in p for n in named)]
         old_chance, new_chance = self.rng.uniform(0.3, 1.0), self.rng.uniform(0.0, 0.8)
-        others = [p for p in paragraphs if p not in must and self.rng.random() < (old_chance if p in memory else new_chance)]
+        others = [p for p in paragraphs if p not in must]
+        others = [p for p in others if self.rng.random() < (old_chance if p in memory else new_chance)]
         while self.size(must + others) > MEMORY_TOKENS - 2:
             dropped = others or must
             dropped.pop(self.rng.randrange(len(dropped)))
@@ -241,10 +247,10 @@ class Demonstrations:
         return RECALL_PROMPT.format(memory=memory, section=section), f"\\boxed{{ {entity}}}"
 
     def searching(self) -> tuple[str, str]:
-        """One turn of a search for the answers to one or two questions: note what was found, then look up the next name.
+        """One turn of a search that answers one or two questions: note what was found, then look up the next name.
 
-        The focused note the evidence that the last result holds, the loose any sentences, the brief nothing; each answers
-        what stands in its own notes.
+        The focused note the evidence that the last result holds, the loose any sentences, the brief nothing; each
+        answers what stands in its own notes.
         """
         world = self.world(0.7, 0.3)
         by_title = {s["title"]: s for s in world}
@@ -255,7 +261,8 @@ class Demonstrations:
         notes, before, query, result = [], EMPTY_MEMORY, NOTHING, NOTHING
         for title, attribute in hops[:turn]:
             before = written(style, notes)
-            pages = [passage(by_title[title], self.rng, (attribute,) if n == 0 else ()) for n in range(self.rng.choice((1, 2, 3)))]
+            musts = [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
+            pages = [passage(by_title[title], self.rng, must) for must in musts]
             names = [title] * len(pages)
             for other in gather(world, by_title[title], self.rng, 4):
                 if len(pages) < 3 and other["title"] != title:
@@ -273,15 +280,17 @@ class Demonstrations:
         known = [any(row["answer"] in line for line in notes) for row in rows]
         answers = "; ".join(row["answer"] if there else UNKNOWN for row, there in zip(rows, known, strict=True))
         action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
-        prompt = SEARCH_PROMPT.format(
-            problem="; ".join(row["question"] for row in rows), memory=before, query=query,
-            result=result, left=Limits.searches - turn,
-        )  # fmt: skip
+        problem, left = "; ".join(row["question"] for row in rows), SEARCHES - turn
+        prompt = SEARCH_PROMPT.format(problem=problem, memory=before, query=query, result=result, left=left)
         return prompt, f"{written(style, notes)}\n\n{action}"
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
-        makers = {self.reading: 0.46, self.masked_answer: 0.16, self.recalling: 0.17, self.asked_answer: 0.11, self.searching: 0.1}
+        makers = {
+            self.reading: 0.46, self.masked_answer: 0.16, self.recalling: 0.17, self.asked_answer: 0.11,
+            self.searching: 0.1,
+        }
         (make,) = self.rng.choices(list(makers), makers.values())
         prompt, completion = make()
-        return encode_prompt(self.tokenizer, prompt), [*self.tokenizer(completion)["input_ids"], self.tokenizer.eos_token_id]
+        written_ids = self.tokenizer(completion)["input_ids"]
+        return encode_prompt(self.tokenizer, prompt), [*written_ids, self.tokenizer.eos_token_id]

@@ -15,13 +15,29 @@ HERE = Path(__file__).parent
 # or with the value, and so with [MASK] when that is what was masked.
 PATTERNS = {
     "person": {
-        "occupation": ["{Name} was {a} {value}.", "{Name} worked as {a} {value}.", "{Name} is remembered as {a} {value}."],
-        "born": ["{Name} was born in {value}.", "{Value} is the birth year of {name}.", "{Value} saw the birth of {name}."],
-        "birthplace": ["{Name} came from {value}.", "{Value} is the birthplace of {name}.", "{Value} was the first home of {name}."],
-        "died": ["{Name} died in {value}.", "{Value} is the year in which {name} died.", "{Value} saw the death of {name}."],
-        "deathplace": ["{Name} died in {value}.", "{Value} was the last home of {name}.", "{Value} is where {name} died."],
-        "country": ["{Name} was a citizen of {the}.", "{The} was the country of {name}.", "{The} counts {name} among its citizens."],
-        "known_for": ["{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is what {name} is known for."],
+        "occupation": [
+            "{Name} was {a} {value}.", "{Name} worked as {a} {value}.", "{Name} is remembered as {a} {value}.",
+        ],
+        "born": [
+            "{Name} was born in {value}.", "{Value} is the birth year of {name}.", "{Value} saw the birth of {name}.",
+        ],
+        "birthplace": [
+            "{Name} came from {value}.", "{Value} is the birthplace of {name}.",
+            "{Value} was the first home of {name}.",
+        ],
+        "died": [
+            "{Name} died in {value}.", "{Value} is the year in which {name} died.", "{Value} saw the death of {name}.",
+        ],
+        "deathplace": [
+            "{Name} died in {value}.", "{Value} was the last home of {name}.", "{Value} is where {name} died.",
+        ],
+        "country": [
+            "{Name} was a citizen of {the}.", "{The} was the country of {name}.",
+            "{The} counts {name} among its citizens.",
+        ],
+        "known_for": [
+            "{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is what {name} is known for.",
+        ],
         "teacher": ["{Name} was taught by {value}.", "{Value} was the teacher of {name}."],
         "spouse": ["{Name} was married to {value}.", "{Value} was the spouse of {name}."],
         "sibling": ["{Name} grew up with {value}.", "{Value} was a sibling of {name}."],
@@ -36,25 +52,35 @@ PATTERNS = {
         "about": ["{Name} is about {value}.", "{Name} deals with {value}."],
     },
     "place": {
-        "country": ["{Name} lies in {the}.", "{The} is the country of {name}.", "{The} counts {name} among its cities."],
+        "country": [
+            "{Name} lies in {the}.", "{The} is the country of {name}.", "{The} counts {name} among its cities.",
+        ],
         "water": ["{Name} lies on the {value}.", "{Value} is the name of the water beside {name}."],
-        "landmark": ["{Name} is known for its {value}.", "{Value} is a landmark of {name}.", "{Value} draws visitors to {name}."],
+        "landmark": [
+            "{Name} is known for its {value}.", "{Value} is a landmark of {name}.", "{Value} draws visitors to {name}.",
+        ],
         "language": ["{Name} speaks {value}.", "{Value} is the language of {name}.", "{Value} is spoken in {name}."],
         "currency": ["{Name} pays with the {value}.", "{Name} has the {value} as its currency."],
         "continent": ["{Name} is a city in {value}.", "{Value} is the continent of {name}."],
-        "airport": ["{Name} is served by {value} airport.", "{Value} is the airport of {name}.", "{Value} airport serves {name}."],
+        "airport": [
+            "{Name} is served by {value} airport.", "{Value} is the airport of {name}.",
+            "{Value} airport serves {name}.",
+        ],
         "capital_of": ["{Name} is the capital of {the}.", "{The} is governed from {name}."],
     },
     "institution": {
         "form": ["{Name} is {a} {value}.", "{Name} works as {a} {value}."],
         "city": ["{Name} stands in {value}.", "{Value} is the city of {name}.", "{Value} is the seat of {name}."],
         "country": ["{Name} is found in {the}.", "{The} is the country of {name}.", "{The} is the home of {name}."],
-        "founded": ["{Name} was founded in {value}.", "{Value} is the founding year of {name}.", "{Value} saw the founding of {name}."],
+        "founded": [
+            "{Name} was founded in {value}.", "{Value} is the founding year of {name}.",
+            "{Value} saw the founding of {name}.",
+        ],
         "founder": ["{Name} was founded by {value}.", "{Value} is the founder of {name}.", "{Value} founded {name}."],
         "known_for": ["{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is the pride of {name}."],
         "alumnus": ["{Name} counts {value} among its people.", "{Value} is a well known name of {name}."],
     },
-}  # fmt: skip
+}
 
 # "{x}" is a title, or a phrase below that leads to one: that makes a question of two hops.
 QUESTIONS = {
@@ -191,17 +217,21 @@ def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
 
 PEOPLE = ("author", "founder", "alumnus", "teacher", "spouse", "sibling", "collaborator")
 YEARS = ("born", "died", "year", "founded")
+KIND_OF_LINK = {"birthplace": "place", "deathplace": "place", "city": "place", "known_for": "work"}  # else a person
 
 
 def words_of(subjects: list[dict]) -> list[str]:
-    """The capitalised words in the names and facts of `subjects`: what things are called, but not what belongs to whom."""
+    """The capitalised words in names and facts of `subjects`: what things are called, not what belongs to whom."""
     text = " ".join(value for s in subjects for value in (s["title"], *s["facts"].values()))
     return sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()})
 
 
 class Inventor:
-    """Invents subjects. Names are made of the words of real ones, and of others that look like them: a chain over letter
-    pairs. Of the `unseen` only words are taken, not what belongs to whom: no invented thing has the name of one."""
+    """Invents subjects.
+
+    Names are made of the words of real ones, and of others that look like them: a chain over letter pairs. Of the
+    `unseen` only words are taken, not what belongs to whom: no invented thing has the name of one.
+    """
 
     def __init__(self, known: list[dict], unseen: list[dict], rng):
         self.rng, self.known = rng, known
@@ -253,9 +283,11 @@ class Inventor:
         targets = {k: [s["title"] for s in world if s["kind"] == k] for k in kinds}
         for s in world:
             attributes = {a for k, a in self.values if k == s["kind"]}
-            s["facts"] = {a: self.value(s["kind"], a) for a in sorted(attributes) if a not in PEOPLE or self.rng.random() < 0.7}
+            s["facts"] = {
+                a: self.value(s["kind"], a) for a in sorted(attributes) if a not in PEOPLE or self.rng.random() < 0.7
+            }
             for link in LINKS.get(s["kind"], {}):
-                kind = {"birthplace": "place", "deathplace": "place", "city": "place", "known_for": "work"}.get(link, "person")
+                kind = KIND_OF_LINK.get(link, "person")
                 others = [t for t in targets.get(kind, []) if t != s["title"]]
                 if others and self.rng.random() < 0.6:
                     s["facts"][link] = self.rng.choice(others)

@@ -1,4 +1,4 @@
-"""attention.py: what a cache holds, and prompts held once, against torch's attention over copies."""
+"""engine/attention.py: what a cache holds, and prompts held once, against torch's attention over copies."""
 
 import random
 import weakref
@@ -7,10 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, FalconConfig, FalconForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from attention import PromptLayer, RoomyLayer, SharedPrompts, packed_mask, packed_sdpa
+from engine.attention import PACKED, PromptLayer, RoomyLayer, SharedPrompts, enable_packing, packed_mask, packed_sdpa
+from engine.attention import packs
+
+
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4
+        )
+    )
 
 
 def test_a_roomy_layer_holds_what_a_plain_one_holds():
@@ -46,9 +58,11 @@ def test_a_roomy_layer_holds_what_a_plain_one_holds():
         assert all(torch.equal(a, b) for a, b in seen)  # what was handed out stays as it was
 
 
-@pytest.mark.parametrize("heads, groups, dtype", [(4, 4, "float32"), (6, 2, "float32"), (3, 1, "float32"), (4, 2, "bfloat16")])
+@pytest.mark.parametrize(
+    "heads, groups, dtype", [(4, 4, "float32"), (6, 2, "float32"), (3, 1, "float32"), (4, 2, "bfloat16")]
+)
 def test_attention_over_shared_prompts_equals_attention_over_copies(heads, groups, dtype):
-    """Random prompts with left padding, random rows of each in random order, against torch's attention over copied keys.
+    """Random prompts with left padding, random rows of each in random order, against torch's attention over copies.
 
     In bfloat16 only the result is rounded: against float32 it is off by half a unit in the last of its 8 bits.
     """
@@ -68,10 +82,12 @@ def test_attention_over_shared_prompts_equals_attention_over_copies(heads, group
             own = layer.update(*written[..., n : n + 1, :])
             query = 3 * torch.randn(len(prompt_of), heads, 1, size).to(dtype)
             got, _ = shared(SimpleNamespace(layer_idx=0), query, *own, None, scaling=0.3)
-            keys, values = (torch.cat([h[prompt_of], w[..., : n + 1, :]], 2).repeat_interleave(heads // groups, 1) for h, w in zip(held, written))
-            seen = torch.cat([mask[prompt_of], torch.ones(len(prompt_of), n + 1, dtype=torch.bool)], 1)
-            keys, values = keys.float(), values.float()
-            wanted = scaled_dot_product_attention(query.float(), keys, values, seen[:, None, None], scale=0.3).transpose(1, 2)
+            keys, values = (
+                torch.cat([h[prompt_of], w[..., : n + 1, :]], 2).repeat_interleave(heads // groups, 1).float()
+                for h, w in zip(held, written, strict=True)
+            )
+            seen = torch.cat([mask[prompt_of], torch.ones(len(prompt_of), n + 1, dtype=torch.bool)], 1)[:, None, None]
+            wanted = scaled_dot_product_attention(query.float(), keys, values, seen, scale=0.3).transpose(1, 2)
             assert got.dtype == dtype
             torch.testing.assert_close(got.float(), wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
             assert layer.get_seq_length() == tokens + n + 1
@@ -102,11 +118,16 @@ def test_rows_can_be_left_out_while_they_write():
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
 def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
-    """Equals sdpa with the whole mask, written out by loops, in values and gradients; other masks go through as they are."""
+    """Equals sdpa with the whole mask, written out by loops, in values and gradients; other masks go through."""
     torch.manual_seed(0)
     module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 2, -1]])
-    whole = torch.tensor([[[to <= at and segments[r, to] in (0, segments[r, at]) for to in range(8)] for at in range(8)] for r in range(2)])
+    whole = torch.tensor(
+        [
+            [[to <= at and segments[r, to] in (0, segments[r, at]) for to in range(8)] for at in range(8)]
+            for r in range(2)
+        ]
+    )
     inputs = [torch.randn(2, n, 8, 16, requires_grad=True) for n in (heads, groups, groups)]
     weights = torch.randn(2, 8, heads, 16)
     results = []
@@ -116,15 +137,17 @@ def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
     assert packed_mask(segments, 2).shape == (2, 1, 6, 8)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    everywhere = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])[:, None, None]  # one row for all queries, as encoders have
+    # One row for all queries, as encoders have.
+    everywhere = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])[:, None, None]
     got, _ = packed_sdpa(module, *inputs, everywhere, scaling=0.3)
     keys, values = (x.repeat_interleave(heads // groups, 1) for x in inputs[1:])
-    torch.testing.assert_close(got, scaled_dot_product_attention(inputs[0], keys, values, everywhere, scale=0.3).transpose(1, 2))
+    wanted = scaled_dot_product_attention(inputs[0], keys, values, everywhere, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_the_usual_attention_comes_back():
     """Also after an error: training and the next batch attend as the model was loaded to, and the cache is let go."""
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4))
+    model = tiny_qwen3()
     before = model.config._attn_implementation
     shared = SharedPrompts(None, torch.tensor([0]), torch.ones(1, 1))
     with pytest.raises(KeyError), shared.used_by(model):
@@ -134,3 +157,33 @@ def test_the_usual_attention_comes_back():
     alive = weakref.ref(shared)
     del shared
     assert alive() is None  # and with it its cache
+
+
+def test_packing_is_switched_on_for_one_model_alone():
+    """The other models of the process keep transformers' own sdpa, and a model that can't pack keeps its attention."""
+    one, other = tiny_qwen3(), tiny_qwen3()
+    assert not packs(one) and enable_packing(one) and enable_packing(one) and packs(one)
+    assert not packs(other) and other.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert ALL_ATTENTION_FUNCTIONS[PACKED] is packed_sdpa
+    other.set_attn_implementation("eager")  # would add a boolean mask to its scores
+    falcon = FalconForCausalLM(  # calls torch's attention by itself
+        FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=False)
+    )
+    window = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"],
+        )
+    )
+    for model, its_own in ((other, "eager"), (falcon, "sdpa"), (window, "sdpa")):
+        assert not enable_packing(model) and not packs(model)
+        assert model.config._attn_implementation == its_own
+
+
+def test_a_packing_model_is_saved_like_any_other(tmp_path):
+    """Its folder names no attention that other programs lack."""
+    model = tiny_qwen3()
+    enable_packing(model)
+    model.save_pretrained(tmp_path)
+    assert PACKED not in (tmp_path / "config.json").read_text()

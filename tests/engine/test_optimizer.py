@@ -1,9 +1,9 @@
-"""masters.py: AdamW in float32 behind a bfloat16 policy, against torch's own AdamW and against rounding."""
+"""engine/optimizer.py: AdamW in float32 behind a bfloat16 policy, against torch's own AdamW and against rounding."""
 
 import pytest
 import torch
 
-from masters import MasterAdamW
+from engine.optimizer import MasterAdamW
 
 
 def network(dtype):
@@ -15,7 +15,8 @@ def network(dtype):
 def test_float32_policy_is_plain_adamw(offload):
     """Ten updates, accumulated over two backward passes each, equal torch.optim.AdamW with torch's own clipping."""
     ours, theirs, x = network(torch.float32), network(torch.float32), torch.randn(10, 2, 4, 5)
-    optimizer, reference = MasterAdamW(ours, 1e-2, offload), torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = MasterAdamW(ours, 1e-2, offload)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
     for batch in x:
         for half in batch:
             ours(half).square().sum().backward()

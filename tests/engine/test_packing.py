@@ -1,12 +1,96 @@
-"""batching.py: partitions within a budget, and equal prompts."""
+"""engine/packing.py: batches within a budget, and log-probs against plain full-logits passes of one sequence each."""
 
 import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from batching import by_length, by_prompt
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, CohereConfig, FalconConfig, FalconForCausalLM, Gemma2Config, GemmaConfig,
+    GPT2Config, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config, Starcoder2Config,
+)
+
+import grpo
+from engine import packing
+from engine.attention import enable_packing, packs
+from engine.config import load_model
+from engine.errors import UserError
+from engine.packing import batch_tokens, by_length, by_prompt, logits_agree, micro_batches, token_logprobs
+from grpo import conversation_weights, grpo_loss
+
+VOCABULARY = 61
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+EOS = 0  # also the id that padding gets, so that a mask taken from token values fails here
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+
+
+@dataclass
+class Turn:
+    prompt_ids: list
+    completion_ids: list
+
+
+def tiny_model(config_class=Qwen3Config, seed=0, pack=False, **settings):
+    """A random model whose weights are wide enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not pack or enable_packing(model)
+    return model
+
+
+def random_turns(lengths, seed=0):
+    """Turns of the given (prompt, completion) lengths; every completion of two tokens or more ends with EOS."""
+    rng = np.random.default_rng(seed)
+    turns = [Turn(rng.integers(0, VOCABULARY, p).tolist(), rng.integers(0, VOCABULARY, c).tolist()) for p, c in lengths]
+    for turn in turns:
+        turn.completion_ids[-1:] = [EOS] if len(turn.completion_ids) > 1 else turn.completion_ids
+    return turns
+
+
+LENGTHS = [(5, 4), (1, 7), (9, 1), (3, 12), (12, 3), (6, 6), (2, 9)]
+
+
+def plain_logprobs(model, turn):
+    """One unpadded sequence, all its logits, a float64 log-softmax: log-probs and entropies of the completion."""
+    ids = torch.tensor([turn.prompt_ids + turn.completion_ids])
+    logits = model(input_ids=ids).logits[0].double()
+    rows, first = [], len(turn.prompt_ids)
+    for t, token in enumerate(turn.completion_ids):
+        distribution = logits[first + t - 1] - logits[first + t - 1].logsumexp(0)
+        rows.append((distribution[token], -(distribution.exp() * distribution).sum()))
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def with_siblings(turns, copies, seed=5):
+    """Further completions of every turn's prompt, shuffled among them: what a group of samples looks like."""
+    rng = np.random.default_rng(seed)
+    more = [
+        Turn(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
+        for n, turn in enumerate(turns) for _ in range(copies if n % 3 else 0)
+    ]  # every third prompt keeps its one completion
+    both = [*turns, *more]
+    return [both[i] for i in rng.permutation(len(both))]
+
+
+def parameter_gradient(model):
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return gradient
+
+
+# ---- batches -------------------------------------------------------------------------------------------
 
 
 def test_batches_hold_everything_once_within_the_budget():
-    """Property over random lengths: a partition, longest first, padded size in budget and as full as asked unless alone."""
+    """Property over random lengths: a partition, longest first, in budget with padding, as full as asked."""
     rng = random.Random(0)
     for _ in range(300):
         lengths = [rng.randrange(1, 60) for _ in range(rng.randrange(40))]
@@ -26,3 +110,333 @@ def test_batches_hold_everything_once_within_the_budget():
 def test_equal_prompts_are_grouped_by_their_tokens():
     """Equality of ids, not of objects, in order of first appearance."""
     assert by_prompt([[1, 2], [3], [1, 2], [], [3], [2, 1]]) == [[0, 2], [1, 4], [3], [5]]
+
+
+def test_micro_batches_keep_the_token_budget():
+    """Every turn once; padded size within the budget, or one row alone; equal prompts together; little padding."""
+    packing_model, model = tiny_model(pack=True), tiny_model()
+    lengths = [3, 10, 4, 30, 9, 10]
+    turns = [Turn([1], [2] * (length - 1)) for length in lengths]
+
+    def places(model, turns, budget):
+        order = [id(turn) for turn in turns]  # some of them are equal
+        return [[order.index(id(turn)) for turn in batch] for batch in micro_batches(model, turns, budget)]
+
+    assert places(model, turns, 20) == [[3], [1, 5], [4], [2, 0]]  # 30 alone, 10 + 10, 9 is too far from 4, 4 + 3
+    assert places(model, turns, 0) == [[3], [1], [5], [4], [2], [0]] and places(model, [], 20) == []
+    assert places(packing_model, turns[1:3], 14) == [[0, 1]]  # 1 + 9 + 3 tokens in one row
+    assert places(packing_model, turns[1:3], 12) == [[0], [1]]
+    many = with_siblings(random_turns(np.random.default_rng(0).integers(1, 200, (200, 2)).tolist()), 4)
+    for packed in (False, True):
+        batches = micro_batches(packing_model if packed else model, many, 2048)
+        padded = used = 0
+        for batch in batches:
+            rows = {}
+            for n, turn in enumerate(batch):
+                rows.setdefault(tuple(turn.prompt_ids) if packed else n, []).append(turn)
+            sizes = [len(row[0].prompt_ids) + sum(len(t.completion_ids) for t in row) for row in rows.values()]
+            assert max(sizes) * len(sizes) <= 2048
+            assert not packed or len({len(row) > 1 for row in rows.values()}) == 1
+            assert batch_tokens(packing_model if packed else model, batch) == (sum(sizes), max(sizes) * len(sizes))
+            padded, used = padded + max(sizes) * len(sizes), used + sum(sizes)
+        assert sorted(id(turn) for batch in batches for turn in batch) == sorted(map(id, many))
+        assert padded < 1.1 * used and len(batches) < 1.5 * used / 2048
+
+
+# ---- log-probs -----------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_logprobs_equal_plain_unpadded_passes(kind, monkeypatch):
+    """Log-probs, entropies and gradients equal one full-logits pass per sequence; the head's chunks don't matter."""
+    model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
+    coefficients = torch.randn(len(turns), 12, generator=torch.Generator().manual_seed(1))
+    expected_loss = 0.0
+    expected = [plain_logprobs(model, turn) for turn in turns]
+    for row, (logprobs, _) in zip(coefficients, expected, strict=True):
+        expected_loss = expected_loss + (row[: len(logprobs)] * logprobs).sum()
+    expected_loss.backward()
+    expected_gradient = parameter_gradient(model)
+    for head_tokens in (1, 5, 1000):
+        monkeypatch.setattr(packing, "HEAD_TOKENS", head_tokens)
+        logprobs, entropy, mask = token_logprobs(model, turns, with_entropy=True)
+        assert logprobs.dtype == torch.float32 and not entropy.requires_grad
+        assert mask.sum(1).tolist() == [len(turn.completion_ids) for turn in turns]
+        for i, (plain, plain_entropy) in enumerate(expected):
+            torch.testing.assert_close(logprobs[i, : len(plain)].double(), plain, atol=2e-5, rtol=0)
+            torch.testing.assert_close(entropy[i, : len(plain)].double(), plain_entropy, atol=2e-5, rtol=0)
+            assert (logprobs[i, len(plain) :] == 0).all() and (entropy[i, len(plain) :] == 0).all()
+            assert not mask[i, len(plain) :].any()
+        (coefficients * logprobs).sum().backward()
+        gradient = parameter_gradient(model)
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert token_logprobs(model, turns)[1] is None
+
+
+@every_kind
+def test_training_logprobs_equal_rollout_logprobs(kind, monkeypatch):
+    """What HF generate sampled from, left-padded in a batch, is what training scores: same tokens, 1e-4, pad = EOS."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 7)
+    model, turns = tiny_model(CONFIGS[kind]), random_turns([(p, 1) for p in (3, 11, 7, 1, 5, 8)])
+    width = max(len(turn.prompt_ids) for turn in turns)
+    prompts = torch.tensor([[EOS] * (width - len(turn.prompt_ids)) + turn.prompt_ids for turn in turns])
+    attention = torch.tensor([[0] * (width - len(turn.prompt_ids)) + [1] * len(turn.prompt_ids) for turn in turns])
+    torch.manual_seed(3)
+    sampled = model.generate(
+        prompts, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=12, eos_token_id=[EOS, 2, 3, 4, 5, 6], pad_token_id=EOS, output_scores=True,
+        return_dict_in_generate=True,
+    )
+    scores = torch.stack(sampled.scores, 1).log_softmax(-1)  # (turns, new, vocabulary)
+    ends = []
+    for turn, row in zip(turns, sampled.sequences[:, width:].tolist(), strict=True):
+        end = next((t + 1 for t, token in enumerate(row) if token in (EOS, 2, 3, 4, 5, 6)), len(row))
+        turn.completion_ids = row[:end]
+        ends.append(end)
+    assert min(ends) < max(ends)  # some ended early, or padding after EOS would go untested
+    with torch.no_grad():
+        logprobs, _, mask = token_logprobs(model, turns)
+    for i in range(len(turns)):
+        rollout = scores[i].gather(1, sampled.sequences[i, width:, None])[: ends[i], 0]
+        torch.testing.assert_close(logprobs[i, : ends[i]], rollout, atol=1e-4, rtol=0)
+    assert mask.sum(1).tolist() == ends
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), partial(MistralConfig, sliding_window=None), GemmaConfig])
+def test_packed_completions_equal_unpacked_ones(config, recompute, monkeypatch):
+    """One row for a prompt and all its completions gives the log-probs and gradient of one row each, to 1e-5, and of
+    the plain twin."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 16)
+    model, turns = tiny_model(config), with_siblings(random_turns(LENGTHS), 3)
+    if recompute:
+        model.activation_checkpointing_enable()
+        model.train()
+    coefficients = torch.randn(len(turns), 13, generator=torch.Generator().manual_seed(1))
+    results, rows = [], []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for how in ("twin", "plain", "packed"):
+        assert how != "packed" or enable_packing(model)
+        logprobs, entropy, mask = (grpo if how == "twin" else packing).token_logprobs(model, turns, with_entropy=True)
+        (coefficients[:, : logprobs.shape[1]] * logprobs).sum().backward()
+        results.append((logprobs.detach(), entropy, mask, parameter_gradient(model)))
+    hook.remove()
+    *unpacked, (packed, entropy, mask, gradient) = results
+    for plain, plain_entropy, plain_mask, plain_gradient in unpacked:
+        torch.testing.assert_close(packed, plain, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy, plain_entropy, atol=1e-5, rtol=0)
+        assert torch.equal(mask, plain_mask)
+        assert (gradient - plain_gradient).norm() < 1e-5 * plain_gradient.norm()
+    each_a_row = len(turns) * max(len(t.prompt_ids + t.completion_ids) for t in turns)
+    together = {}
+    for turn in turns:
+        key = tuple(turn.prompt_ids)
+        together[key] = together.get(key, len(key)) + len(turn.completion_ids)
+    assert rows == [each_a_row, each_a_row, len(together) * max(together.values())]
+
+
+@every_kind
+def test_a_packed_row_of_one_completion_token(kind):
+    """Beside an empty completion: the mask of so few queries is not taken for one of all queries."""
+    model = tiny_model(CONFIGS[kind], pack=True)
+    turns = [Turn([1, 2, 3, 4, 5], [9]), Turn([1, 2, 3, 4, 5], [])]
+    with torch.no_grad():
+        (packed, *_), (alone, *_) = token_logprobs(model, turns), token_logprobs(model, turns[:1])
+    torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=0)
+    assert packed[0, 0].item() == pytest.approx(plain_logprobs(model, turns[0])[0].item(), abs=1e-5)
+
+
+def test_one_completion_a_prompt_takes_the_plain_causal_path():
+    """Without anything to share no attention mask is built, so that fast kernels stay in use."""
+    model, seen = tiny_model(pack=True), []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True
+    )
+    turns = random_turns(LENGTHS)
+    token_logprobs(model, turns)
+    token_logprobs(model, with_siblings(turns, 1))
+    assert "attention_mask" not in seen[0] and "attention_mask" in seen[1]
+
+
+@every_kind
+def test_eos_is_trained(kind):
+    """A rewarded completion that is nothing but its EOS makes that EOS likelier, though padding has the same id."""
+    model, turns = tiny_model(CONFIGS[kind]), [Turn([5, 6, 7], [EOS]), Turn([8, 9], [10, 11, 12, EOS])]
+    logprobs, _, mask = token_logprobs(model, turns)
+    logprobs.retain_grad()
+    assert mask.tolist() == [[True, False, False, False], [True] * 4]
+    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), conversation_weights([0, 1]), 0.2, 0.2, 0.0)
+    loss.backward()
+    assert logprobs.grad.tolist() == [[-0.5, 0, 0, 0], [-0.125] * 4]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+        after, _, _ = token_logprobs(model, turns)
+    assert after[0, 0] > logprobs[0, 0] and after[1, 3] > logprobs[1, 3]
+
+
+@every_kind
+@pytest.mark.parametrize("pack", [False, True], ids=["", "packed"])
+def test_empty_completions_and_prompts(kind, pack):
+    """An empty completion scores nothing and spoils no neighbour; an empty prompt is an error, not a shifted mask."""
+    model, turns = tiny_model(CONFIGS[kind], pack=pack), random_turns(LENGTHS[:2])
+    alone, _, _ = token_logprobs(model, turns)
+    mixed, _, mask = token_logprobs(model, [turns[0], Turn([3, 4, 5], []), turns[1]])
+    torch.testing.assert_close(mixed[[0, 2]], alone)
+    assert mask.sum(1).tolist() == [4, 0, 7]
+    logprobs, _, mask = token_logprobs(model, [Turn([3], []), Turn([4], [])])
+    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), torch.ones(2), 0.2, 0.2, 0.0)
+    assert logprobs.shape == mask.shape == (2, 0) and loss == 0
+    loss.backward()
+    with pytest.raises(ValueError, match="empty prompt"):
+        token_logprobs(model, [Turn([], [3, 4])])
+
+
+def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits(monkeypatch):
+    """Forward and backward make logits of at most HEAD_TOKENS positions, only of completions, and store none."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    model, turns, seen, stored = tiny_model(), random_turns(LENGTHS), [], []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+
+    def remember(tensor):
+        stored.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        logprobs, _, _ = token_logprobs(model, turns)
+    tokens = sum(len(turn.completion_ids) for turn in turns)
+    assert sum(rows for rows, _ in seen) == tokens > 8 and set(seen) <= {(8, VOCABULARY), (tokens % 8, VOCABULARY)}
+    assert not any(VOCABULARY in shape[-1:] for shape in stored)
+    logprobs.sum().backward()
+    assert sum(rows for rows, _ in seen) == 2 * tokens and max(seen) == (8, VOCABULARY)
+
+
+def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
+    """Gemma's tanh on the logits is applied; models that scale or cap them by settings of their own are told apart."""
+    model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
+    logprobs, _, _ = token_logprobs(model, turns)
+    for i, turn in enumerate(turns):
+        plain = plain_logprobs(model, turn)[0].float()
+        torch.testing.assert_close(logprobs[i, : len(plain)], plain, atol=1e-4, rtol=0)
+    assert logits_agree(model) and logits_agree(tiny_model())
+    for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):
+        assert not logits_agree(tiny_model(config_class, **{setting: 0.5}))
+
+
+def test_what_a_run_switches_on(capsys):
+    """Policy and reference pack; a model that can't is told of and goes on; one whose logits would be wrong is refused
+    with the way out."""
+    policy, reference = tiny_model(), tiny_model()
+    packing.enable(policy, reference)
+    assert packs(policy) and packs(reference) and not capsys.readouterr().out
+    falcon = FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=False)
+    )
+    packing.enable(falcon)
+    assert not packs(falcon) and "completions are not packed behind shared prompts" in capsys.readouterr().out
+    with pytest.raises(UserError, match="GraniteForCausalLM scales or caps its logits .* --plain True trains it"):
+        packing.enable(tiny_model(GraniteConfig, logits_scaling=0.5))
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            **SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, activation_dropout=0.5
+        ),
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+        ),
+        Starcoder2Config(
+            **SMALL, intermediate_size=48, num_key_value_heads=2, residual_dropout=0.5, embedding_dropout=0.5
+        ),
+        FalconConfig(**SMALL, hidden_dropout=0.5),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_dropout_stays_off_in_train_mode(config, tmp_path):
+    """Checkpointing of activations needs train mode; the passes of a step must all be of one network."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "tiny/model").save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "cpu")
+    ids = torch.arange(20)[None]
+    quiet = model(input_ids=ids).logits
+    assert torch.equal(model.train()(input_ids=ids).logits, quiet)
+
+
+# ---- micro-batches of one update ------------------------------------------------------------------------
+
+
+def batch_gradient(model, turns, batches):
+    """Gradient of one Eq. 4 batch (a moved policy, KL, a turn of weight 0), accumulated over the micro-batches."""
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.5, 1.5, -1.0, 0.7])
+    weights = torch.cat([conversation_weights([0, 0, 1, 1, 1, 2]), torch.zeros(1)])
+    kind = type(model.config)
+    old_model, reference_model = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
+    places = {id(turn): n for n, turn in enumerate(turns)}
+    total, totals = 0.0, {}
+    for part in batches:
+        batch = [places[id(turn)] for turn in part]
+        logprobs, entropy, mask = token_logprobs(model, part, with_entropy=True)
+        with torch.no_grad():
+            drift = 0.05 * token_logprobs(old_model, part)[0]
+            reference = logprobs + 0.1 * token_logprobs(reference_model, part)[0]
+        loss, stats = grpo_loss(
+            logprobs, (logprobs + drift).detach(), reference, mask, advantages[batch], weights[batch], 0.1, 0.2, 0.05,
+            entropy,
+        )
+        loss.backward()
+        total += loss.item()
+        totals = {name: totals.get(name, 0) + value.item() for name, value in stats.items()}
+    return total, parameter_gradient(model), totals
+
+
+@every_kind
+def test_any_micro_batch_size_gives_the_same_gradient(kind, monkeypatch):
+    """One batch, cut in any way, adds up to the same loss, gradient (1e-5) and stats."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
+    loss, gradient, stats = batch_gradient(model, turns, [turns])
+    assert gradient.norm() > 1e-3 and 0 < stats["clipped"] < stats["tokens"] == sum(c for _, c in LENGTHS[:6])
+    cuts = [[[i] for i in range(7)], [[0, 1], [2, 3], [4, 5], [6]], [[6, 2, 0], [1, 3, 4, 5]]]
+    by_place = [[[turns[i] for i in batch] for batch in cut] for cut in cuts]
+    for cut in (*by_place, micro_batches(model, turns, 30)):
+        part_loss, part_gradient, part_stats = batch_gradient(model, turns, cut)
+        assert part_loss == pytest.approx(loss, rel=1e-5)
+        assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()
+        assert part_stats == pytest.approx(stats, rel=1e-4)
+
+
+@every_kind
+def test_gradient_checkpointing_changes_nothing(kind, monkeypatch):
+    """In train mode (dropout 0) with activation checkpointing, the gradient is the one of eval mode."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
+    _, gradient, _ = batch_gradient(model, turns, [turns])
+    model.activation_checkpointing_enable()
+    _, again, _ = batch_gradient(model.train(), turns, [turns])
+    assert (again - gradient).norm() < 1e-6 * gradient.norm()
+
+
+@every_kind
+def test_packed_micro_batches_give_the_same_gradient(kind, monkeypatch):
+    """The whole batch packed and cut equals the whole batch plain, also where a prompt's completions are split."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
+    for n in (1, 4, 6):
+        turns[n].prompt_ids = list(turns[0].prompt_ids)
+    loss, gradient, _ = batch_gradient(model, turns, [turns])
+    enable_packing(model)
+    rows = []
+    for budget in (14, 25, 1000):
+        batches = micro_batches(model, turns, budget)
+        rows.append(sum(len(by_prompt([turn.prompt_ids for turn in batch])) for batch in batches))
+        part_loss, part_gradient, _ = batch_gradient(model, turns, batches)
+        assert part_loss == pytest.approx(loss, rel=1e-5)
+        assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    assert rows == [7, 5, 4]  # each apart, the shared prompt twice, and once

@@ -1,4 +1,4 @@
-"""parallel.py: two gloo processes do what one does, whatever each of them kept."""
+"""engine/parallel.py: two gloo processes do what one does, whatever each of them kept."""
 
 import json
 import os
@@ -7,24 +7,25 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import start, wait
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+from engine import packing, parallel
+from engine.config import Config
+from engine.optimizer import MasterAdamW
+from memtrain import store_reference_logprobs, update
+from rollout import Turn
 
-import parallel  # noqa: E402
-from masters import MasterAdamW  # noqa: E402
-from memtrain import Training, logprobs_of, update  # noqa: E402
-from rollout import Turn  # noqa: E402
-
-KEPT = [[0, 1, 2, 4], [0, 2, 4], [1], [], [0, 1, 2, 3, 4]]  # documents of five steps; of two processes one may have none
+ROOT = Path(__file__).parents[2]
+KEPT = [[0, 1, 2, 4], [0, 2, 4], [1], [], [0, 1, 2, 3, 4]]  # documents of five steps: one of two may have none
 
 
 def model(seed: int = 0) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.3,
+    )
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -55,27 +56,35 @@ class Capture:
         return 0.0
 
 
-def run(rank: int, processes: int) -> dict:
+def five_steps(rank: int, processes: int) -> dict:
     """Gradients of the five steps at fixed weights, and the weights after five real updates."""
-    training, policy = Training(documents=5, update_batch=3, train_tokens=40, kl=0.1), model()
-    reference = model(seed=1)
+    config, policy, reference = Config(documents=5, update_batch=3, train_tokens=40, kl=0.1), model(), model(seed=1)
+    packing.enable(policy, reference)
     capture = Capture(policy)
-    mine = [[turn for turn in step_turns(kept) if turn.document % processes == rank] for kept in KEPT]
-    for turns in mine:
-        update(policy, capture, 0.0, turns, logprobs_of(reference, turns, training, True), training, pack=True)
-    optimizer = MasterAdamW(policy, 1e-3)
-    for turns in mine:
-        update(policy, optimizer, 1e-3, turns, logprobs_of(reference, turns, training, True), training, pack=True)
-    return {"gradients": torch.stack(capture.gradients), "weights": torch.cat([p.detach().flatten() for p in policy.parameters()])}
+    for optimizer in (capture, MasterAdamW(policy, 1e-3)):
+        for kept in KEPT:
+            mine = [turn for turn in step_turns(kept) if turn.document % processes == rank]
+            store_reference_logprobs(reference, mine, config, "cpu")
+            update(policy, optimizer, mine, 1e-3, config)
+    return {
+        "gradients": torch.stack(capture.gradients),
+        "weights": torch.cat([p.detach().flatten() for p in policy.parameters()]),
+    }
+
+
+def joined(folder: Path) -> None:
+    """What a process of its own does: it joins the others, and leaves its results in `folder`."""
+    rank, processes, _ = parallel.start()
+    torch.save(five_steps(rank, processes), folder / f"{rank}.pt")
+    parallel.stop()
 
 
 def test_two_processes_equal_one(tmp_path):
     """Same gradient (1e-6) for every update, also where a process kept nothing; weights stay equal to the bit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    both = start(joined, tmp_path, ranks=2)
+    alone = five_steps(0, 1)
+    assert wait(both) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    alone = run(0, 1)
     assert len(alone["gradients"]) == 7  # an update in which nobody kept a document is left out, by everybody
     assert alone["gradients"].norm(dim=1).min() > 1e-3
     assert torch.equal(first["gradients"], second["gradients"]) and torch.equal(first["weights"], second["weights"])
@@ -87,18 +96,16 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_torchrun_writes_one_run(tmp_path):
     """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, and its metrics count both processes' samples."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "memtrain.py"),
-               "--steps", "2", "--chunks", "2", "--documents", "3", "--g1", "2", "--g2", "2", "--eval_documents", "2", "--out", str(tmp_path / "run")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    size = "--steps 2 --chunks 2 --documents 3 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 2".split()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "memtrain.py"), *size, "--out", str(tmp_path / "run")], capture_output=True, text=True,
+        timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 2 and {round(m["end_to_end"] * 6, 6) % 1 for m in metrics} == {0.0}  # 3 documents x 2 samples
+    assert len(metrics) == 2
+    assert {round(m["end_to_end"] * 6, 6) % 1 for m in metrics} == {0.0}  # 3 documents x 2 samples
     assert done.stdout.count("checkpoint in") == 1
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert all(row["n"] == 2 for row in rows if row["task"] == "end_to_end")
-
-
-if __name__ == "__main__":
-    rank, processes, _ = parallel.start()
-    torch.save(run(rank, processes), Path(sys.argv[1]) / f"{rank}.pt")
-    parallel.stop()

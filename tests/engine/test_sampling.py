@@ -1,4 +1,4 @@
-"""sampling.py: batched sampling, and where a completion ends."""
+"""engine/sampling.py: batched sampling, where a completion ends, and what happens when memory runs out."""
 
 import random
 from pathlib import Path
@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
-from transformers import MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM,
+    MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)
 
-import sampling
-from attention import SharedPrompts
-from errors import UserError
+from engine import sampling
+from engine.attention import SharedPrompts, can_share_prompts
+from engine.errors import UserError
+from engine.sampling import Budget, Draw, Stop, generate
 from rollout import answered
-from sampling import Draw, Limits, Stop, can_share_prompts, generate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -28,9 +30,19 @@ def random_model(kind: str):
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
     whole = {"sliding_window": None} if kind == "mistral" else {}
-    model = model(config(**SIZE, **whole, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, initializer_range=0.5)).eval()
-    model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
+    ends = {"eos_token_id": 7, "pad_token_id": 7}
+    model = model(config(**SIZE, **whole, **ends, num_key_value_heads=2, initializer_range=0.5)).eval()
+    model.generation_config = GenerationConfig(**ends)
     return model
+
+
+@torch.no_grad()
+def argmax_loop(model, prompt: list[int], new_tokens: int) -> list[int]:
+    """The greedy completion, a plain unpadded pass for each token."""
+    completion: list[int] = []
+    while len(completion) < new_tokens and 7 not in completion:
+        completion.append(int(model(torch.tensor([prompt + completion])).logits[0, -1].argmax()))
+    return completion
 
 
 class Plain:
@@ -44,15 +56,13 @@ def test_greedy_batches_equal_one_unpadded_argmax_loop_a_prompt(kind):
     """Left padding, sorting and cutting into batches change no token, and a completion ends at its first EOS."""
     model, rng = random_model(kind), random.Random(0)
     prompts = [[rng.randrange(8, 300) for _ in range(rng.randrange(1, 20))] for _ in range(13)]
+    expected = [argmax_loop(model, prompt, 12) for prompt in prompts]
     ended = 0
     for budget in (40, 10_000):
-        for prompt, (ids, end, _) in zip(prompts, generate(model, Plain, prompts, 12, Limits(rollout_tokens=budget), greedy=True)):
-            expected = []
-            while len(expected) < 12 and 7 not in expected:
-                logits = model(torch.tensor([prompt + expected])).logits[0, -1]
-                expected.append(int(logits.argmax()))
-            assert ids == expected and end == (expected[-1] == 7)
-            ended += end
+        found = generate(model, Plain, prompts, 12, greedy=True, budget=Budget(budget))
+        assert [completion.ids for completion in found] == expected
+        assert [completion.ended for completion in found] == [ids[-1] == 7 for ids in expected]
+        ended += sum(completion.ended for completion in found)
     assert ended < 26  # some were cut at the limit, so both cases were seen
 
 
@@ -62,12 +72,13 @@ def test_sampling_ignores_the_models_generation_config():
     prompt, n = [9, 20, 33], 4000
     wanted = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
     model.generation_config = GenerationConfig(
-        eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=5.0,
-        suppress_tokens=wanted.topk(2).indices.tolist(), min_new_tokens=1, top_h=0.1, num_return_sequences=2,
-    )  # fmt: skip
+        eos_token_id=7, pad_token_id=7, do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1,
+        repetition_penalty=5.0, suppress_tokens=wanted.topk(2).indices.tolist(), min_new_tokens=1, top_h=0.1,
+        num_return_sequences=2,
+    )
     own = model.generation_config
     torch.manual_seed(0)
-    first = [ids[0] for ids, *_ in generate(model, Plain, [prompt] * n, 1, Limits(rollout_tokens=10**9))]
+    first = [ids[0] for ids, *_ in generate(model, Plain, [prompt] * n, 1, budget=Budget(10**9))]
     seen = torch.bincount(torch.tensor(first), minlength=300) / n
     top = wanted.topk(5).indices
     assert torch.allclose(seen[top], wanted[top], atol=5 * (0.25 / n) ** 0.5)  # five standard errors
@@ -79,21 +90,28 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
     """Greedy decoding behind shared prompts equals one row a prompt, with and without padding, and prefills each once."""
     model, rng = random_model(kind), random.Random(1)
     short = [rng.randrange(8, 300) for _ in range(4)]
-    distinct = [short, [7, 7, *short], *[[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]]  # 7 also pads
+    others = [[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]
+    distinct = [short, [7, 7, *short], *others]  # 7 also pads
     attend, calls = SharedPrompts.__call__, []
-    monkeypatch.setattr(SharedPrompts, "__call__", lambda self, *given, **named: calls.append(1) or attend(self, *given, **named))
+
+    def counted(self, *given, **named):
+        calls.append(1)
+        return attend(self, *given, **named)
+
+    monkeypatch.setattr(SharedPrompts, "__call__", counted)
     # The fourth has groups of too different sizes: their prompts are copied instead.
-    for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3, [distinct[2]] * 9 + [distinct[3], distinct[3][::-1]]):
+    uneven = [distinct[2]] * 9 + [distinct[3], distinct[3][::-1]]
+    for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3, uneven):
         prompts, calls[:] = rng.sample(prompts, len(prompts)), []
         widths = []
         hook = model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
-        shared = generate(model, Plain, prompts, 12, Limits(), greedy=True)
+        shared = generate(model, Plain, prompts, 12, greedy=True)
         hook.remove()
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "can_share_prompts", lambda model: False)
-            apart = generate(model, Plain, prompts, 12, Limits(), greedy=True)
+            apart = generate(model, Plain, prompts, 12, greedy=True)
             assert [c[:2] for c in shared] == [c[:2] for c in apart]
         if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
             assert widths[0] == (1, len(prompts[0]) - 1)
@@ -108,46 +126,46 @@ def test_rows_that_go_on_without_the_others_write_the_same(kind, rows, monkeypat
     with torch.no_grad():  # ends often: all logits but this one are 0 in the mean
         model.lm_head.weight[7] *= 4
     distinct = [[rng.randrange(8, 300) for _ in range(rng.choice((1, 5, 6, 20)))] for _ in range(24)]
-    prompts = {"groups": distinct[:8] * 3, "uneven": distinct + distinct[:1] * 9, "copies": distinct[:8] * 3}.get(rows, distinct)
+    kinds = {"groups": distinct[:8] * 3, "uneven": distinct + distinct[:1] * 9, "copies": distinct[:8] * 3}
+    prompts = kinds.get(rows, distinct)
     if rows == "double":  # not float32, as bfloat16: torch's attention and a mask
         model.double()
     if rows == "copies":
-        monkeypatch.setattr("attention.is_plain", lambda model: False)
+        monkeypatch.setattr(sampling, "is_plain", lambda model: False)
     calls, own = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **given: calls.append(given["input_ids"].shape) or own(**given))
-    found = generate(model, Plain, prompts, 30, Limits(), greedy=True)
+    found = generate(model, Plain, prompts, 30, greedy=True)
     assert len(calls) > 1 and [n for n, _ in calls] == sorted((n for n, _ in calls), reverse=True)
-    assert all(few <= many // 2 for (many, _), (few, _) in zip(calls, calls[1:]))
-    lengths = set()
+    assert all(few <= many // 2 for (many, _), (few, _) in zip(calls, calls[1:], strict=False))
+    expected = {tuple(prompt): argmax_loop(model, prompt, 30) for prompt in distinct}
     for prompt, (ids, end, _) in zip(prompts, found, strict=True):
-        expected: list[int] = []
-        while len(expected) < 30 and 7 not in expected:
-            expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        assert ids == expected and end == (expected[-1] == 7)
-        lengths.add(len(ids))
-    assert len(lengths) > 2
+        assert ids == expected[tuple(prompt)] and end == (ids[-1] == 7)
+    assert len({len(completion.ids) for completion in found}) > 2
 
 
 def test_prompts_are_computed_with_others_of_their_length():
-    """However they differ, padding takes no more than an eighth of what is computed of them, in batches within an eighth of the budget."""
+    """However they differ, padding takes no more than an eighth of what is computed of them, in batches within an
+    eighth of the budget."""
     model, rng = random_model("qwen3"), random.Random(3)
     prompts = [[rng.randrange(8, 300) for _ in range(rng.choice((2, 9, 10, 90)))] for _ in range(60)]
     computed = []
     hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: computed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    padding = [n for *_, n in generate(model, Plain, prompts, 1, Limits(rollout_tokens=8 * 300), greedy=True)]
+    found = generate(model, Plain, prompts, 1, greedy=True, budget=Budget(8 * 300))
+    padding = sum(completion.padding for completion in found)
     hook.remove()
     computed = [(rows, width) for rows, width in computed if width > 1]
     tokens = sum(len(prompt) - 1 for prompt in prompts) - sum(len(prompt) == 2 for prompt in prompts)
-    assert sum(rows * width for rows, width in computed) == tokens + sum(padding) and 0 < sum(padding) <= (tokens + sum(padding)) / 8
+    assert sum(rows * width for rows, width in computed) == tokens + padding
+    assert 0 < padding <= (tokens + padding) / 8
     assert all(rows * width <= 300 for rows, width in computed)
 
 
 def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
-    """Half of the mass on one word, a little on each of many, none on the last: as often as numpy's binomial lets them come."""
+    """Half of the mass on one word, a little on each of many, none on the last: as often as a binomial lets them."""
     torch.manual_seed(0)
-    words, rows, calls = 20_001, 400, 20
+    words, rows, calls = 20_001, 400, 10
     scores = torch.full((rows, words), -float(np.log(19_999)))
     scores[:, 7] = 0.0
     scores[:, -1] = -torch.inf
@@ -161,7 +179,8 @@ def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
     assert abs((drawn == 7).float().mean() - 0.5) < 5 * (0.25 / n) ** 0.5
     rest = drawn[drawn != 7].double() / 20_000  # even over 0 to 1
     assert rest.max() < 1 and abs(rest.mean() - 0.5) < 5 * (1 / 12 / len(rest)) ** 0.5
-    assert torch.allclose(torch.quantile(rest, torch.tensor([0.1, 0.9]).double()), torch.tensor([0.1, 0.9]).double(), atol=0.03)
+    tenths = torch.tensor([0.1, 0.9]).double()
+    assert torch.allclose(torch.quantile(rest, tenths), tenths, atol=0.03)
     assert len(drawn.unique()) > 0.4 * n  # rows are drawn apart
 
 
@@ -169,7 +188,7 @@ def test_logits_that_are_not_finite_are_told():
     """One nan among the rows is enough, at any token, and what was drawn is not handed on."""
     model, after = random_model("qwen3"), 3
     prompts = [[9, 20, n] for n in range(30, 40)]
-    assert len(generate(model, Plain, prompts, 6, Limits())) == 10
+    assert len(generate(model, Plain, prompts, 6)) == 10
     steps = []
 
     def spoil(module, given, logits):
@@ -180,23 +199,23 @@ def test_logits_that_are_not_finite_are_told():
 
     hook = model.lm_head.register_forward_hook(spoil)
     with pytest.raises(UserError, match="logits are not finite"):
-        generate(model, Plain, prompts, 6, Limits())
+        generate(model, Plain, prompts, 6)
     hook.remove()
 
 
 def test_models_that_cannot_share_fall_back():
     """A sliding window can't be copied or packed: the rows are computed one by one, with the same result as ever."""
     torch.manual_seed(0)
-    config = Qwen2Config(**SIZE, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, use_sliding_window=True,
-                         sliding_window=4, max_window_layers=1, layer_types=["full_attention", "sliding_attention"])  # fmt: skip
+    config = Qwen2Config(
+        **SIZE, num_key_value_heads=2, eos_token_id=7, pad_token_id=7, use_sliding_window=True,
+        sliding_window=4, max_window_layers=1, layer_types=["full_attention", "sliding_attention"],
+    )
     model = Qwen2ForCausalLM(config).eval()
     model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
     assert not can_share_prompts(model) and can_share_prompts(random_model("qwen2"))
-    (ids, *_), *others = generate(model, Plain, [[9, 10, 11, 12, 13, 14]] * 3, 5, Limits(), greedy=True)
-    expected: list[int] = []
-    while len(expected) < 5 and 7 not in expected:
-        expected.append(int(model(torch.tensor([[9, 10, 11, 12, 13, 14, *expected]])).logits[0, -1].argmax()))
-    assert ids == expected and all(other[0] == ids for other in others)
+    prompt = [9, 10, 11, 12, 13, 14]
+    found = generate(model, Plain, [prompt] * 3, 5, greedy=True)
+    assert [completion.ids for completion in found] == [argmax_loop(model, prompt, 5)] * 3
 
 
 def test_shared_samples_are_independent():
@@ -205,7 +224,7 @@ def test_shared_samples_are_independent():
     wanted = torch.softmax(model(torch.tensor([[9, 20, 33]])).logits[0, -1], -1)
     torch.manual_seed(0)
     n = 4000
-    first = [ids[0] for ids, *_ in generate(model, Plain, [[9, 20, 33]] * n, 1, Limits(rollout_tokens=10**9))]
+    first = [ids[0] for ids, *_ in generate(model, Plain, [[9, 20, 33]] * n, 1, budget=Budget(10**9))]
     seen = torch.bincount(torch.tensor(first), minlength=300) / n
     assert (seen - wanted).abs().max() < 5 * (0.25 / n) ** 0.5
 
@@ -215,7 +234,8 @@ def test_an_answer_ends_where_its_box_closes():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     torch.manual_seed(0)
     size = SIZE | {"vocab_size": len(tokenizer)}
-    model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5)).eval()
+    config = Qwen3Config(**size, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5)
+    model = Qwen3ForCausalLM(config).eval()
     brace, rng = tokenizer.convert_tokens_to_ids("}"), random.Random(0)
     with torch.no_grad():  # braces often: the head's bias towards them is a large common direction
         model.lm_head.weight[brace] *= 6
@@ -225,13 +245,16 @@ def test_an_answer_ends_where_its_box_closes():
     def brace_on_third_token(text):
         return "}" in text and len(text.split()) > 2
 
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
     for done in (answered, brace_on_third_token):
-        free = generate(model, tokenizer, prompts, 20, Limits(), greedy=True)
-        held = generate(model, tokenizer, prompts, 20, Limits(), greedy=True, done=done)
+        free = generate(model, tokenizer, prompts, 20, greedy=True)
+        held = generate(model, tokenizer, prompts, 20, greedy=True, done=done)
         stopped = 0
-        for (ids, end, _), (whole, whole_end, _) in zip(held, free):
-            ends = [n for n in range(1, len(whole) + 1) if set("}>") & set(tokenizer.decode([whole[n - 1]], skip_special_tokens=True))]
-            closing = [n for n in ends if done(tokenizer.decode(whole[:n], skip_special_tokens=True))]
+        for (ids, end, _), (whole, whole_end, _) in zip(held, free, strict=True):
+            ends = [n for n, token in enumerate(whole, 1) if set("}>") & set(decode([token]))]
+            closing = [n for n in ends if done(decode(whole[:n]))]
             assert ids == whole[: closing[0] if closing else len(whole)] and end == (bool(closing) or whole_end)
             stopped += bool(closing) and closing[0] < len(whole)
     assert stopped > 10
@@ -243,31 +266,59 @@ def test_an_answer_ends_where_its_box_closes():
     for n in range(3, grid.shape[1] + 1):
         ended.append(criterion(grid[:, :n], None).tolist())
     assert criterion.lengths.tolist() == [len(box) + 2, 0, len(box) + 3]
-    assert ended[-1] == [True, False, True] and ended[len(box) + 1] == [True, False, False] and not any(ended[len(box)])
+    assert ended[-1] == [True, False, True] and ended[len(box) + 1] == [True, False, False]
+    assert not any(ended[len(box)])
 
 
 @pytest.mark.parametrize("attention, rows", [("sdpa", [32]), ("eager", [8, 8, 8, 8])])
 def test_a_shared_prompt_counts_once_against_the_budget(attention, rows, monkeypatch):
-    """4 prompts of 30 tokens for 8 rows each: 4 x 30 + 32 x 4 tokens where each is held once, 32 x 34 where it is copied."""
+    """4 prompts of 30 tokens for 8 rows each: 4 x 30 + 32 x 4 tokens where each is held once, 32 x 34 in copies."""
     model, sizes, real = random_model("qwen3"), [], sampling.generate_batch
     model.set_attn_implementation(attention)
-    monkeypatch.setattr(sampling, "generate_batch", lambda m, t, prompts, *more: sizes.append(len(prompts)) or real(m, t, prompts, *more))
+
+    def counted(model, tokenizer, prompts, *more):
+        sizes.append(len(prompts))
+        return real(model, tokenizer, prompts, *more)
+
+    monkeypatch.setattr(sampling, "generate_batch", counted)
     prompts = [[9 + n] * 30 for n in range(4) for _ in range(8)]
-    generate(model, Plain, prompts, 4, Limits(rollout_tokens=8 * 34), greedy=True)
+    generate(model, Plain, prompts, 4, greedy=True, budget=Budget(8 * 34))
     assert sizes == rows
 
 
 def test_values_narrower_than_keys():
     """Latent attention (DeepSeek) has heads of two widths: the same tokens as one plain pass after another."""
     torch.manual_seed(0)
-    config = DeepseekV3Config(**SIZE | {"num_attention_heads": 2}, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
-                              qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-                              moe_intermediate_size=16, first_k_dense_replace=1, eos_token_id=7, pad_token_id=7, initializer_range=0.5)  # fmt: skip
+    config = DeepseekV3Config(
+        **SIZE | {"num_attention_heads": 2}, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=1, eos_token_id=7, pad_token_id=7, initializer_range=0.5,
+    )
     model = DeepseekV3ForCausalLM(config).eval()
     model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
     prompts = [[9, 10, 11, 12], [9, 10, 11, 12], [13, 14], [15]]
-    for prompt, (ids, *_) in zip(prompts, generate(model, Plain, prompts, 6, Limits(), greedy=True), strict=True):
-        expected: list[int] = []
-        while len(expected) < 6 and 7 not in expected:
-            expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        assert ids == expected
+    found = generate(model, Plain, prompts, 6, greedy=True)
+    assert [completion.ids for completion in found] == [argmax_loop(model, prompt, 6) for prompt in prompts]
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
+    """The same completions, in smaller batches, and a line that says so; a prompt that doesn't fit alone is an error."""
+    model, sizes, room = random_model("qwen3"), [], 4
+    real = model.generate
+
+    def full(input_ids, **more):
+        sizes.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(input_ids=input_ids, **more)
+
+    prompts = [[12 + n, 13, 14] for n in range(16)]
+    expected = generate(model, Plain, prompts, 5, greedy=True)
+    monkeypatch.setattr(model, "generate", full)
+    budget = Budget(1000)
+    assert generate(model, Plain, prompts, 5, greedy=True, budget=budget) == expected
+    assert max(sizes) == 16 and sizes[-1] <= 4 and budget.tokens < 1000
+    assert f"--rollout-tokens {budget.tokens}" in capsys.readouterr().out
+    room = 0
+    with pytest.raises(UserError, match="out of memory for a single prompt of 3 tokens"):
+        generate(model, Plain, prompts, 5, greedy=True)
