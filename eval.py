@@ -2,11 +2,12 @@
 
     python eval.py --model runs/tiny/checkpoint
 
-prints a table and writes the same rows as JSON. Each number stands beside its control, the same question with an empty
-memory: it tells what the model knows, or what the text gives away, without having remembered anything.
+prints a table and writes the same rows as JSON. Each number stands beside a control: the same question with an empty
+memory. The control's accuracy is knowledge of the world, or given away by the question, and not remembered.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ import rollout
 from engine import parallel, report, sampling
 from engine.config import Config, load_model, run_script
 from engine.errors import UserError
-from masking import Corpus, draw_recall
-from rewards import exact_match, recall_reward
+from masking import Corpus, Document, Recall, draw_recall
+from rewards import answer_reward, recall_reward
 from rollout import Limits, limits_of, read, recall, sampler
 from tasks import evaluate as questions
 from tasks.sources import check_window, load_task
@@ -33,11 +34,11 @@ class Evaluation(Config):
         default=None, metadata={"help": "where the rows go as JSON (default: eval.json in a local model's folder)"}
     )
     lengths: list[int] | None = field(
-        default=None, metadata={"help": "numbers of chunks (default: trained length x 1/2, 1, 2, 4, 8)"}
+        default=None, metadata={"help": "chunks of a document, several values (default: trained x 1/2, 1, 2, 4, 8)"}
     )
     controls: list[str] = field(
         default_factory=lambda: ["empty"],
-        metadata={"help": "longqa: any of empty, full, oracle; the other tasks: empty"},
+        metadata={"help": "in the memory's place: empty; in longqa also full (text) and oracle (gold paragraphs)"},
     )
     against: list[str] = field(
         default_factory=list,
@@ -48,15 +49,20 @@ class Evaluation(Config):
     )
 
 
-def default_lengths(trained: int) -> list[int]:
+def default_lengths(trained_chunks: int) -> list[int]:
     """Trained length x 1/2, 1, 2, 4, 8."""
-    return sorted({max(1, trained // 2), trained, 2 * trained, 4 * trained, 8 * trained})
+    n = trained_chunks
+    return sorted({max(1, n // 2), n, 2 * n, 4 * n, 8 * n})
 
 
 def measure(
     sample, agent, source, limits: Limits, config: Config, lengths: list[int], when: str, **more
 ) -> list[dict]:
-    """Rows of the task's evaluation. `sample` is greedy; all processes call this, share the work and get all rows."""
+    """Evaluate on the task's held-out documents -> rows, labelled `when`.
+
+    `sample` is greedy. Each process does its share, and all get all rows. Questions of the other tasks are evaluated in
+    tasks/evaluate.py, with the agent and the further arguments.
+    """
     if config.task == "memtrain":
         return evaluate(sample, source, limits, config, lengths, when)
     return questions.evaluate_questions(sample, agent, source, limits, config, lengths, when, **more)
@@ -65,51 +71,48 @@ def measure(
 def evaluate(
     sample, corpus: Corpus, limits: Limits, config: Config, lengths: list[int], when: str
 ) -> list[dict]:
-    """Accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
+    """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
 
-    One row per length, task (end_to_end, recall) and memory (kept, empty): when, task, chunks, memory, n, accuracy,
-    low, high, and scores, one a document in an order that is the same for every model.
+    One row per length, task (end_to_end, recall) and memory (kept, empty), see report.row. Its scores are one per
+    document (recall: per document that has a target), in an order that is the same for every model.
     """
     documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
-    shown = f"evaluation {when}" if parallel.rank() == 0 else None
-    trajectories = read(sample, documents, limits, progress=shown)
-    targets = []
-    for document in documents:
-        rng = np.random.default_rng([config.seed, len(document.chunks), document.index])
-        targets.append(draw_recall(document, rng))
-    scores: dict[tuple, list[float]] = {}
-    for memory in ("kept", "empty"):
-        empty = memory == "empty"
-        answered = read(sample, documents, limits, empty_memory=True) if empty else trajectories
-        recalls = recall(sample, trajectories, targets, limits, empty_memory=empty)
-        for trajectory, turns, target in zip(answered, recalls, targets, strict=True):
-            document = trajectory.document
-            right = float(exact_match(trajectory.prediction, document.answers))
-            scores.setdefault(("end_to_end", len(document.chunks), memory), []).append(right)
-            for turn in turns:
-                right = recall_reward(turn.text, target.entity)
-                scores.setdefault(("recall", len(document.chunks), memory), []).append(right)
-    together: dict[tuple, list[float]] = {}
-    for part in parallel.gather(scores):
+    targets = [draw_target(document, config) for document in documents]
+    progress = f"evaluation {when}" if parallel.rank() == 0 else None
+    kept = read(sample, documents, limits, progress=progress)
+    empty = read(sample, documents, limits, empty_memory=True)
+    scores: dict[tuple, list[float]] = defaultdict(list)
+    for memory, readings in (("kept", kept), ("empty", empty)):
+        recalls = recall(sample, kept, targets, limits, empty_memory=memory == "empty")
+        for reading, answers, target in zip(readings, recalls, targets, strict=True):
+            chunks = len(reading.document.chunks)
+            scores["end_to_end", chunks, memory].append(answer_reward(reading.prediction, reading.document.answers))
+            scores["recall", chunks, memory] += [recall_reward(turn.text, target.entity) for turn in answers]
+    all_scores: dict[tuple, list[float]] = defaultdict(list)
+    for part in parallel.gather(dict(scores)):
         for key, values in part.items():
-            together.setdefault(key, []).extend(values)
-    order = sorted(together, key=lambda key: (key[0], key[1], key[2] != "kept"))
-    return [report.row(when, *key, together[key]) for key in order]
+            all_scores[key] += values
+    in_order = sorted(all_scores, key=lambda key: (key[0], key[1], key[2] == "empty"))
+    return [report.row(when, *key, all_scores[key]) for key in in_order if all_scores[key]]
 
 
-def heldout_documents(corpus: Corpus, config: Config, chunks: int) -> list:
-    """This process's documents of one length; none, for all processes, where the corpus can't fill one."""
+def draw_target(document: Document, config: Config) -> Recall | None:
+    rng = np.random.default_rng([config.seed, len(document.chunks), document.index])
+    return draw_recall(document, rng)
+
+
+def heldout_documents(corpus: Corpus, config: Config, chunks: int) -> list[Document]:
+    """This process's documents of one length; an empty list on all processes if any of them can't build its own."""
     documents, error = [], None
     try:
         for i in range(parallel.rank(), config.eval_documents, parallel.count()):
             documents.append(corpus.document(i, "heldout", chunks=chunks))
-    except UserError as met:  # a small corpus can't fill the longest documents
-        error = met
-    if error := parallel.first_error(error):
-        if parallel.rank() == 0:
-            print(f"evaluation at {chunks} chunks is left out: {error}")
-        return []
-    return documents
+    except UserError as caught:  # a small corpus can't fill the longest documents
+        error = caught
+    first = parallel.first_error(error)
+    if first and parallel.rank() == 0:
+        print(f"evaluation at {chunks} chunks is left out: {first}")
+    return [] if first else documents
 
 
 def main(evaluation: Evaluation) -> None:
@@ -117,29 +120,36 @@ def main(evaluation: Evaluation) -> None:
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))
     report.check_files(out, evaluation.plot)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = sorted(set(evaluation.lengths or default_lengths(evaluation.chunks)))
-    rows, source, agent = [], None, None
+    task, rows = None, []
     for name in (evaluation.model, *evaluation.against):
-        model, tokenizer = load_model(name, device, evaluation.dtype, "--against" if source else "--model")
-        if source:  # the same texts for all, by the first model's tokenizer
-            check_window(evaluation, model, tokenizer)
-        else:
-            source, agent = load_task(evaluation, model, tokenizer, out.parent / ".entities")
-        budget = sampling.Budget(evaluation.rollout_tokens)
-        generate = rollout.generate if evaluation.plain else partial(sampling.generate, budget=budget)
-        sample, limits = sampler(generate, model, tokenizer, greedy=True), limits_of(evaluation, tokenizer)
-        more = {}
-        if evaluation.task != "memtrain":
-            full = partial(questions.full_text, model, tokenizer, limits)
-            more = {"controls": evaluation.controls, "full": full}
-        when = name if evaluation.against else "now"
-        rows += measure(sample, agent, source, limits, evaluation, lengths, when, **more)
-        out.write_text(json.dumps(rows, indent=1))
+        task, new_rows = evaluate_model(name, evaluation, task, out.parent / ".entities")
+        rows += new_rows
+        out.write_text(json.dumps(rows, indent=1))  # after each model: a large one takes hours
     print(report.table(rows), *report.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:
         report.plot(rows, evaluation.plot)
 
 
+def evaluate_model(name: str, evaluation: Evaluation, task: tuple | None, cache: Path) -> tuple[tuple, list[dict]]:
+    """Rows of one model -> (task, rows). The first model's `task`, source and agent, is handed to the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(name, device, evaluation.dtype, given="--against" if task else "--model")
+    if task is None:
+        task = load_task(evaluation, model, tokenizer, cache)
+    else:  # the texts are those of the first model's tokenizer
+        check_window(evaluation, model, tokenizer)
+    source, agent = task
+    budget = sampling.Budget(evaluation.rollout_tokens)
+    generate = rollout.generate if evaluation.plain else partial(sampling.generate, budget=budget)
+    sample = sampler(generate, model, tokenizer, greedy=True)
+    limits = limits_of(evaluation, tokenizer)
+    lengths = sorted(set(evaluation.lengths or default_lengths(evaluation.chunks)))
+    more = {}
+    if evaluation.task != "memtrain":
+        more = {"controls": evaluation.controls, "full": partial(questions.full_text, model, tokenizer, limits)}
+    when = name if evaluation.against else "now"
+    return task, measure(sample, agent, source, limits, evaluation, lengths, when, **more)
+
+
 if __name__ == "__main__":
-    run_script(main, Evaluation, follow_model=True)
+    run_script(main, Evaluation, follow_model=True)  # by default the settings of the run that wrote --model

@@ -1,25 +1,24 @@
 """GRPO for memory agents: rewards in, one loss out (paper 3.4).
 
-A *conversation* is one turn of the agent: a prompt and the completion that was sampled for it. The rewards R of a group
-of samples become advantages,
+A conversation is one turn of the agent: a prompt and the completion that was sampled for it. A sample is a trajectory,
+of several turns, or one recall answer. The rewards R of a group of samples become advantages,
 
-    A_i = R_i - mean(R)                                                                                  (Eq. 3)
+    A_i = R_i - mean(R)                 or, by default,     A_i = (R_i - mean(R)) / (std(R) + 1e-4)      (Eq. 3)
 
-and all tokens of a sample get its advantage. Training maximises, with r_t = pi(token_t) / pi_old(token_t), the policy
-now over the policy that sampled,
+and every token of a sample gets its advantage. With r_t = pi(token_t) / pi_old(token_t), the probability under the
+policy over that under the policy that sampled, training maximises
 
     J = mean over documents, mean over a document's conversations c, mean over c's tokens t of
-        min(r_t A_c, clip(r_t, 1 - eps_low, 1 + eps_high) A_c) - beta KL_t(pi || pi_ref)                 (Eq. 4)
-
-Each function is one piece of that, in the order in which a step calls them:
+        [ min(r_t A_c, clip(r_t, 1 - eps_low, 1 + eps_high) A_c) - beta KL_t(pi || pi_ref) ]             (Eq. 4)
 
     trajectory_groups, recall_groups   which samples are compared with each other
-    assign_advantages                  Eq. 3; groups that carry no signal drop out
-    conversation_weights               the two outer means of Eq. 4, over the turns that are kept
+    assign_advantages                  Eq. 3; the turns of groups that carry no signal are left out
     token_logprobs                     log pi(token_t), for the policy, pi_old and pi_ref
+    conversation_weights               the two outer means of Eq. 4, over the turns that are kept
     grpo_loss                          Eq. 4 itself
 
-Dropout must be off: the ratio compares two passes through one network.
+With one update a step pi_old is pi: r_t is 1, its gradient is not. Dropout must be off, or pi and pi_old would be two
+networks.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rollout import Trajectory, Turn
 
-# Lambda / G2, the smallest real difference of two rewards, is about 0.06; float32 rounding of equal sums about 1e-7.
+# The smallest real difference of two rewards is lambda / G2, about 0.06; rounding of equal sums is far below this.
 EQUAL_REWARDS = 1e-6
 
 
@@ -40,49 +39,49 @@ EQUAL_REWARDS = 1e-6
 
 @dataclass
 class Group:
-    """Samples that are compared with each other. Each sample is all of its turns."""
+    """Samples that are compared with each other."""
 
-    document: int  # its place in the step
-    samples: list[list[Turn]]
-    rewards: list[float]
+    document: int  # place of their document in the step
+    samples: list[list[Turn]]  # the turns of each sample
+    rewards: list[float]  # of each sample
     degenerate: bool = False  # all rewards are equal: no signal
 
 
 def trajectory_groups(trajectories: list[Trajectory], rewards: list[float], g1: int) -> list[Group]:
-    """The G1 trajectories of each document, with R^E. Every turn, memory or answer, shares its trajectory's reward."""
-    return [
-        Group(
-            trajectories[start].document.place, [t.turns for t in trajectories[start : start + g1]],
-            rewards[start : start + g1],
-        )
-        for start in range(0, len(trajectories), g1)
-    ]
+    """A group per document: its G1 trajectories, each with all its turns and R^E."""
+    groups = []
+    for start in range(0, len(trajectories), g1):
+        members = trajectories[start : start + g1]
+        samples = [trajectory.turns for trajectory in members]
+        groups.append(Group(members[0].document.place, samples, rewards[start : start + g1]))
+    return groups
 
 
 def recall_groups(
     trajectories: list[Trajectory], recalls: list[list[Turn]], rewards: list[list[float]]
 ) -> list[Group]:
-    """The G2 recall answers of each trajectory that has some, with R^I."""
-    return [
-        Group(trajectory.document.place, [[turn] for turn in turns], own)
-        for trajectory, turns, own in zip(trajectories, recalls, rewards, strict=True)
-        if turns
-    ]
+    """A group per trajectory that has recall answers: these, each a sample of one turn, with R^I."""
+    groups = []
+    for trajectory, answers, own_rewards in zip(trajectories, recalls, rewards, strict=True):
+        if answers:
+            groups.append(Group(trajectory.document.place, [[turn] for turn in answers], own_rewards))
+    return groups
 
 
 def assign_advantages(groups: list[Group], mode: str) -> list[Turn]:
-    """Give every turn its document and advantage (Eq. 3) -> the turns of the groups that carry a signal."""
+    """Set document and advantage of every turn (Eq. 3), and group.degenerate -> the turns of the other groups."""
     kept = []
-    for _, same_size in groupby(groups, key=lambda group: len(group.rewards)):
+    for _, same_size in groupby(groups, key=lambda group: len(group.rewards)):  # as one tensor
         batch = list(same_size)
-        rewards_NG = torch.tensor([group.rewards for group in batch], dtype=torch.float64)  # (groups, size)
-        advantages_NG, degenerate_N = group_advantages(rewards_NG, mode)
-        for group, advantages, degenerate in zip(batch, advantages_NG.tolist(), degenerate_N.tolist(), strict=True):
-            group.degenerate = degenerate
-            for turns, advantage in zip(group.samples, advantages, strict=True):
+        rewards = torch.tensor([group.rewards for group in batch], dtype=torch.float64)  # (groups, size)
+        advantages, degenerate = group_advantages(rewards, mode)  # (groups, size), (groups,)
+        for group, own_advantages, equal in zip(batch, advantages.tolist(), degenerate.tolist(), strict=True):
+            group.degenerate = equal
+            for turns, advantage in zip(group.samples, own_advantages, strict=True):
                 for turn in turns:
                     turn.document, turn.advantage = group.document, advantage
-                    kept += [] if degenerate else [turn]
+                if not equal:
+                    kept += turns
     return kept
 
 
@@ -99,7 +98,7 @@ def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     advantages = rewards - rewards.mean(1, keepdim=True)  # (groups, size)
     if mode == "group_norm":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # (groups, size)
-    # Rounding leaves about 1e-8 in a group of equal rewards, and the small divisor above would make a gradient of it.
+    # The small divisor above would make a gradient of what rounding leaves in a group of equal rewards.
     return advantages.masked_fill(degenerate[:, None], 0.0), degenerate
 
 
@@ -114,39 +113,42 @@ def conversation_weights(documents: list[int]) -> Tensor:
     """
     places = torch.tensor(documents, dtype=torch.long)  # (conversations,)
     counts = places.bincount()  # (documents,)
-    return 1 / (counts.count_nonzero() * counts[places])  # (conversations,)
+    number_of_documents = counts.count_nonzero()
+    return 1 / (number_of_documents * counts[places])  # (conversations,)
 
 
 def token_logprobs(model, turns: list[Turn], with_entropy: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of every completion token -> logprobs, entropy or None, mask, each (turns, longest completion).
 
-    A completion that ended by itself holds its EOS, so stopping is trained. Logprobs and entropy are of the
-    distribution that was sampled, in float32, and 0 where mask is False; entropy has no gradient. ValueError for an
-    empty prompt.
+    Logprobs and entropy are of the distribution that was sampled, in float32, and 0 where mask is False; entropy has no
+    gradient. An EOS that was sampled is a token like others, so stopping is trained. ValueError for an empty prompt.
     """
     if not all(turn.prompt_ids for turn in turns):
         raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
-    # Masks come from lengths, never from token values: where pad and EOS are one token, values would untrain the EOS.
+    # Padded on the right, where causal attention doesn't look, so no attention mask is needed.
     rows = [torch.tensor(turn.prompt_ids + turn.completion_ids) for turn in turns]
-    ids = pad_sequence(rows, batch_first=True).to(model.device)  # (turns, longest): causal attention never looks right
+    ids = pad_sequence(rows, batch_first=True).to(model.device)  # (turns, width)
+    # Masks come from lengths: where pad and EOS are one token, `ids != pad` would leave the EOS untrained.
     starts = torch.tensor([[len(turn.prompt_ids)] for turn in turns], device=ids.device)  # (turns, 1)
     lengths = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
-    offsets = torch.arange(int(lengths.max()), device=ids.device)  # (longest completion,)
-    mask = offsets < lengths  # (turns, longest completion)
-    places = (starts + offsets).clamp(max=ids.shape[1] - 1)  # (turns, longest completion)
-    logits = model(input_ids=ids, use_cache=False).logits.float()  # (turns, longest, vocabulary)
-    # The state before a token predicts it.
-    predictions = logits[torch.arange(len(turns), device=ids.device)[:, None], places - 1].log_softmax(-1)
-    logprobs = predictions.gather(-1, ids.gather(1, places)[..., None]).squeeze(-1)  # (turns, longest completion)
+    offsets = torch.arange(int(lengths.max()), device=ids.device)  # (longest,)
+    mask = offsets < lengths  # (turns, longest)
+    positions = (starts + offsets).clamp(max=ids.shape[1] - 1)  # (turns, longest); those behind a row's end are masked
+    logits = model(input_ids=ids, use_cache=False).logits.float()  # (turns, width, vocabulary)
+    # The logits before a token predict it.
+    turn_numbers = torch.arange(len(turns), device=ids.device)[:, None]  # (turns, 1)
+    all_logprobs = logits[turn_numbers, positions - 1].log_softmax(-1)  # (turns, longest, vocabulary)
+    targets = ids.gather(1, positions)  # (turns, longest)
+    logprobs = all_logprobs.gather(-1, targets[..., None]).squeeze(-1)  # (turns, longest)
     entropy = None
     if with_entropy:
-        entropy = -(predictions.exp() * predictions).sum(-1).detach().masked_fill(~mask, 0.0)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).detach().masked_fill(~mask, 0.0)  # (turns, longest)
     return logprobs.masked_fill(~mask, 0.0), entropy, mask
 
 
 def grpo_loss(
     logprobs: Tensor,  # (turns, longest), with gradient
-    old_logprobs: Tensor | None,  # (turns, longest), when sampled; None: the policy has not moved since
+    old_logprobs: Tensor | None,  # (turns, longest), before the step's first update; None: this is the first
     reference_logprobs: Tensor | None,  # (turns, longest), of the reference; None: no KL
     mask: Tensor,  # (turns, longest) bool, True on completion tokens
     advantages: Tensor,  # (turns,)
@@ -156,13 +158,13 @@ def grpo_loss(
     beta: float,
     entropy: Tensor | None = None,  # (turns, longest), only counted
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4 with its sign turned -> loss, stats. Each turn: weight * mean over its own tokens of the clipped objective
+    """-J of Eq. 4 -> loss, stats: the sum over turns of weight * mean over the turn's tokens of
 
         min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3,   k3 = exp(d) - d - 1,   d = log pi_ref - log pi
 
-    then a sum, so that micro-batches of a batch add up to its loss and gradient. Turns of weight 0 have no part in it.
-    stats are detached sums over the trained tokens, to be added up and divided by stats["tokens"]: "clipped" (the clip
-    took the gradient away), "kl" (k3 to the reference), "approx_kl" (k3 of the update: pi_old to pi), "entropy".
+    A sum, so micro-batches add up to the loss and gradient of their batch. A turn of weight 0 counts for nothing. k3 is
+    the KL estimate of http://joschu.net/blog/kl-approx.html. stats are sums over the trained tokens: "tokens" counts
+    them, "clipped" those whose gradient the clip took, "kl" is k3, "approx_kl" is k3 from pi_old to pi, "entropy".
     """
     trained = mask & (weights != 0)[:, None]  # (turns, longest)
     if old_logprobs is None:
@@ -170,7 +172,7 @@ def grpo_loss(
     A = advantages[:, None]  # (turns, 1)
     log_ratio = (logprobs - old_logprobs).masked_fill(~trained, 0.0)  # (turns, longest)
     ratio = log_ratio.exp()
-    # The minimum of the two *products*: for either sign of A it stops the ratio only in the direction that A asks for.
+    # The minimum of the two products: the clip only takes gradients that would push r further beyond its bound.
     objective = torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # (turns, longest)
     kl = torch.zeros_like(log_ratio)  # (turns, longest)
     if reference_logprobs is not None:

@@ -1,8 +1,12 @@
-"""From passages to masked documents (paper 3.2), and to what recall asks of them (3.3).
+"""Build masked documents (paper 3.2), and draw the questions of the recall task (3.3).
 
-    mask_spans    every form of an entity in a text becomes [MASK] or [TARGET]
-    Corpus        document i: a pivot, related and random passages, one entity masked everywhere, cut into chunks
+    mask_spans    replaces every form of an entity in a text by [MASK] or [TARGET]
+    Corpus        document i: the passage whose entity is asked for (the pivot), passages related to it and random
+                  ones, the entity masked in all of them, cut into chunks
     draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
+
+A form of an entity is the same whole words in any case, Unicode-normalised; see text/matching.py. There, too: names are
+akin where one may be a part or an alias of the other, and a text gives a name away that holds one of its long words.
 """
 
 import hashlib
@@ -20,7 +24,9 @@ from text.matching import MASK, TARGET, akin, gives_away, occurrences
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
 ATTEMPTS = 200  # draws for one document before giving up
-SMALLEST_CHUNK = 16  # tokens; any tokenizer fits [MASK] and any one character into that
+NEXT_TRIES = 5  # numbers to try in training, where a document can't be built
+SMALLEST_CHUNK = 16  # tokens: cut_chunks never splits a [MASK], nor a character
+GAP = "\n\n"  # between the passages of a document
 Span = tuple[int, int]  # character positions, the end excluded
 
 
@@ -28,25 +34,25 @@ Span = tuple[int, int]  # character positions, the end excluded
 class Document:
     """A long text in chunks, a question about it, and the entities of each chunk that recall may ask for."""
 
-    index: int
+    index: int  # in its split
     title: str  # the pivot's; a reader never sees it
     question: str
     answers: list[str]  # y
     chunks: list[str]  # joined, they are the document
-    recall: list[list[str]]
-    leaks: int = 0  # draws, the kept one included, in which a part of y's name stayed readable
-    redraws: int = 0  # draws thrown away, for a leak or any other reason
-    place: int = 0  # among the documents of a step
+    recall: list[list[str]]  # of each chunk, the names that recall may ask for
+    leaks: int = 0  # draws, the kept one included, that gave y away
+    redraws: int = 0  # draws thrown away, for a leak or as the pivot didn't fit
+    place: int = 0  # 0..documents-1 in its step, over all processes; Run.draw sets it
 
 
 @dataclass
 class Recall:
-    """After chunk `memory_step`: which entity stands at [TARGET] in `section`, which is chunk number `chunk`?"""
+    """A recall question: name the entity at [TARGET] in chunk l from the memory m_k."""
 
     memory_step: int  # k, counted from 1
     chunk: int  # l < k
     entity: str
-    section: str
+    section: str  # chunk l, with the entity as [TARGET]
 
 
 # ---- masking -----------------------------------------------------------------------------------------
@@ -58,31 +64,33 @@ def mask(text: str, entity: str, token: str = MASK) -> str:
 
 
 def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
-    """(`text` with every form of `entity` replaced, `spans` at their new places, the places of `token`).
+    """Replace every form of `entity` -> masked text, the given spans moved along, the spans of the new tokens.
 
-    Spans that overlap a form of the entity are left out.
+    Given spans that overlap a form of the entity are left out.
     """
-    pieces, places, done, length = [], [], 0, 0
-    hits = occurrences(text, entity)
-    for start, end in hits:
-        pieces += [text[done:start], token]
-        length += start - done + len(token)
-        places.append((length - len(token), length))
-        done = end
-    shifts = [0, *(place[1] - hit[1] for place, hit in zip(places, hits, strict=True))]
-    starts, moved = [start for start, _ in hits], []
+    forms = occurrences(text, entity)
+    pieces, tokens, copied, length = [], [], 0, 0
+    for start, end in forms:
+        pieces += [text[copied:start], token]
+        length += start - copied + len(token)
+        tokens.append((length - len(token), length))
+        copied = end
+    # shifts[n]: how far the text behind the first n forms has moved
+    shifts = [0, *(new_end - end for (_, new_end), (_, end) in zip(tokens, forms, strict=True))]
+    starts = [start for start, _ in forms]
+    moved = []
     for start, end in spans:
-        n = bisect_left(starts, end)  # hits that start before the span's end; the last must end before its start
-        if n == 0 or hits[n - 1][1] <= start:
+        n = bisect_left(starts, end)  # forms that start before the span's end
+        if n == 0 or forms[n - 1][1] <= start:
             moved.append((start + shifts[n], end + shifts[n]))
-    return "".join([*pieces, text[done:]]), moved, places
+    return "".join([*pieces, text[copied:]]), moved, tokens
 
 
 # ---- documents ---------------------------------------------------------------------------------------
 
 
 def is_heldout(title: str, share: float) -> bool:
-    """Whether a title is kept for evaluation: its own hash decides, and nothing else."""
+    """Whether a title is kept for evaluation: by a hash of the title, so it is the same in every run."""
     digest = hashlib.sha256(title.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4]) < share * 2**32
 
@@ -90,9 +98,9 @@ def is_heldout(title: str, share: float) -> bool:
 class Corpus:
     """Masked documents: document(i, split) is a pure function of the passages, the seed, the split and i.
 
-    With `n_chunks` a document gets as many passages as fill that many chunks; without, `n_passages` passages and at
-    most `max_chunks` chunks. In the split "train" a held-out title is never a pivot, an answer or a recall target; in
-    "heldout" it is always the pivot. Raises UserError for too few passages.
+    With `n_chunks` a document gets as many passages as fill that many chunks. Without, it gets `n_passages` passages,
+    cut to at most `max_chunks` chunks. In the split "train" a passage with a held-out title is never the pivot, and its
+    title is never masked; in "heldout" such a passage is always the pivot. Raises UserError for too few passages.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class Corpus:
         if chunk_tokens < SMALLEST_CHUNK:
             raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK}")
         if max(n_passages or 1, n_related + 1) > len(passages):
-            asked = f"--passages {n_passages}" if n_passages else f"--related {n_related}"
+            asked = f"--passages {n_passages}" if (n_passages or 0) > n_related else f"--related {n_related}"
             raise UserError(
                 f"the corpus has {len(passages)} passages, too few for {asked}: bring more text, or ask for fewer"
             )
@@ -115,7 +123,7 @@ class Corpus:
             self.same_title.setdefault(passage.title, []).append(n)
         self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
         self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
-        self.pivots = {"train": [], "heldout": []}
+        self.pivots = {"train": [], "heldout": []}  # numbers of passages
         for n, passage in enumerate(passages):
             split = "heldout" if passage.title in self.heldout else "train"
             if self._names(n, split):
@@ -123,22 +131,23 @@ class Corpus:
         if not any(self.pivots.values()):
             raise UserError("the corpus has no passage with an entity to mask: bring other text, or another --ner")
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages]) if n_related else None
-        self.lengths: dict[int, int] = {}  # tokens of the passages seen so far
+        self.lengths: dict[int, int] = {}  # passage -> its tokens, of those counted so far
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
 
-        It begins with the same draws whatever `chunks` is, so most pivots and answers are the same at every length.
-        Raises UserError if none can be made; in training the next number is tried before.
+        The first draws don't depend on `chunks`, so most pivots and answers are the same at every length. Raises
+        UserError if the document can't be built, in training only after the next numbers were tried in its place.
         """
-        for n in range(i, i + (5 if split == "train" else 1)):
+        tries = range(i, i + (NEXT_TRIES if split == "train" else 1))
+        for n in tries:
             try:
-                return self._draw(n, split, chunks)
-            except UserError as error:
-                last = error
-        raise last
+                return self._draw(n, split, chunks or self.n_chunks)
+            except UserError:
+                if n == tries[-1]:
+                    raise
 
-    def _draw(self, i: int, split: str, chunks: int | None) -> Document:
+    def _draw(self, i: int, split: str, n_chunks: int | None) -> Document:
         if not self.pivots[split]:
             raise UserError(
                 f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout"
@@ -147,13 +156,13 @@ class Corpus:
         leaks, draws = 0, 0
         while draws < ATTEMPTS:
             pivot = int(rng.choice(self.pivots[split]))
-            pool, places = self._pool(pivot, rng)
+            pool, keys = self._pool(pivot, rng)
             names = self._names(pivot, split)
-            for n in rng.permutation(len(names)).tolist():  # the next one, if the document leaks the first
+            for n in rng.permutation(len(names)).tolist():  # until one of the pivot's names makes a document
                 draws += 1
-                document = self._build(i, split, pool, places, names[n], chunks or self.n_chunks)
-                leaky = document and any(gives_away(chunk, names[n]) for chunk in document.chunks)
-                leaks += bool(leaky)
+                document = self._build(i, split, pool, keys, names[n], n_chunks)
+                leaky = document is not None and any(gives_away(chunk, names[n]) for chunk in document.chunks)
+                leaks += leaky
                 if document and (self.keep_leaky or not leaky):
                     document.leaks, document.redraws = leaks, draws - 1
                     return document
@@ -173,11 +182,13 @@ class Corpus:
         return [name for key, name in named.items() if key and (split == "heldout" or key not in self.never_in_train)]
 
     def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
-        """(pivot, related and random passages, to be taken from the front; random numbers that order those taken).
+        """Passages by priority (the pivot, related, random ones), and a random key for each.
 
+        A document takes the first n passages and sorts them by key, so a longer one keeps the order of a shorter one.
         Other passages of the pivot's own title are left out: they would all but repeat it.
         """
-        own, related = self.same_title[self.passages[pivot].title], []
+        own = self.same_title[self.passages[pivot].title]
+        related = []
         if self.n_related:
             query = f"{self.passages[pivot].title} {self.passages[pivot].text}"
             (found,) = self.index.search([query], self.n_related + len(own))
@@ -187,50 +198,52 @@ class Corpus:
         return np.array([pivot, *related, *others]), rng.random(1 + len(related) + len(others))
 
     def _build(
-        self, i: int, split: str, pool: np.ndarray, places: np.ndarray, answer: str, n_chunks: int | None
+        self, i: int, split: str, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None
     ) -> Document | None:
-        """The document with `answer` masked, or None where the pivot doesn't fit into its chunks."""
-        text, masks, entities, (first, last), chunks = self._fill(pool, places, answer, n_chunks)
+        """The document with `answer` masked, or None where its chunks can't hold the whole pivot."""
+        text, masks, entities, (pivot_start, pivot_end), chunks = self._fill(pool, keys, answer, n_chunks)
         most = n_chunks or self.max_chunks or len(chunks)
-        # Chunks that are too many go at the end; also at the front where the pivot would be lost otherwise.
+        # Of too many chunks keep the first ones, or those up to the pivot's last where the pivot ends later.
         chunk_ends = list(accumulate(map(len, chunks)))
-        begin = max(0, bisect_left(chunk_ends, last) + 1 - most)
-        start = chunk_ends[begin - 1] if begin else 0
-        if first < start or not masks:
+        first = max(0, bisect_left(chunk_ends, pivot_end) + 1 - most)
+        start = chunk_ends[first - 1] if first else 0
+        if pivot_start < start or not masks:
             return None
-        touching = {place for span in masks for place in span}
-        recall, chunks = [], chunks[begin : begin + most]
+        mask_edges = {edge for span in masks for edge in span}  # an entity that touches a mask may be one name with it
+        chunks = chunks[first : first + most]
+        recall = []
         for chunk in chunks:
             end = start + len(chunk)
             inside = [(s, e) for s, e in entities if start <= s and e <= end]
-            apart = [text[s:e] for s, e in inside if s not in touching and e not in touching]
+            apart = [text[s:e] for s, e in inside if s not in mask_edges and e not in mask_edges]
             recall.append([name for name in self._allowed(apart, split) if not akin(name, answer)])
             start = end
         return Document(i, self.passages[pool[0]].title, QUESTION, [answer], chunks, recall)
 
-    def _fill(self, pool: np.ndarray, places: np.ndarray, answer: str, n_chunks: int | None) -> tuple:
-        """_join of as many passages as fill the chunks, or of `n_passages`, and the text in chunks."""
+    def _fill(self, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None) -> tuple:
+        """Join passages until they fill the chunks, or `n_passages` -> text, masks, entities, pivot's span, chunks."""
         size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
         while True:
             if size > len(pool):
-                chunks = f"{n_chunks} chunks of {self.chunk_tokens} tokens"
+                wanted = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}"
                 raise UserError(
-                    f"the corpus has {len(self.passages)} passages, too few for "
-                    f"{chunks if n_chunks else f'--passages {self.n_passages}'} (a title comes once beside a pivot)"
+                    f"the corpus has {len(self.passages)} passages, too few for {wanted} (other passages of the "
+                    "pivot's title are not used)"
                 )
-            text, masks, entities, pivot = self._join(pool[np.argsort(places[:size])], pool[0], answer)
+            order = pool[np.argsort(keys[:size])]
+            text, masks, entities, pivot_span = self._join(order, pool[0], answer)
             chunks = cut_chunks(text, entities, self.tokenizer, self.chunk_tokens)
             if not n_chunks or len(chunks) >= n_chunks:
-                return text, masks, entities, pivot, chunks
-            # Near the end of a long text not one passage a time: each try cuts all of it.
+                return text, masks, entities, pivot_span, chunks
+            # Each try cuts the whole text again, so it grows by 1 % at least, and aims a little short of the rest.
             size = max(size + 1 + size // 100, int(size * 0.95 * n_chunks / len(chunks)))
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
-        """A number of passages that should not quite fill the chunks, by the length of the unmasked passages."""
+        """Passages for about half of the chunks: a first guess, which _fill makes larger."""
         used = 0
-        for size, n in enumerate(pool.tolist()):
+        for taken, n in enumerate(pool.tolist()):
             if used > n_chunks * self.chunk_tokens / 2:
-                return size
+                return taken
             if n not in self.lengths:
                 encoded = self.tokenizer(self.passages[n].text, add_special_tokens=False, verbose=False)
                 self.lengths[n] = len(encoded["input_ids"])
@@ -238,26 +251,29 @@ class Corpus:
         return len(pool)
 
     def _join(self, order: np.ndarray, pivot: int, answer: str) -> tuple[str, list[Span], list[Span], Span]:
-        """(masked text, its masks, the entities it still has, the pivot's span)."""
+        """-> the masked text, its masks, the entities it still has, the pivot's span."""
         texts, masks, entities, offset = [], [], [], 0
         for n in order.tolist():
-            text, moved, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
-            masks += [(s + offset, e + offset) for s, e in tokens]
-            entities += [(s + offset, e + offset) for s, e in moved]
+            text, kept, masked = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
+            masks += [(s + offset, e + offset) for s, e in masked]
+            entities += [(s + offset, e + offset) for s, e in kept]
             if n == pivot:
-                where = offset, offset + len(text)
+                pivot_span = offset, offset + len(text)
             texts.append(text)
-            offset += len(text) + 2
-        return "\n\n".join(texts), masks, entities, where
+            offset += len(text) + len(GAP)
+        return GAP.join(texts), masks, entities, pivot_span
 
 
 def draw_recall(document: Document, rng) -> Recall | None:
-    """Draw k in 2..T-1, l in 1..k-1 and an entity of chunk l, of T-1 chunks; None if there is nothing to draw."""
-    sources = [n for n, entities in enumerate(document.recall[:-1], 1) if entities]
+    """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk but the last has any.
+
+    k is drawn from those that have such a chunk before them, and l from the chunks that have names.
+    """
+    sources = [number for number, names in enumerate(document.recall[:-1], 1) if names]
     if not sources:
         return None
-    k = int(rng.integers(sources[0] + 1, len(document.chunks) + 1))
-    chunk = int(rng.choice([n for n in sources if n < k]))
+    k = int(rng.integers(sources[0] + 1, len(document.chunks), endpoint=True))
+    chunk = int(rng.choice([number for number in sources if number < k]))
     names = document.recall[chunk - 1]
     entity = names[int(rng.integers(len(names)))]
     return Recall(k, chunk, entity, mask(document.chunks[chunk - 1], entity, TARGET))

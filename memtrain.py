@@ -1,21 +1,33 @@
-"""MemTrain: train a language model to keep a good memory, without labels (arXiv 2606.03197).
+"""MemTrain: train a language model to keep a good memory while it reads, without labels (arXiv 2606.03197).
 
     python memtrain.py                                         # tiny default: no download, CPU, minutes
     python memtrain.py --config recipes/qwen3-4b-80gb.args     # a real model on a GPU
-    python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # what it is for: task training
-    torchrun --nproc_per_node 8 memtrain.py --config ...       # a process a GPU, documents split over them
+    python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # then, from there: training on a task
+    torchrun --nproc_per_node 8 memtrain.py --config ...       # one process per GPU; each reads its share of documents
+
+One step, in the paper's letters:
+  - D documents of T - 1 chunks. In each, every occurrence of one entity, y, reads [MASK].
+  - The model reads each document G1 times. A reading is T turns: after chunk k the model writes the memory m_k, which
+    is all that it sees of chunks 1..k from then on; the last turn names y from m_{T-1} alone.
+  - Of each reading, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers.
+  - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a reading, EM of y plus lambda times its mean R^I
+    (Eq. 2). Advantages compare the G1 readings of a document, and the G2 answers of a reading (Eq. 3). The update is
+    GRPO over all their turns (Eq. 4), so the reward of recall also trains the turns that wrote the memory.
 
 Where this differs from the paper:
-  - Advantages are divided by the group's standard deviation by default (GRPO as DeepSeekMath wrote it), and
-    there is no KL; `--advantage mean --kl 1e-3` is the paper's (Eq. 3 and 4), and the recipes/*.args set it.
-  - A group is dropped when its rewards are all equal; the paper drops all zero and all one, which says
-    nothing of sums such as EM + lambda * recall.
-  - The paper is silent on the clip range, on which steps are recalled and on what counts as an occurrence
-    of an entity: README lists what was chosen.
-  - An answer ends where its box closes, so its EOS is neither sampled nor trained.
-  - 20 % of the titles are held out: no pivot of an evaluation was one in training. The entity asked for may have been.
+  - The defaults are `--advantage group_norm --kl 0`: advantages divided by the group's standard deviation (GRPO as
+    DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them.
+  - The paper drops groups whose rewards are all 0 or all 1. R^E takes other values, too, so here every group of equal
+    rewards is dropped.
+  - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity. README lists
+    what was chosen.
+  - An answer is stopped where its box closes, so it has no EOS; a memory ends with its EOS, which is trained.
+  - 20 % of the titles are held out: their passages are never pivots in training, and their names never masked. Other
+    documents may contain their text.
 
-The fast parts have plain twins: `--plain True` samples with rollout.generate and trains with grpo.token_logprobs.
+`--plain True` samples with rollout.generate and trains with grpo.token_logprobs: short reference code that gives what
+engine/sampling.py and engine/packing.py give, only slower. A name that ends in _D or _DG is a list with an item per
+document, or per trajectory, document by document.
 """
 
 import math
@@ -41,58 +53,61 @@ from tasks.sources import load_task
 
 
 def main(config: Config) -> None:
-    run = Run(config)
+    run = Run(config)  # joins the processes; refuses a folder that holds another run
     policy, tokenizer = load_model(config.model, run.device, config.dtype)
-    reference = load_reference(config, run.device)
-    with parallel.main_first():
-        source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out := Counter())
+    reference = load_reference(config, run.device)  # None without --kl
+    left_out = Counter()  # passages that can't be used, by reason
+    with parallel.main_first():  # the other processes find what the first has cached
+        source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
     if not config.plain:
         packing.enable(policy, reference)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
-    budget = sampling.Budget(config.rollout_tokens)
+    budget = sampling.Budget(config.rollout_tokens)  # of one batch; running out of memory halves it
     generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
-    sample, greedy = sampler(generate, policy, tokenizer), sampler(generate, policy, tokenizer, greedy=True)
+    sample = sampler(generate, policy, tokenizer)
+    greedy = sampler(generate, policy, tokenizer, greedy=True)
     limits = limits_of(config, tokenizer)
     evaluation = partial(measure, greedy, agent, source, limits, config, default_lengths(config.chunks))
 
     run.open(policy, tokenizer, optimizer, budget)
-    run.evaluate("before", evaluation)
+    run.evaluate("before", evaluation)  # with the weights of --model, so before a checkpoint is loaded; once a run
     run.resume()
     for step in run.steps():
-        with run.guard():
-            # 1. Read (3.1, 3.2): G1 trajectories a document, document by document; the documents of this process
+        with run.guard():  # where text, retriever or memory give out in one process, all save and end
+            # 1. Read (3.1, 3.2): this process's documents, each G1 times
             documents_D = run.draw(source, step)
             trajectories_DG = agent(sample, documents_D, limits, samples=config.g1)
             run.lap("rollout")
-            # 2. Recall (3.3): G2 answers a trajectory; [] where there is nothing to recall
+            # 2. Recall (3.3): G2 answers per trajectory; [] for a trajectory without a target
             targets_DG = draw_targets(trajectories_DG, config, step)
             recalls_DG = recall(sample, trajectories_DG, targets_DG, limits, samples=config.g2)
             run.lap("recall")
-        # 3. Rewards: Eq. 1, then Eq. 2
-        recall_rewards_DG = [recall_rewards(*pair) for pair in zip(recalls_DG, targets_DG, strict=True)]
-        correct_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
-        rewards_DG = [
-            trajectory_reward(correct, own, config.joint_weight)
-            for correct, own in zip(correct_DG, recall_rewards_DG, strict=True)
+        # 3. Rewards: R^I (Eq. 1), EM, R^E (Eq. 2)
+        recall_rewards_DG = [
+            [recall_reward(turn.text, target.entity) for turn in turns]
+            for turns, target in zip(recalls_DG, targets_DG, strict=True)
         ]
-        # 4. Advantages (Eq. 3) over both kinds of group; groups of equal rewards drop out
+        em_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
+        pairs_DG = zip(em_DG, recall_rewards_DG, strict=True)
+        rewards_DG = [trajectory_reward(em, rewards, config.joint_weight) for em, rewards in pairs_DG]
+        # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
         groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
         groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
         turns = assign_advantages(groups, config.advantage)
-        # 5. Update: Eq. 4
+        # 5. Reference log-probs, then the update (Eq. 4)
         store_reference_logprobs(reference, turns, config, run.device)
         run.lap("reference")
         lr = learning_rate(config, step)
         stats = update(policy, optimizer, turns, lr, config)
         run.lap("update")
         # 6. Log and save
-        rows = step_rows(trajectories_DG, recalls_DG, groups, correct_DG, rewards_DG, recall_rewards_DG)
+        rows = step_rows(trajectories_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
         run.log(step, rows, stats, {"lr": lr, "left_out": left_out.total()})
         run.show(step, sample_text(trajectories_DG[0], recalls_DG[0], rewards_DG[0]), documents_D[0].chunks)
         run.save_if_due(step, stats["bad_updates"])
-    if not run.stopped:
+    if not run.stopped:  # by SIGTERM or Ctrl-C
         run.evaluate("after", evaluation)
     run.finish()
 
@@ -101,34 +116,30 @@ def main(config: Config) -> None:
 
 
 def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> list[Recall | None]:
-    """What each trajectory is asked to recall: one draw of (k, l, entity) a trajectory, or a document; or None."""
+    """Draw (k, l, entity) for each trajectory, or None. With --shared-recall-draw a document's G1 share one draw."""
+    if not config.recalls:
+        return [None] * len(trajectories)
     targets = []
     for n, trajectory in enumerate(trajectories):
         place = trajectory.document.place
-        who = place if config.shared_recall_draw else place * config.g1 + n % config.g1
-        rng = np.random.default_rng([config.seed, step, who])
-        targets.append(draw_recall(trajectory.document, rng) if config.recalls else None)
+        stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
+        targets.append(draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream])))
     return targets
-
-
-def recall_rewards(recalls: list[Turn], target: Recall | None) -> list[float]:
-    """Eq. 1 for the G2 answers of one trajectory."""
-    return [recall_reward(turn.text, target.entity) for turn in recalls]
 
 
 # ---- the update ------------------------------------------------------------------------------------------
 
 
 def load_reference(config: Config, device: str):
-    """The model that training started from, for the KL; None without."""
+    """The model that training started from; None if --kl is 0."""
     if not config.kl:
         return None
-    device = "cpu" if config.offload_reference else device
-    return load_model(config.model, device, config.dtype)[0].requires_grad_(False)
+    model, _ = load_model(config.model, "cpu" if config.offload_reference else device, config.dtype)
+    return model.requires_grad_(False)
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then constant or a cosine that ends at zero."""
+    """Linear warm-up, times a constant or a cosine that would be 0 in the step after the last."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup))
     if config.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -136,60 +147,61 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def logprobs_under(model, turns: list[Turn], config: Config) -> list[tuple[Turn, torch.Tensor]]:
-    """Each turn with the log-probs (completion,) of its tokens under `model` as it is now."""
+def store_logprobs(model, turns: list[Turn], field: str, config: Config) -> None:
+    """Set the `field` of each turn to the log-probs (completion,) of its tokens under `model`."""
     token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
-    found = []
     for batch in packing.micro_batches(model, turns, config.train_tokens):
         logprobs, _, _ = token_logprobs(model, batch)  # (turns, longest)
-        found += [(turn, row[: len(turn.completion_ids)]) for turn, row in zip(batch, logprobs, strict=True)]
-    return found
+        for turn, row in zip(batch, logprobs, strict=True):
+            setattr(turn, field, row[: len(turn.completion_ids)])
 
 
 def store_reference_logprobs(reference, turns: list[Turn], config: Config, device: str) -> None:
+    """Set turn.reference_logprobs, if there is a reference."""
     if reference is None:
         return
-    for turn, logprobs in logprobs_under(reference.to(device), turns, config):
-        turn.reference_logprobs = logprobs
+    store_logprobs(reference.to(device), turns, "reference_logprobs", config)
     if config.offload_reference:
         reference.to("cpu")
 
 
 def update(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config) -> dict[str, float]:
-    """Eq. 4 over this process's `turns`, in updates of `--update-batch` documents -> sums for the metrics."""
-    # Hugging Face checkpoints activations only in train mode. Dropout stays off: load_model has set it to 0.
+    """One optimizer step (Eq. 4) per `--update-batch` documents, by default one in all -> sums for the metrics.
+
+    `turns` are this process's; gradients and weights are those of all processes together.
+    """
+    # Hugging Face checkpoints activations in train mode only. Dropout stays off: load_model has set it to 0.
     policy.train(config.gradient_checkpointing)
-    size = config.update_batch or config.documents
-    starts = range(0, config.documents, size)
-    if len(starts) > 1:  # from the second update on the policy is no longer the one that sampled
-        for turn, logprobs in logprobs_under(policy, turns, config):
-            turn.old_logprobs = logprobs
-    totals = {"loss": 0.0, "used_tokens": 0, "padded_tokens": 0}
+    documents_per_update = config.update_batch or config.documents
+    starts = range(0, config.documents, documents_per_update)
+    if len(starts) > 1:  # the first update moves the policy away from the one that sampled
+        store_logprobs(policy, turns, "old_logprobs", config)
+    totals = Counter(loss=0.0, used_tokens=0, padded_tokens=0)
     norms = []
     for start in starts:
-        mine = [turn for turn in turns if start <= turn.document < start + size]
-        if not weigh(mine):
+        own = [turn for turn in turns if start <= turn.document < start + documents_per_update]
+        if set_weights(own) == 0:  # on all processes
             continue
-        for batch in packing.micro_batches(policy, mine, config.train_tokens):
+        for batch in packing.micro_batches(policy, own, config.train_tokens):
             loss, stats = batch_loss(policy, batch, config)
             loss.backward()
             used, padded = packing.batch_tokens(policy, batch)
-            sums = {name: value.item() for name, value in stats.items()}
-            sums |= {"loss": loss.item() / len(starts), "used_tokens": used, "padded_tokens": padded}
-            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-        norms.append(optimizer.step(lr, config.grad_clip))  # sums the gradients of all processes
+            totals.update({name: value.item() for name, value in stats.items()})  # Counter.update adds
+            totals.update(loss=loss.item() / len(starts), used_tokens=used, padded_tokens=padded)
+        norms.append(optimizer.step(lr, config.grad_clip))
     policy.eval()
-    done = [norm for norm in norms if math.isfinite(norm)]
-    totals["grad_norm"] = float(np.mean(done)) if done else 0.0
-    return totals | {"updates": len(done), "bad_updates": len(norms) - len(done)}
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    totals["grad_norm"] = float(np.mean(finite)) if finite else 0.0
+    return dict(totals) | {"updates": len(finite), "bad_updates": len(norms) - len(finite)}
 
 
-def weigh(turns: list[Turn]) -> int:
-    """Set the weights of an update's turns -> the number of its documents, both over all processes."""
+def set_weights(turns: list[Turn]) -> int:
+    """Set turn.weight for an update's turns -> the number of documents with a turn, over all processes."""
     documents = [turn.document for turn in turns]
     kept = len(set(documents))
     kept_everywhere = sum(parallel.gather(kept))
     if kept_everywhere:
+        # The weights of a process sum to its share of the documents.
         weights = conversation_weights(documents) * kept / kept_everywhere  # (turns,)
         for turn, weight in zip(turns, weights.tolist(), strict=True):
             turn.weight = weight
@@ -197,48 +209,57 @@ def weigh(turns: list[Turn]) -> int:
 
 
 def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Eq. 4's part of one micro-batch -> loss, stats."""
+    """A micro-batch's share of the loss of Eq. 4 -> loss, stats."""
     token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
     logprobs, entropy, mask = token_logprobs(policy, batch, with_entropy=True)  # (turns, longest)
     return grpo_loss(
-        logprobs, padded([turn.old_logprobs for turn in batch]), padded([turn.reference_logprobs for turn in batch]),
-        mask, torch.tensor([turn.advantage for turn in batch], device=mask.device),
-        torch.tensor([turn.weight for turn in batch], device=mask.device),
-        config.eps_low, config.eps_high, config.kl, entropy,
+        logprobs,
+        old_logprobs=pad_rows([turn.old_logprobs for turn in batch]),
+        reference_logprobs=pad_rows([turn.reference_logprobs for turn in batch]),
+        mask=mask,
+        advantages=torch.tensor([turn.advantage for turn in batch], device=mask.device),
+        weights=torch.tensor([turn.weight for turn in batch], device=mask.device),
+        eps_low=config.eps_low, eps_high=config.eps_high, beta=config.kl, entropy=entropy,
     )
 
 
-def padded(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """(turns, longest), or None where no log-probs were stored."""
+def pad_rows(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows (completion,) as one (turns, longest). None for rows that were not stored; all are, or none."""
     return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
 
-# ---- what a step tells -----------------------------------------------------------------------------------
+# ---- metrics, and a sample to read -----------------------------------------------------------------------
 
 
 def step_rows(
-    trajectories: list[Trajectory], recalls: list[list[Turn]], groups: list[Group], correct: list[float],
+    trajectories: list[Trajectory], recalls: list[list[Turn]], groups: list[Group], em: list[float],
     rewards: list[float], recall_rewards: list[list[float]],
 ) -> dict[str, list]:
-    """What the metrics count: a value a sample, turn, group or document."""
-    documents = list({id(t.document): t.document for t in trajectories}.values())
-    written = [turn for t in trajectories for turn in t.turns] + [turn for group in recalls for turn in group]
+    """The values of which the metrics are means or sums: one per sample, turn, group or document."""
+    documents = list({id(t.document): t.document for t in trajectories}.values())  # each once
+    all_turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    all_turns += [turn for answers in recalls for turn in answers]
     return {
-        "correct": correct, "reward": rewards, "recalled": [reward for group in recall_rewards for reward in group],
+        "correct": em,
+        "reward": rewards,
+        "recalled": [reward for answers in recall_rewards for reward in answers],
         "degenerate": [group.degenerate for group in groups],
-        "leaks": [document.leaks for document in documents], "draws": [1 + document.redraws for document in documents],
-        "truncated": [not turn.ended for turn in written], "unboxed": [t.prediction is None for t in trajectories],
+        "leaks": [document.leaks for document in documents],
+        "draws": [1 + document.redraws for document in documents],
+        "truncated": [not turn.ended for turn in all_turns],
+        "unboxed": [trajectory.prediction is None for trajectory in trajectories],
         "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
-        "prompt_tokens": [len(turn.prompt_ids) for turn in written], "padding": [turn.padding for turn in written],
-        "completion_tokens": [len(turn.completion_ids) for turn in written],
+        "prompt_tokens": [len(turn.prompt_ids) for turn in all_turns],
+        "completion_tokens": [len(turn.completion_ids) for turn in all_turns],
+        "padding": [turn.padding for turn in all_turns],
     }
 
 
 def sample_text(trajectory: Trajectory, recalls: list[Turn], reward: float) -> str:
-    """One trajectory as a person would read it: what it kept after each chunk, and what it answered."""
+    """One trajectory in words: its memories, its answer and two answers of recall."""
     document = trajectory.document
-    answered = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
-    lines = [f"{document.question} y = {document.answers}, {answered}"]
+    outcome = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
+    lines = [f"{document.question} y = {document.answers}, {outcome}"]
     lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
     lines += [f"  recall: {turn.text.strip()}" for turn in recalls[:2]]
     return "\n".join(lines)

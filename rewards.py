@@ -1,8 +1,11 @@
-"""Rewards: from generated text to Eq. 1 and Eq. 2.
+"""Rewards of generated text (paper 3.3 and 3.4).
 
-An answer is the last closed `\\boxed{}` of what the model generated. It is right when it matches a
-gold answer exactly, after the normalisation of SQuAD and one guard of our own: numbers must agree
-as numbers, because stripping punctuation turns 1.5 into 15.
+    R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
+    R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
+
+An answer is the content of the last closed `\\boxed{}` that the model generated. It is right when it matches a gold
+answer exactly (EM), after SQuAD's normalisation. Numbers are compared as numbers: 1.5 is not 15, though both normalise
+to "15"; 1,500.0 is 1500.
 """
 
 import re
@@ -10,12 +13,13 @@ import string
 from collections import Counter
 from decimal import Decimal
 
+# A minus that doesn't follow a word, digits with or without thousands separators, decimals.
 NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?")
 BOX = "\\boxed{"
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last closed \\boxed{} in `text`, braces inside it balanced; None without one.
+    """The content of the last closed \\boxed{} in `text`, braces inside it balanced; None without a closed box.
 
     `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{un")` is `"f{x}"`.
     """
@@ -47,7 +51,7 @@ def exact_match(prediction: str | None, answers: list[str]) -> bool:
         return False
     for answer in answers:
         both_numbers = NUMBER.fullmatch(prediction.strip()) and NUMBER.fullmatch(answer.strip())
-        same_text = normalize(prediction) == normalize(answer) != ""
+        same_text = normalize(answer) and normalize(prediction) == normalize(answer)
         if (both_numbers or same_text) and numbers(prediction) == numbers(answer):
             return True
     return False
@@ -56,9 +60,10 @@ def exact_match(prediction: str | None, answers: list[str]) -> bool:
 def f1_score(prediction: str | None, answers: list[str]) -> float:
     """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words.
 
-    It lacks the guard for numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
+    F1 doesn't compare numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
     """
-    predicted, best = Counter(normalize(prediction or "").split()), 0.0
+    predicted = Counter(normalize(prediction or "").split())
+    best = 0.0
     for answer in answers:
         gold = Counter(normalize(answer).split())
         if common := (predicted & gold).total():
@@ -75,8 +80,8 @@ def substring_match(prediction: str | None, answers: list[str]) -> bool:
 def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
     """Mean exact match of a prediction that answers len(answers) questions in their order, with ";" between (MEM1).
 
-    A missing answer is wrong, and so is a last one with more behind it:
-    `objective_scores("Ulm; 1879", [["Ulm"], ["1879"]])` is 1.0, of "Ulm" 0.5, of "1879; Ulm" 0.0.
+    A missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]:
+    "Ulm; 1879" scores 1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
     """
     given = (prediction or "").split(";", len(answers) - 1)
     return sum(exact_match(one, golds) for one, golds in zip(given, answers)) / len(answers)

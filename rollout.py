@@ -1,12 +1,13 @@
 """Rollouts: the prompts, the sampler, and the agents that read and recall.
 
-    sampler   model and tokenizer as one function, sample(prompts, new_tokens, done) -> turns
-    generate  the method's sampling: one call of Hugging Face's `generate`
+    generate  plain sampling, by one call of Hugging Face's `generate`
+    sampler   generate, a model and its tokenizer as one function, sample(prompts, new_tokens, done) -> turns
     read      the reading agent (paper 3.1)
     recall    the intermediate-memory task (paper 3.3)
 
-The agents know a model only as `sample`. Training and evaluation call the same agents. The token ids of a turn travel
-from the sampler to the loss. Its text is decoded for the reward and the next memory, and never encoded for training.
+The agents know a model only as `sample`, in training and evaluation alike. The loss uses the token ids that were
+sampled; the decoded text is used for rewards and the next memory, and is never encoded again for training. In the
+prompts a chunk is called a section, so that no word of ours means two things to the model.
 """
 
 import re
@@ -68,60 +69,64 @@ stood there, and put it in \\boxed{{}}.
 
 Say what [TARGET] stands for."""
 
-SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")
+SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")  # the last two in tasks/search.py
 
 
 def fill(prompt: str, **slots) -> str:
-    """The prompt with its slots filled. A text in a slot is data: it can't close the slot, nor open another."""
-    return prompt.format(**{name: SLOT_TAGS.sub(r"(\1)", str(text)) for name, text in slots.items()})
+    """The prompt with its slots filled. A slot's tag inside a text, such as </memory>, becomes (/memory)."""
+    safe = {name: SLOT_TAGS.sub(r"(\1)", str(text)) for name, text in slots.items()}
+    return prompt.format(**safe)
 
 
-# ---- what a rollout is made of -------------------------------------------------------------------------
+# ---- turns and trajectories ------------------------------------------------------------------------------
 
 
 @dataclass
 class Turn:
-    """One conversation: a prompt and the completion that was sampled for it. Training fills the lower half."""
+    """A conversation of one prompt and the completion that was sampled for it."""
 
     prompt_ids: list[int]
-    completion_ids: list[int]  # with its EOS, if that was sampled
-    ended: bool  # by EOS or a closed box; False: cut at the token limit
-    text: str
-    padding: int = 0  # of the prompt, in the batch that computed it
-    document: int = -1  # its place in the step, never looked up by text: equal prompts exist
+    completion_ids: list[int]  # with the EOS, if one was sampled
+    ended: bool  # by EOS or where it was done; False: cut at the token limit
+    text: str  # of the completion
+    padding: int = 0  # tokens beside the prompt in its batch; only for the metrics
+    # Training sets these.
+    document: int = -1  # place of its document in the step
     advantage: float = 0.0
-    weight: float = 0.0  # in the means of Eq. 4
-    old_logprobs: torch.Tensor | None = None  # (completion,), of the policy that sampled, where the policy has moved
-    reference_logprobs: torch.Tensor | None = None  # (completion,), where there is a KL
+    weight: float = 0.0  # in Eq. 4: 1 / (documents * turns of its document)
+    old_logprobs: torch.Tensor | None = None  # (completion,), before the first of several updates
+    reference_logprobs: torch.Tensor | None = None  # (completion,), if there is a KL
 
 
 @dataclass
 class Trajectory:
-    """One reading of one document, or one episode of searches."""
+    """One reading of one document (in tasks/search.py: one episode of searches)."""
 
     document: Document
     turns: list[Turn] = field(default_factory=list)
     memories: list[str] = field(default_factory=list)  # m_1, m_2, ...
-    prediction: str | None = None  # the boxed answer
+    prediction: str | None = None  # the boxed answer; None without a box
     searches: list[str] = field(default_factory=list)
 
     @property
     def memory(self) -> str:
+        """The latest one."""
         return self.memories[-1] if self.memories else EMPTY_MEMORY
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of each text of an agent; `cut(text, tokens)` shortens a text to so many."""
+    """Maximum lengths in tokens; `cut(text, tokens)` keeps so many of a text."""
 
     memory_tokens: int
     answer_tokens: int
     result_tokens: int  # of a search
-    searches: int  # of an episode
+    searches: int  # how many an episode may have
     cut: Callable[[str, int], str]
 
 
 def limits_of(config, tokenizer) -> Limits:
+    """The limits that the settings name, with this tokenizer's tokens."""
     cut = partial(cut_text, tokenizer)
     return Limits(config.memory_tokens, config.answer_tokens, config.result_tokens, config.searches, cut)
 
@@ -130,7 +135,7 @@ def limits_of(config, tokenizer) -> Limits:
 
 
 class Completion(NamedTuple):
-    """What generate returns for a prompt: its token ids, whether they ended by themselves, the prompt's padding."""
+    """What generate returns for a prompt; the fields are those of Turn."""
 
     ids: list[int]
     ended: bool
@@ -165,27 +170,27 @@ def generate(
 ) -> list[Completion]:
     """One completion for each prompt of token ids, drawn from the model's own distribution, or greedy.
 
-    It ends at an end token, or where `done(text)` first holds: nobody reads what a model says after its answer.
+    A completion is cut at the first end token, or where `done(text)` first holds. All prompts are one batch.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
     ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
-    drawn = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
-        do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **drawn
+        do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **how
     )
-    # generate takes from the model folder's config all that `config` leaves open: penalties, forbidden words.
-    folders, model.generation_config = model.generation_config, config
+    # model.generate would take penalties and forbidden words from the model folder's own config.
+    saved, model.generation_config = model.generation_config, config
     try:
         rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # (rows, width + new)
     finally:
-        model.generation_config = folders
+        model.generation_config = saved
     width = ids.shape[1]
     written = [until_end(row, ends, tokenizer, done) for row in rows[:, width:].tolist()]
     return [Completion(*own, width - len(prompt)) for own, prompt in zip(written, prompts, strict=True)]
 
 
 def until_end(ids: list[int], ends: list[int], tokenizer, done) -> tuple[list[int], bool]:
-    """(token ids up to the end of the completion, whether it has one)."""
+    """(token ids up to the completion's end, whether it has one)."""
     for length, token in enumerate(ids, 1):
         if token in ends or (done and done(tokenizer.decode(ids[:length], skip_special_tokens=True))):
             return ids[:length], True
@@ -211,18 +216,18 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     """`text` as one user message of the model's chat template, or as plain text where it has none.
 
     A special token that is written out in the text, such as <|im_end|>, is encoded as plain text: only the template's
-    own open and close a turn.
+    special tokens open and close a message.
     """
     if tokenizer.chat_template is None:
         return tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
-    message = [{"role": "user", "content": "\0"}]  # a template that knows no `enable_thinking` ignores it
+    message = [{"role": "user", "content": "\0"}]  # stands for the text
+    # A template without `enable_thinking` ignores it.
     chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, enable_thinking=False, tokenize=False)
     before, after = chat.split("\0")
-    parts = [(before, False), (text.strip(), True), (after, False)]  # templates strip a message; so it is done here
-    return [
-        i for part, plain in parts
-        for i in tokenizer(part, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-    ]
+    ids = []
+    for part, is_text in ((before, False), (text.strip(), True), (after, False)):  # templates strip a message, too
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
+    return ids
 
 
 def cut_text(tokenizer, text: str, max_tokens: int) -> str:
@@ -244,20 +249,20 @@ def read(
 ) -> list[Trajectory]:
     """Read every document `samples` times -> trajectories, document by document.
 
-    Each chunk is a conversation of its own, and only the memory crosses to the next; the last one answers from the
-    memory alone. `empty_memory` is the control: it skips the reading and answers without a memory.
+    A turn per chunk writes a memory, and only this crosses to the next turn; a last turn answers from the memory alone.
+    `empty_memory` is the control of an evaluation: it skips the chunks and answers without a memory.
     """
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
     longest = 0 if empty_memory else max((len(document.chunks) for document in documents), default=0)
-    for step in tqdm(range(longest), desc=progress, disable=progress is None, leave=False):
-        readers = [t for t in trajectories if step < len(t.document.chunks)]
+    for n in tqdm(range(longest), desc=progress, disable=progress is None, leave=False):
+        readers = [t for t in trajectories if n < len(t.document.chunks)]
         prompts = [
-            fill(READ_PROMPT, problem=t.document.question, memory=t.memory, section=t.document.chunks[step])
+            fill(READ_PROMPT, problem=t.document.question, memory=t.memory, section=t.document.chunks[n])
             for t in readers
         ]
         for trajectory, turn in zip(readers, sample(prompts, limits.memory_tokens), strict=True):
             trajectory.turns.append(turn)
-            # Decoding and encoding again may lengthen a text, so the cap holds here too.
+            # A decoded text may have more tokens when it is encoded again, so it is cut again.
             trajectory.memories.append(limits.cut(turn.text.strip(), limits.memory_tokens) or EMPTY_MEMORY)
     turns = answer(sample, [t.document for t in trajectories], [t.memory for t in trajectories], limits)
     for trajectory, turn in zip(trajectories, turns, strict=True):
@@ -267,7 +272,7 @@ def read(
 
 
 def answer(sample, documents: list[Document], memories: list[str], limits: Limits) -> list[Turn]:
-    """The last conversation alone: each document's question, answered from the text given as its memory."""
+    """The last turn alone: each document's question, answered from the text given as its memory."""
     prompts = [fill(ANSWER_PROMPT, problem=d.question, memory=m) for d, m in zip(documents, memories, strict=True)]
     return sample(prompts, limits.answer_tokens, answered)
 
@@ -276,16 +281,19 @@ def recall(
     sample, trajectories: list[Trajectory], targets: list[Recall | None], limits: Limits, samples: int = 1,
     empty_memory: bool = False,
 ) -> list[list[Turn]]:
-    """Which entity stood at [TARGET] in an earlier chunk? -> `samples` answers a trajectory; [] without a target.
+    """Ask each trajectory its recall question `samples` times -> its answers; [] for a trajectory without a target.
 
     The model sees the memory m_k that the trajectory had after chunk k, and an earlier chunk with the entity masked.
     """
-    asked = [(trajectory, target) for trajectory, target in zip(trajectories, targets, strict=True) if target]
-    memories = [EMPTY_MEMORY if empty_memory else t.memories[target.memory_step - 1] for t, target in asked]
-    prompts = [
-        fill(RECALL_PROMPT, memory=memory, section=target.section)
-        for memory, (_, target) in zip(memories, asked, strict=True)
-        for _ in range(samples)
-    ]
-    turns = iter(sample(prompts, limits.answer_tokens, answered))
-    return [[next(turns) for _ in range(samples)] if target else [] for target in targets]
+    prompts = []
+    for trajectory, target in zip(trajectories, targets, strict=True):
+        if target is not None:
+            memory = EMPTY_MEMORY if empty_memory else trajectory.memories[target.memory_step - 1]  # k counts from 1
+            prompts += [fill(RECALL_PROMPT, memory=memory, section=target.section)] * samples
+    turns = sample(prompts, limits.answer_tokens, answered)
+    recalls, taken = [], 0
+    for target in targets:
+        count = 0 if target is None else samples
+        recalls.append(turns[taken : taken + count])
+        taken += count
+    return recalls
