@@ -23,7 +23,7 @@ from masking import Corpus, Document, Recall, draw_recall
 from rewards import answer_reward, recall_reward
 from rollout import Limits, limits_of, read, recall, sampler
 from tasks import evaluate as questions
-from tasks.sources import check_window, load_task
+from tasks.sources import load_task
 
 
 @dataclass
@@ -73,27 +73,28 @@ def evaluate(
 ) -> list[dict]:
     """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
 
-    One row per length, task (end_to_end, recall) and memory (kept, empty), see report.row. Its scores are one per
-    document (recall: per document that has a target), in an order that is the same for every model.
+    One row per length, task (end_to_end, recall) and memory (kept, empty), see report.row. Its scores are by document;
+    recall has them for documents that have a target.
     """
     documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
     targets = [draw_target(document, config) for document in documents]
     progress = f"evaluation {when}" if parallel.rank() == 0 else None
     kept = read(sample, documents, limits, progress=progress)
     empty = read(sample, documents, limits, empty_memory=True)
-    scores: dict[tuple, list[float]] = defaultdict(list)
+    scores: dict[tuple, dict[int, float]] = defaultdict(dict)
     for memory, readings in (("kept", kept), ("empty", empty)):
         recalls = recall(sample, kept, targets, limits, empty_memory=memory == "empty")
         for reading, answers, target in zip(readings, recalls, targets, strict=True):
-            chunks = len(reading.document.chunks)
-            scores["end_to_end", chunks, memory].append(answer_reward(reading.prediction, reading.document.answers))
-            scores["recall", chunks, memory] += [recall_reward(turn.text, target.entity) for turn in answers]
-    all_scores: dict[tuple, list[float]] = defaultdict(list)
+            document, chunks = reading.document, len(reading.document.chunks)
+            scores["end_to_end", chunks, memory][document.index] = answer_reward(reading.prediction, document.answers)
+            for turn in answers:
+                scores["recall", chunks, memory][document.index] = recall_reward(turn.text, target.entity)
+    all_scores: dict[tuple, dict[int, float]] = defaultdict(dict)
     for part in parallel.gather(dict(scores)):
-        for key, values in part.items():
-            all_scores[key] += values
+        for key, by_document in part.items():
+            all_scores[key] |= by_document
     in_order = sorted(all_scores, key=lambda key: (key[0], key[1], key[2] == "empty"))
-    return [report.row(when, *key, all_scores[key]) for key in in_order if all_scores[key]]
+    return [report.row(when, *key, all_scores[key]) for key in in_order]
 
 
 def draw_target(document: Document, config: Config) -> Recall | None:
@@ -134,11 +135,7 @@ def evaluate_model(name: str, evaluation: Evaluation, task: tuple | None, cache:
     """Rows of one model -> (task, rows). The first model's `task`, source and agent, is handed to the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(name, device, evaluation.dtype, given="--against" if task else "--model")
-    if task is None:
-        task = load_task(evaluation, model, tokenizer, cache)
-    else:  # the texts are those of the first model's tokenizer
-        check_window(evaluation, model, tokenizer)
-    source, agent = task
+    source, agent = task = load_task(evaluation, model, tokenizer, cache, loaded=task)
     budget = sampling.Budget(evaluation.rollout_tokens)
     generate = rollout.generate if evaluation.plain else partial(sampling.generate, budget=budget)
     sample = sampler(generate, model, tokenizer, greedy=True)

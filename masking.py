@@ -5,8 +5,8 @@
                   ones, the entity masked in all of them, cut into chunks
     draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
 
-A form of an entity is the same whole words in any case, Unicode-normalised; see text/matching.py. There, too: names are
-akin where one may be a part or an alias of the other, and a text gives a name away that holds one of its long words.
+A form of an entity is the same whole words in any case, Unicode-normalised; names are akin where one may be a part or an
+alias of the other: see text/matching.py.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from engine.errors import UserError
 from rewards import normalize
 from text.bm25 import BM25
 from text.chunking import cut_chunks
-from text.matching import MASK, TARGET, akin, gives_away, occurrences
+from text.matching import MASK, TARGET, akin, name_words, occurrences
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
 ATTEMPTS = 200  # draws for one document before giving up
-NEXT_TRIES = 5  # numbers to try in training, where a document can't be built
+TRIES = 5  # documents to try in training under one number
 SMALLEST_CHUNK = 16  # tokens: cut_chunks never splits a [MASK], nor a character
 GAP = "\n\n"  # between the passages of a document
 Span = tuple[int, int]  # character positions, the end excluded
@@ -53,6 +53,7 @@ class Recall:
     chunk: int  # l < k
     entity: str
     section: str  # chunk l, with the entity as [TARGET]
+    leaky: bool = False  # one of the entity's long words is still in the section
 
 
 # ---- masking -----------------------------------------------------------------------------------------
@@ -84,6 +85,11 @@ def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> 
         if n == 0 or forms[n - 1][1] <= start:
             moved.append((start + shifts[n], end + shifts[n]))
     return "".join([*pieces, text[copied:]]), moved, tokens
+
+
+def gives_away(text: str, name: str) -> bool:
+    """Whether `text` holds a long word of a name, so that the rest of it can be guessed."""
+    return any(occurrences(text, word) for word in name_words(name))
 
 
 # ---- documents ---------------------------------------------------------------------------------------
@@ -123,45 +129,58 @@ class Corpus:
             self.same_title.setdefault(passage.title, []).append(n)
         self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
         self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
-        self.pivots = {"train": [], "heldout": []}  # numbers of passages
+        # Numbers of the passages that have a name of several words (True) or of one (False).
+        self.pivots: dict[str, dict[bool, list[int]]] = {split: {True: [], False: []} for split in ("train", "heldout")}
+        counts = {split: {True: 0, False: 0} for split in self.pivots}
         for n, passage in enumerate(passages):
             split = "heldout" if passage.title in self.heldout else "train"
-            if self._names(n, split):
-                self.pivots[split].append(n)
-        if not any(self.pivots.values()):
+            kinds = [" " in name for name in self._names(n, split)]
+            for several in set(kinds):
+                self.pivots[split][several].append(n)
+                counts[split][several] += kinds.count(several)
+        self.several = {split: count[True] / max(1, sum(count.values())) for split, count in counts.items()}
+        if not any(numbers for split in self.pivots.values() for numbers in split.values()):
             raise UserError("the corpus has no passage with an entity to mask: bring other text, or another --ner")
-        self.index = BM25([f"{passage.title} {passage.text}" for passage in passages]) if n_related else None
+        self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
         self.lengths: dict[int, int] = {}  # passage -> its tokens, of those counted so far
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
 
         The first draws don't depend on `chunks`, so most pivots and answers are the same at every length. Raises
-        UserError if the document can't be built, in training only after the next numbers were tried in its place.
+        UserError if the document can't be built, in training only after other draws, which no other number makes.
         """
-        tries = range(i, i + (NEXT_TRIES if split == "train" else 1))
-        for n in tries:
+        tries = TRIES if split == "train" else 1
+        for attempt in range(tries):
             try:
-                return self._draw(n, split, chunks or self.n_chunks)
+                return self._draw(i, split, chunks or self.n_chunks, attempt)
             except UserError:
-                if n == tries[-1]:
+                if attempt == tries - 1:
                     raise
 
-    def _draw(self, i: int, split: str, n_chunks: int | None) -> Document:
-        if not self.pivots[split]:
+    def _draw(self, i: int, split: str, n_chunks: int | None, attempt: int) -> Document:
+        if not any(self.pivots[split].values()):
             raise UserError(
                 f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout"
             )
-        rng = np.random.default_rng([self.seed, split == "heldout", i])
+        rng = np.random.default_rng([self.seed, split == "heldout", i] + [attempt] * (attempt > 0))
+        # Names of several words are given away far more often. Drawn first, the kind of y is as frequent as in the text.
+        several = bool(rng.random() < self.several[split])
         leaks, draws = 0, 0
         while draws < ATTEMPTS:
-            pivot = int(rng.choice(self.pivots[split]))
+            if draws > ATTEMPTS / 2 and self.pivots[split][not several]:
+                several = not several  # this kind can't be had
+            pivot = int(rng.choice(self.pivots[split][several]))
             pool, keys = self._pool(pivot, rng)
-            names = self._names(pivot, split)
-            for n in rng.permutation(len(names)).tolist():  # until one of the pivot's names makes a document
+            size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
+            names = [name for name in self._names(pivot, split) if (" " in name) == several]
+            for n in rng.permutation(len(names)).tolist():  # until one of them makes a document
                 draws += 1
-                document = self._build(i, split, pool, keys, names[n], n_chunks)
-                leaky = document is not None and any(gives_away(chunk, names[n]) for chunk in document.chunks)
+                document = None
+                leaky = not self.keep_leaky and self._leaks(pool[:size], names[n])  # before all is cut
+                if not leaky:
+                    document = self._build(i, split, pool, keys, names[n], n_chunks, size)
+                    leaky = document is not None and any(gives_away(chunk, names[n]) for chunk in document.chunks)
                 leaks += leaky
                 if document and (self.keep_leaky or not leaky):
                     document.leaks, document.redraws = leaks, draws - 1
@@ -170,6 +189,15 @@ class Corpus:
             f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: bring more text, "
             "longer chunks or --keep-leaky"
         )
+
+    def _leaks(self, passages: np.ndarray, name: str) -> bool:
+        """Whether one of these passages gives `name` away when it is masked."""
+        for word in name_words(name):
+            holding = self.index.holding(word)
+            for n in holding[np.isin(holding, passages)].tolist():
+                if gives_away(mask(self.passages[n].text, name), name):
+                    return True
+        return False
 
     def _names(self, n: int, split: str) -> list[str]:
         """The distinct entities of passage n that may be masked."""
@@ -198,10 +226,10 @@ class Corpus:
         return np.array([pivot, *related, *others]), rng.random(1 + len(related) + len(others))
 
     def _build(
-        self, i: int, split: str, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None
+        self, i: int, split: str, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None, size: int
     ) -> Document | None:
         """The document with `answer` masked, or None where its chunks can't hold the whole pivot."""
-        text, masks, entities, (pivot_start, pivot_end), chunks = self._fill(pool, keys, answer, n_chunks)
+        text, masks, entities, (pivot_start, pivot_end), chunks = self._fill(pool, keys, answer, n_chunks, size)
         most = n_chunks or self.max_chunks or len(chunks)
         # Of too many chunks keep the first ones, or those up to the pivot's last where the pivot ends later.
         chunk_ends = list(accumulate(map(len, chunks)))
@@ -220,9 +248,9 @@ class Corpus:
             start = end
         return Document(i, self.passages[pool[0]].title, QUESTION, [answer], chunks, recall)
 
-    def _fill(self, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None) -> tuple:
-        """Join passages until they fill the chunks, or `n_passages` -> text, masks, entities, pivot's span, chunks."""
-        size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
+    def _fill(self, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None, size: int) -> tuple:
+        """Join passages, `size` or as many as fill the chunks -> text, masks, entities, pivot's span, chunks."""
+        few, enough = 0, len(pool) + 1  # numbers of passages that were too few, and that were more than enough
         while True:
             if size > len(pool):
                 wanted = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}"
@@ -233,22 +261,30 @@ class Corpus:
             order = pool[np.argsort(keys[:size])]
             text, masks, entities, pivot_span = self._join(order, pool[0], answer)
             chunks = cut_chunks(text, entities, self.tokenizer, self.chunk_tokens)
-            if not n_chunks or len(chunks) >= n_chunks:
-                return text, masks, entities, pivot_span, chunks
-            # Each try cuts the whole text again, so it grows by 1 % at least, and aims a little short of the rest.
-            size = max(size + 1 + size // 100, int(size * 0.95 * n_chunks / len(chunks)))
+            found = text, masks, entities, pivot_span, chunks
+            if not n_chunks or n_chunks <= len(chunks) <= 1.05 * n_chunks:
+                return found
+            few, enough = (size, enough) if len(chunks) < n_chunks else (few, size)
+            if size == enough == few + 1:
+                return found
+            # Each try cuts the whole text, so aim by the chunks that a passage makes.
+            size = min(max(few + 1, int(size * (n_chunks + 0.5) / len(chunks))), max(few + 1, enough - 1))
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
-        """Passages for about half of the chunks: a first guess, which _fill makes larger."""
+        """Passages whose tokens should fill the chunks: a first guess, which _fill puts right."""
         used = 0
         for taken, n in enumerate(pool.tolist()):
-            if used > n_chunks * self.chunk_tokens / 2:
+            if used >= n_chunks * self.chunk_tokens:
                 return taken
             if n not in self.lengths:
-                encoded = self.tokenizer(self.passages[n].text, add_special_tokens=False, verbose=False)
-                self.lengths[n] = len(encoded["input_ids"])
+                self._count([m for m in pool[taken : taken + 256].tolist() if m not in self.lengths])
             used += self.lengths[n]
         return len(pool)
+
+    def _count(self, numbers: list[int]) -> None:
+        texts = [self.passages[n].text for n in numbers]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        self.lengths |= {n: len(ids) for n, ids in zip(numbers, encoded, strict=True)}
 
     def _join(self, order: np.ndarray, pivot: int, answer: str) -> tuple[str, list[Span], list[Span], Span]:
         """-> the masked text, its masks, the entities it still has, the pivot's span."""
@@ -267,7 +303,8 @@ class Corpus:
 def draw_recall(document: Document, rng) -> Recall | None:
     """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk but the last has any.
 
-    k is drawn from those that have such a chunk before them, and l from the chunks that have names.
+    k is drawn from those that have such a chunk before them, l from the chunks that have names, and the name from those
+    that masking takes out of the chunk with all their long words, where there are any.
     """
     sources = [number for number, names in enumerate(document.recall[:-1], 1) if names]
     if not sources:
@@ -275,5 +312,9 @@ def draw_recall(document: Document, rng) -> Recall | None:
     k = int(rng.integers(sources[0] + 1, len(document.chunks), endpoint=True))
     chunk = int(rng.choice([number for number in sources if number < k]))
     names = document.recall[chunk - 1]
-    entity = names[int(rng.integers(len(names)))]
-    return Recall(k, chunk, entity, mask(document.chunks[chunk - 1], entity, TARGET))
+    for n in rng.permutation(len(names)).tolist():
+        section = mask(document.chunks[chunk - 1], names[n], TARGET)
+        leaky = gives_away(section, names[n])
+        if not leaky:
+            return Recall(k, chunk, names[n], section)
+    return Recall(k, chunk, names[n], section, leaky)

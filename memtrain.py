@@ -32,6 +32,7 @@ document, or per trajectory, document by document.
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -75,7 +76,7 @@ def main(config: Config) -> None:
     run.evaluate("before", evaluation)  # with the weights of --model, so before a checkpoint is loaded; once a run
     run.resume()
     for step in run.steps():
-        with run.guard():  # where text, retriever or memory give out in one process, all save and end
+        with run.guard():  # where text, retriever or memory give out in one process, all save and end; so below
             # 1. Read (3.1, 3.2): this process's documents, each G1 times
             documents_D = run.draw(source, step)
             trajectories_DG = agent(sample, documents_D, limits, samples=config.g1)
@@ -97,13 +98,14 @@ def main(config: Config) -> None:
         groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
         turns = assign_advantages(groups, config.advantage)
         # 5. Reference log-probs, then the update (Eq. 4)
-        store_reference_logprobs(reference, turns, config, run.device)
-        run.lap("reference")
+        with run.guard():
+            store_reference_logprobs(reference, turns, config, run.device)
+            run.lap("reference")
         lr = learning_rate(config, step)
-        stats = update(policy, optimizer, turns, lr, config)
+        stats = update(policy, optimizer, turns, lr, config, run.guard)
         run.lap("update")
         # 6. Log and save
-        rows = step_rows(trajectories_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
+        rows = step_rows(trajectories_DG, targets_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
         run.log(step, rows, stats, {"lr": lr, "left_out": left_out.total()})
         run.show(step, sample_text(trajectories_DG[0], recalls_DG[0], rewards_DG[0]), documents_D[0].chunks)
         run.save_if_due(step, stats["bad_updates"])
@@ -165,7 +167,9 @@ def store_reference_logprobs(reference, turns: list[Turn], config: Config, devic
         reference.to("cpu")
 
 
-def update(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config) -> dict[str, float]:
+def update(
+    policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config, guard=nullcontext
+) -> dict[str, float]:
     """One optimizer step (Eq. 4) per `--update-batch` documents, by default one in all -> sums for the metrics.
 
     `turns` are this process's; gradients and weights are those of all processes together.
@@ -175,19 +179,21 @@ def update(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config:
     documents_per_update = config.update_batch or config.documents
     starts = range(0, config.documents, documents_per_update)
     if len(starts) > 1:  # the first update moves the policy away from the one that sampled
-        store_logprobs(policy, turns, "old_logprobs", config)
+        with guard():
+            store_logprobs(policy, turns, "old_logprobs", config)
     totals = Counter(loss=0.0, used_tokens=0, padded_tokens=0)
     norms = []
     for start in starts:
         own = [turn for turn in turns if start <= turn.document < start + documents_per_update]
         if set_weights(own) == 0:  # on all processes
             continue
-        for batch in packing.micro_batches(policy, own, config.train_tokens):
-            loss, stats = batch_loss(policy, batch, config)
-            loss.backward()
-            used, padded = packing.batch_tokens(policy, batch)
-            totals.update({name: value.item() for name, value in stats.items()})  # Counter.update adds
-            totals.update(loss=loss.item() / len(starts), used_tokens=used, padded_tokens=padded)
+        with guard():
+            for batch in packing.micro_batches(policy, own, config.train_tokens):
+                loss, stats = batch_loss(policy, batch, config)
+                loss.backward()
+                used, padded = packing.batch_tokens(policy, batch)
+                totals.update({name: value.item() for name, value in stats.items()})  # Counter.update adds
+                totals.update(loss=loss.item() / len(starts), used_tokens=used, padded_tokens=padded)
         norms.append(optimizer.step(lr, config.grad_clip))
     policy.eval()
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -232,8 +238,8 @@ def pad_rows(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def step_rows(
-    trajectories: list[Trajectory], recalls: list[list[Turn]], groups: list[Group], em: list[float],
-    rewards: list[float], recall_rewards: list[list[float]],
+    trajectories: list[Trajectory], targets: list[Recall | None], recalls: list[list[Turn]], groups: list[Group],
+    em: list[float], rewards: list[float], recall_rewards: list[list[float]],
 ) -> dict[str, list]:
     """The values of which the metrics are means or sums: one per sample, turn, group or document."""
     documents = list({id(t.document): t.document for t in trajectories}.values())  # each once
@@ -246,6 +252,8 @@ def step_rows(
         "degenerate": [group.degenerate for group in groups],
         "leaks": [document.leaks for document in documents],
         "draws": [1 + document.redraws for document in documents],
+        "answers": [str(document.answers[0]) for document in documents],
+        "recall_leaky": [target.leaky for target in targets if target],
         "truncated": [not turn.ended for turn in all_turns],
         "unboxed": [trajectory.prediction is None for trajectory in trajectories],
         "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],

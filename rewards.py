@@ -3,9 +3,9 @@
     R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
-An answer is the content of the last closed `\\boxed{}` that the model generated. It is right when it matches a gold
-answer exactly (EM), after SQuAD's normalisation. Numbers are compared as numbers: 1.5 is not 15, though both normalise
-to "15"; 1,500.0 is 1500.
+An answer is the content of the last closed `\\boxed{}` that the model generated and that is not empty. It is right when
+it matches a gold answer exactly (EM), after the folding of masking and SQuAD's normalisation. Numbers are compared as
+numbers: 1.5 is not 15, though both normalise to "15"; 1,500.0 is 1500.
 """
 
 import re
@@ -13,15 +13,19 @@ import string
 from collections import Counter
 from decimal import Decimal
 
+from text.matching import fold
+
 # A minus that doesn't follow a word, digits with or without thousands separators, decimals.
-NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
+WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
 BOX = "\\boxed{"
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last closed \\boxed{} in `text`, braces inside it balanced; None without a closed box.
+    """The content of the last \\boxed{} in `text` that is closed and not empty, braces inside it balanced; or None.
 
-    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{un")` is `"f{x}"`.
+    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{un")` is `"f{x}"`. An empty box is none: models repeat
+    the instruction to use one.
     """
     start = text.rfind(BOX)
     while start >= 0:
@@ -29,28 +33,50 @@ def boxed(text: str) -> str | None:
         for position in range(start + len(BOX) - 1, len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
-                return text[start + len(BOX) : position]
+                break
+        content = text[start + len(BOX) : position]
+        if depth == 0 and content.strip():
+            return content
         start = text.rfind(BOX, 0, start)
     return None
 
 
+def unwrap(prediction: str) -> str:
+    r"""A prediction without the LaTeX around it: `unwrap(r"$\text{Paris}$, 1{,}500")` is "Paris, 1,500"."""
+    text = prediction.replace("{,}", ",").replace("$", "")
+    while (plain := WRAPPER.sub(r"\1", text)) != text:  # wrappers stand in wrappers
+        text = plain
+    return text
+
+
 def normalize(text: str) -> str:
-    """SQuAD's normalisation (arXiv 1606.05250): lower case, no punctuation, no a/an/the, white space folded."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    """Folded as in masking, then SQuAD's normalisation (arXiv 1606.05250).
+
+    No case, no punctuation, no a/an/the, white space as one space; NFKC, and one kind of quotes and dashes.
+    """
+    folded, _ = fold(text)
+    text = "".join(c for c in folded if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def numbers(text: str) -> list[Decimal]:
     """Every number written in digits, in order: "-1,500.0 and 7" gives [-1500.0, 7]."""
-    return [Decimal(n.replace(",", "").replace("\u2212", "-")) for n in NUMBER.findall(text)]
+    folded, _ = fold(text)
+    return [Decimal(number.replace(",", "")) for number in NUMBER.findall(folded)]
+
+
+def is_number(text: str) -> bool:
+    folded, _ = fold(text.strip())
+    return NUMBER.fullmatch(folded) is not None
 
 
 def exact_match(prediction: str | None, answers: list[str]) -> bool:
     """True if `prediction` matches one of `answers`; None and answers that normalise to nothing never match."""
     if prediction is None:
         return False
+    prediction = unwrap(prediction)
     for answer in answers:
-        both_numbers = NUMBER.fullmatch(prediction.strip()) and NUMBER.fullmatch(answer.strip())
+        both_numbers = is_number(prediction) and is_number(answer)
         same_text = normalize(answer) and normalize(prediction) == normalize(answer)
         if (both_numbers or same_text) and numbers(prediction) == numbers(answer):
             return True
@@ -62,7 +88,7 @@ def f1_score(prediction: str | None, answers: list[str]) -> float:
 
     F1 doesn't compare numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
     """
-    predicted = Counter(normalize(prediction or "").split())
+    predicted = Counter(normalize(unwrap(prediction or "")).split())
     best = 0.0
     for answer in answers:
         gold = Counter(normalize(answer).split())
@@ -74,7 +100,8 @@ def f1_score(prediction: str | None, answers: list[str]) -> float:
 def substring_match(prediction: str | None, answers: list[str]) -> bool:
     """True if the normalised words of one of `answers` stand in a row in `prediction`; never the other way round."""
     golds = [normalize(answer) for answer in answers]
-    return any(gold and f" {gold} " in f" {normalize(prediction or '')} " for gold in golds)
+    predicted = normalize(unwrap(prediction or ""))
+    return any(gold and f" {gold} " in f" {predicted} " for gold in golds)
 
 
 def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:

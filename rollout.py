@@ -204,7 +204,8 @@ def sampler(generate, model, tokenizer, greedy: bool = False):
     """
 
     def sample(prompts: list[str], new_tokens: int, done=None) -> list[Turn]:
-        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}  # each text once
+        ids = [encoded[prompt] for prompt in prompts]
         completions = generate(model, tokenizer, ids, new_tokens, done, greedy) if ids else []
         texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         return [Turn(p, c.ids, c.ended, text, c.padding) for p, c, text in zip(ids, completions, texts, strict=True)]

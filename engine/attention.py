@@ -27,7 +27,7 @@ PACKED = "packed_sdpa"
 class RoomyLayer(DynamicLayer):
     """A cache layer with room ahead: the plain one copies itself for every new token."""
 
-    room, buffers = 64, (None, None)
+    room, buffers = 64, (None, None)  # tokens that a new buffer can take; its owner may know how many will come
 
     def append(self, buffer: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`held` and then `new`, both (batch, heads, tokens, head size), in one buffer: in `buffer` if it has room."""
@@ -44,8 +44,8 @@ class RoomyLayer(DynamicLayer):
     def make_room(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
         """Hold `rows` rows of `width` zeros, shaped like these keys and values (any, heads, any, head size)."""
         self.lazy_initialization(keys, values)
-        total = width + self.room
-        self.buffers = tuple(like.new_zeros(rows, like.shape[1], total, like.shape[3]) for like in (keys, values))
+        shapes = [(rows, like.shape[1], width + self.room, like.shape[3]) for like in (keys, values)]
+        self.buffers = tuple(like.new_zeros(shape) for like, shape in zip((keys, values), shapes, strict=True))
         self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -122,6 +122,13 @@ def random_state() -> dict[str, torch.Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
+def size(model, optimizer) -> int:
+    """Bytes of a checkpoint: weights, moments, and float32 masters where the weights are not their own."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = sum(p.numel() for p in optimizer.weights)
+    return weights + parameters * (12 if optimizer.separate else 8)
+
+
 def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors: dict[str, torch.Tensor]) -> None:
     """Write the checkpoint of `state`'s step, point `out`/checkpoint to it, and delete all but the last `keep`.
 

@@ -17,6 +17,7 @@ class MasterAdamW:
     """AdamW whose `step` takes the gradients accumulated so far and writes the rounded weights back to the policy."""
 
     def __init__(self, model, lr: float, offload: bool = False):
+        self.updates = 0  # since this process began
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.separate = offload or any(p.dtype != torch.float32 for p in self.weights)
         if not self.separate:
@@ -53,6 +54,7 @@ class MasterAdamW:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or math.inf)
         if norm.isfinite():  # the same on every process: it is of the sum
             self.adamw.step()
+            self.updates += 1
         self.adamw.zero_grad(set_to_none=True)
         if self.separate and norm.isfinite():
             with torch.no_grad():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
+from text.matching import KINDS, kind
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
@@ -32,12 +33,25 @@ def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_00
 # ---- an evaluation -------------------------------------------------------------------------------------
 
 
-def row(when: str, task: str, chunks: int, memory: str, scores: list[float], **more: float) -> dict:
-    """One accuracy: of a task, at a length, with a memory or a control in its place; `more` are further measures."""
-    accuracy = float(np.mean(scores))
-    low, high = wilson(sum(scores), len(scores))
-    place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(scores)}
-    return place | {"accuracy": accuracy, "low": low, "high": high} | more | {"scores": scores}
+def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float], **more: float) -> dict:
+    """One accuracy: of a task, at a length, with a memory or a control in its place; `more` are further measures.
+
+    `scores` are by the number of their document. Row["scores"] and row["documents"] are in the order of these numbers,
+    however many processes there were.
+    """
+    documents = sorted(scores)
+    values = [scores[number] for number in documents]
+    low, high = wilson(sum(values), len(values))
+    place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(values)}
+    accuracy = {"accuracy": float(np.mean(values)), "low": low, "high": high}
+    return place | accuracy | more | {"scores": values, "documents": documents}
+
+
+def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
+    """The scores of two rows on the documents that both have."""
+    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
+    shared = sorted(one.keys() & other.keys())
+    return [one[number] for number in shared], [other[number] for number in shared]
 
 
 def table(rows: list[dict]) -> str:
@@ -73,8 +87,8 @@ def differences(rows: list[dict]) -> list[str]:
     for row in rows:
         first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
         if first is not row:
-            mean, low, high = paired_bootstrap(first["scores"], row["scores"])
-            names = f"{row['when']} - {first['when']}, {row['memory']}, {row['chunks']}"
+            mean, low, high = paired_bootstrap(*paired(first, row))
+            names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
             lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return lines
 
@@ -126,15 +140,19 @@ def plot(rows: list[dict], file: str) -> None:
 
 def step_metrics(rows: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
     """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); README says what each means."""
-    mean = {name: float(np.mean(values)) if values else None for name, values in rows.items()}
-    std = {name: float(np.std(values)) if values else None for name, values in rows.items()}
+    numbers = {name: values for name, values in rows.items() if name != "answers"}
+    mean = {name: float(np.mean(values)) if values else None for name, values in numbers.items()}
+    std = {name: float(np.std(values)) if values else None for name, values in numbers.items()}
     trained = max(sums.get("tokens", 0), 1)
+    kinds = [kind(answer) for answer in rows["answers"]]
     padding, tokens = sum(rows["padding"]), sum(rows["prompt_tokens"]) + sum(rows["completion_tokens"])
     return {
         "end_to_end": mean["correct"], "end_to_end_std": std["correct"],
         "recall": mean["recalled"], "recall_std": std["recalled"],
         "reward": mean["reward"], "reward_std": std["reward"],
         "degenerate": mean["degenerate"], "leaky": sum(rows["leaks"]) / sum(rows["draws"]),
+        "recall_leaky": mean["recall_leaky"],
+    } | {f"y_{name}": kinds.count(name) / len(kinds) for name in KINDS} | {
         "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
         "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
         "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,

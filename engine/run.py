@@ -10,8 +10,10 @@
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +54,8 @@ class Run:
         self.state = {"step": 0, "processes": self.processes, "seconds": 0.0, "bad_steps": 0}
         self.signals: list[int] = []
         self.stopping = False
+        self.builder = ThreadPoolExecutor(1)  # builds the documents of the next step while this one is sampled
+        self.built: dict[int, Future] = {}
         torch.manual_seed(config.seed + 1_000_003 * self.rank)  # every process draws its own samples
 
     def say(self, text: str) -> None:
@@ -70,6 +74,20 @@ class Run:
             if checkpoints.unfinished(self.out, self.settings, self.config.resume) != self.resuming:
                 raise UserError(f"--out {self.out}: another run came and went meanwhile; run the same command again")
             checkpoints.write_config(self.out, self.settings)
+            self.check_disk()
+
+    def check_disk(self) -> None:
+        """UserError where the disk has no room for a checkpoint; a line where it hasn't for all of them at once."""
+        needed = checkpoints.size(self.policy, self.optimizer)
+        free = shutil.disk_usage(self.out).free
+        most = (self.config.keep + 1) * needed  # a new one is written before the oldest goes
+        held = sum(file.stat().st_size for file in (self.out / "checkpoints").rglob("*") if file.is_file())
+        figures = f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        if free < needed:
+            raise UserError(f"--out {self.out}: {figures}; free some space, or name a folder on another disk")
+        if free < most - held:
+            lower = "free some, or give a smaller --keep" if self.config.keep > 1 else "free some"
+            print(f"--out {self.out}: {figures}, {most / 1e9:.1f} are needed with --keep {self.config.keep}; {lower}")
 
     def evaluate(self, when: str, measure) -> None:
         """Rows of `measure(when)` into eval.json, and the table of all rows to the terminal."""
@@ -105,13 +123,20 @@ class Run:
         for step in self.bar:
             self.seconds, self.lap_began = {}, time.perf_counter()
             self.began = self.lap_began
+            self.random_state, self.updates = checkpoints.random_state(), self.optimizer.updates
             yield step
             if self.stopped:
                 break
         checkpoints.release_signals()
 
     def draw(self, source, step: int) -> list:
-        """This process's documents of a step."""
+        """This process's documents of a step. Those of the next step are then built meanwhile."""
+        documents = self.built.pop(step).result() if step in self.built else self.build(source, step)
+        if step + 1 < self.config.steps:
+            self.built[step + 1] = self.builder.submit(self.build, source, step + 1)
+        return documents
+
+    def build(self, source, step: int) -> list:
         documents = [source.document(step * self.config.documents + place) for place in self.places]
         for place, document in zip(self.places, documents, strict=True):
             document.place = place
@@ -119,16 +144,24 @@ class Run:
 
     @contextmanager
     def guard(self):
-        """A UserError of any process inside ends all of them, once what was learned is saved."""
-        random_state, error = checkpoints.random_state(), None
+        """Every process runs the block; where one of them fails, all save what was learned before this step, and end.
+
+        The block must not wait for other processes. A UserError of another process is raised here, too.
+        """
+        error = None
         try:
             yield
-        except UserError as caught:  # text, retriever or memory gave out
+        except Exception as caught:  # text, retriever, server or memory gave out, or a bug
             error = caught
-        if error := first_error(error):
-            if self.state["step"]:
-                self.save(random_state)
-            raise error
+        line = error if error is None or isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
+        lost = first_error(line)  # any kind can be raised again here, but not every kind sent to the others
+        if lost is None:
+            return
+        if self.state["step"]:
+            if self.optimizer.updates > self.updates:
+                self.say("the checkpoint holds the first updates of the step that failed")
+            self.save(self.random_state)
+        raise error or lost
 
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`."""

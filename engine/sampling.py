@@ -102,8 +102,13 @@ def generate(
         sizes = row_sizes([prompts[i] for i in waiting], new_tokens, share and is_plain(model))
         full = False
         try:
-            for places in by_length(sizes, budget.tokens, fill):
-                batch = [waiting[n] for n in places]
+            batches = [[waiting[n] for n in places] for places in by_length(sizes, budget.tokens, fill)]
+            while batches:
+                batch = batches.pop(0)
+                held = held_tokens(model, [prompts[i] for i in batch], new_tokens)
+                if held > budget.tokens and len(batch) > 1:  # its groups are of different sizes, so they hold more
+                    batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                    continue
                 prefill_tokens = budget.tokens // 8 if share else None
                 texts = [prompts[i] for i in batch]
                 found = generate_batch(model, tokenizer, texts, new_tokens, prefill_tokens, config, draw, done)
@@ -112,7 +117,7 @@ def generate(
         except torch.OutOfMemoryError:
             full = True
         if full:  # here and not above: while an exception is handled, it keeps alive all that its frames hold
-            shrink(budget, len(batch), max(sizes[n] for n in places), len(prompts[batch[0]]))
+            shrink(budget, len(batch), held, len(prompts[batch[0]]))
     if draw and not draw.finite:
         raise UserError(
             "--model: its logits are not finite, so nothing can be sampled; look at its weights, or try another --dtype"
@@ -129,15 +134,31 @@ def row_sizes(prompts: list[list[int]], new_tokens: int, shared: bool) -> list[i
     return sizes
 
 
-def shrink(budget: Budget, rows: int, width: int, prompt_tokens: int) -> None:
-    """After a batch of `rows` rows of `width` tokens met the end of the memory. UserError for a single row."""
+def shares(model, prompts: list[list[int]]) -> bool:
+    """Whether a batch of these prompts holds each of them once. `model` must pass can_share_prompts.
+
+    Not where one prompt has far more rows than another: the largest group sets the work of all.
+    """
+    groups = by_prompt(prompts)
+    return is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)
+
+
+def held_tokens(model, prompts: list[list[int]], new_tokens: int) -> int:
+    """Tokens of the cache that a batch of these prompts fills, padding included."""
+    once = can_share_prompts(model) and shares(model, prompts)
+    copies = len(by_prompt(prompts)) if once else len(prompts)
+    return copies * max(map(len, prompts)) + len(prompts) * new_tokens
+
+
+def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
+    """After a batch of `rows` rows, of `held` tokens, met the end of the memory. UserError for a single row."""
     if rows == 1:
         raise UserError(
             f"out of memory for a single prompt of {prompt_tokens} tokens: make --chunk-tokens smaller, leave out "
             "--controls full, or see README on what can be held in CPU memory"
         )
     torch.cuda.empty_cache()
-    budget.tokens = min(budget.tokens, rows * width) // 2  # the batch may have been far smaller than the budget
+    budget.tokens = min(budget.tokens, held) // 2  # the batch may have been far smaller than the budget
     print(f"out of memory in rollout: going on with --rollout-tokens {budget.tokens}", flush=True)
 
 
@@ -162,6 +183,8 @@ def generate_batch(
     own, model.generation_config = model.generation_config, config
     try:
         while going:
+            for layer in cache.layers if cache is not None else []:
+                layer.room = config.max_length - ids.shape[1] + 1  # so that it is allocated once
             few = len(going) // 2 if cache is not None and len(going) > 8 else 0
             stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
@@ -221,9 +244,7 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
     for n, group in enumerate(groups):
         prompt_of[group] = n
     prompt_of = prompt_of.to(model.device)
-    # Groups of much the same size stay together: the largest sets the work of all.
-    even = is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)
-    if width and len(groups) < len(prompts) and not even:
+    if width and len(groups) < len(prompts) and not shares(model, prompts):
         cache.batch_select_indices(prompt_of)
         lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
     alone = len(lengths) == len(prompts)

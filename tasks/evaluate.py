@@ -34,8 +34,8 @@ def evaluate_questions(
     """Accuracy on up to `eval_documents` questions: longqa at each length, searchqa once; a row each, and by control.
 
     "kept" is the agent itself. The controls answer in one step: from "empty" memory (searchqa: with no search left),
-    from the "full" text, full(document), or from "oracle", the gold paragraphs. `scores` are per question, in an order
-    that is the same for every model and length.
+    from the "full" text, full(document), or from "oracle", the gold paragraphs. `scores` are by question, which has
+    the same number for every model and length.
     """
     rank, found = parallel.rank(), {}
     shown = f"evaluation {when}" if rank == 0 else None
@@ -51,14 +51,16 @@ def evaluate_questions(
         else:
             memories = [control_memory(control, document, full) for document in documents]
             predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, limits)]
-        for (length, i), prediction, document in zip(places, predictions, documents, strict=True):
-            found.setdefault((length, control), {})[i] = measures(config.task, prediction, document.answers)
+        for (length, _), prediction, document in zip(places, predictions, documents, strict=True):
+            scores = measures(config.task, prediction, document.answers)
+            found.setdefault((length, control), {})[document.index] = scores
     parts, rows = parallel.gather(found), []
     for length, control in ((length, control) for length in asked for control in ("kept", *controls)):
         scores = dict(sorted(item for part in parts for item in part.get((length, control), {}).items()))
-        exact, *others = zip(*scores.values(), strict=True)
+        _, *others = zip(*scores.values(), strict=True)
         more = {name: sum(values) / len(values) for name, values in zip(("f1", "substring"), others)}
-        rows.append(row(when, config.task, length, control, list(exact), **more))
+        exact = {i: own[0] for i, own in scores.items()}
+        rows.append(row(when, config.task, length, control, exact, **more))
     return rows
 
 

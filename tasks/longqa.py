@@ -173,12 +173,16 @@ class LongQA:
         self.chunk_tokens, self.chunks = chunk_tokens, chunks
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
-        """Raises UserError where the question can't be brought to that length; in training the next one is tried."""
-        for n in range(index, index + (20 if split == "train" else 1)):
+        """Raises UserError where the question can't be brought to that length; in training others are tried before."""
+        questions = self.questions[split]
+        rng = np.random.default_rng([self.seed, index, 1])
+        question = draw(questions, index, self.seed)
+        for _ in range(20 if split == "train" else 1):
             try:
-                return self._filled(draw(self.questions[split], n, self.seed), index, chunks or self.chunks)
+                return self._filled(question, index, chunks or self.chunks)
             except UserError as error:
                 last = error
+            question = questions[int(rng.integers(len(questions)))]
         raise last
 
     def lengths(self, asked: list[int], split: str) -> list[int]:

@@ -15,11 +15,17 @@ from tasks.search import SEARCH_PROMPT, SearchQA, objectives, search
 from text.corpus import Passage, find_entities, load_passages
 
 
-def load_task(config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None):
+def load_task(
+    config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None, loaded: tuple | None = None
+) -> tuple:
     """(source, agent): documents by source.document(index, split, chunks), and agent(sample, documents, limits, ...).
 
-    `left_out` counts the passages that can't be used; `cache` is a folder. Raises UserError.
+    `left_out` counts the passages that can't be used; `cache` is a folder. A task that is `loaded` is only checked
+    against the window of this model. Raises UserError.
     """
+    if loaded:
+        check_window(config, model, tokenizer)
+        return loaded
     retriever = open_retriever(config.retriever, config.text, config.encoder) if config.task == "searchqa" else None
     source = load_source(config, model, tokenizer, cache, left_out)
     return source, partial(search, retriever=retriever) if retriever else read

@@ -52,6 +52,11 @@ class BM25:
             self.weights[block] = own_idf * count * (k1 + 1) / (count + norm[self.postings[block]])
         self.starts = np.concatenate([[0], np.cumsum(frequency)])
 
+    def holding(self, word: str) -> np.ndarray:
+        """Numbers of the texts that hold this word, in any case."""
+        term = self.terms.get(word.lower())
+        return self.postings[:0] if term is None else self.postings[self.starts[term] : self.starts[term + 1]]
+
     def search(self, queries: list[str], k: int) -> list[list[tuple[int, float]]]:
         """For each query its k best passages, [(index, score), ...], best first; equal scores by index.
 

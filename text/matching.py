@@ -9,14 +9,19 @@ from functools import lru_cache
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 Span = tuple[int, int]  # character positions, the end excluded
-ALIKE = str.maketrans("’‘‐‑–", "''---")  # curly quotes and dashes are no other name
+# One for one: curly quotes, dashes and the minus sign make no other name.
+ALIKE = str.maketrans(dict.fromkeys("’‘‚′", "'") | dict.fromkeys("“”„″«»", '"') | dict.fromkeys("‐‑‒–—−", "-"))
 
 
-def fold(text: str):
+def fold(text: str) -> tuple[str, range | list[int]]:
     """(`text` in NFKC and caseless; the place in `text` of each of its characters, and of its end).
 
     `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
     """
+    return _fold_again(text) if len(text) < 100_000 else _fold(text)
+
+
+def _fold(text: str) -> tuple[str, range | list[int]]:
     folded = text.casefold()
     normal = unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded)
     if normal and len(folded) == len(text):
@@ -36,6 +41,9 @@ def fold(text: str):
             origin += [start] * len(piece)
             start = end
     return "".join(pieces).translate(ALIKE), [*origin, len(text)]
+
+
+_fold_again = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are looked at many times
 
 
 def merges(before: str, character: str) -> bool:
@@ -87,9 +95,17 @@ def name_words(entity: str) -> list[str]:
     return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
 
 
-def gives_away(text: str, entity: str) -> bool:
-    """Whether one of the telling words of a name stands in `text`."""
-    return any(occurrences(text, word) for word in name_words(entity))
+KINDS = ("number", "person", "several", "word")
+
+
+def kind(entity: str) -> str:
+    """Of KINDS: with a digit; like a person's, of two or more capitalised words; of several other words; of one."""
+    words = entity.split()
+    if any(character.isdigit() for character in entity):
+        return "number"
+    if len(words) > 1:
+        return "person" if all(word[0].isupper() for word in words) else "several"
+    return "word"
 
 
 @lru_cache(maxsize=65536)
