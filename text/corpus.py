@@ -255,6 +255,8 @@ def measure(file: str, ner: str) -> str:
         texts, names = [row["text"] for row in rows], [row["entities"] for row in rows]
     except (UserError, KeyError) as error:
         raise UserError(f'--measure-ner {file}: no lines of {{"text", "entities"}} ({first_line(error)})') from None
+    if not rows:
+        raise UserError(f"--measure-ner {file}: holds no text")
     common, right, found, gold = common_words(texts), 0, 0, 0
     for labelled, doc in zip(names, pipeline(ner).pipe(texts), strict=True):
         mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}

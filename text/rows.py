@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.errors import UserError, first_line
 
+BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are a mark that some programs begin a file with
 HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
 
 
@@ -21,10 +22,10 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     else:
         try:
             with file.open("rb") as lines:
-                first = next((line for line in lines if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+                first = next(filter(None, (line.strip(BLANK) for line in lines)), b"")
         except OSError as error:
             raise UserError(f"{file}: can't be read ({error.strerror})") from None
-        rows = _list(file, errors) if first.lstrip()[:1] == b"[" else _lines(file, errors)
+        rows = _list(file, errors) if first[:1] == b"[" else _lines(file, errors)
     for row, where in rows:
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object")
@@ -34,7 +35,7 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
 def _lines(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
     with file.open("rb") as lines:  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
         for number, line in enumerate(lines, 1):
-            if line.strip(b" \t\r\n\xef\xbb\xbf"):
+            if line.strip(BLANK):
                 yield _parsed(line, f"{file}: line {number}", errors), f"{file}: line {number}"
 
 

@@ -1,9 +1,9 @@
-"""corpus.py: passages from files of every format, and their entities."""
+"""text/corpus.py: passages from files of every format, and their entities."""
 
 import json
 import random
 import re
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import spacy
 
-from corpus import Passage, find_entities, load_passages, measure, pipeline, spans, split_paragraphs
-from errors import UserError
+from engine.errors import UserError
+from text.corpus import Passage, find_entities, load_passages, measure, pipeline, spans, split_paragraphs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
 
 
 def test_every_format_gives_the_same_passages(tmp_path):
     """jsonl, json, parquet, a folder of them and txt; literal masks and empty texts are left out."""
     rows = [{"title": f"T{n}", "text": f"Text number {n}."} for n in range(5)]
-    rows += [{"title": "bad", "text": "has a [MASK]"}, {"title": "bad", "text": "a [TARGET]"}, {"title": "none", "text": " "}]
+    rows += [{"title": "bad", "text": text} for text in ("has a [MASK]", "a [TARGET]", " ")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
@@ -103,7 +103,8 @@ def test_real_articles_become_passages():
 def test_a_heading_is_never_a_passage_of_its_own():
     """A short line stays with the long paragraph after it, though together they are over the size."""
     long = " ".join(["word"] * 79)
-    assert split_paragraphs(f"History\n{long}\n\nLater years\n{long}", 80) == [f"History\n{long}", f"Later years\n{long}"]
+    pieces = split_paragraphs(f"History\n{long}\n\nLater years\n{long}", 80)
+    assert pieces == [f"History\n{long}", f"Later years\n{long}"]
 
 
 def test_long_articles_are_split_at_paragraph_ends_only():
@@ -122,7 +123,8 @@ def test_long_articles_are_split_at_paragraph_ends_only():
 def test_rules_find_titles_names_years_dates_and_numbers():
     """Known cases, and what must not be found: a sentence's first word, a trailing 's, a small word's title."""
     nlp = pipeline("rules", {"Ulm", "Cell (biology)", "the", "It"})
-    text = "The physicist Albert Einstein's house in Ulm, built on 14 March 1879, had 1,200 books. It was Queen of Sheba's. A Cell is small."
+    text = "The physicist Albert Einstein's house in Ulm, built on 14 March 1879, had 1,200 books. It was Queen of "
+    text += "Sheba's. A Cell is small."
     found = {e.text for e in nlp(text).ents}
     assert found == {"Albert Einstein", "Ulm", "14 March 1879", "1,200", "Queen of Sheba", "Cell"}
 
@@ -135,12 +137,13 @@ def test_a_missing_pipeline_says_how_to_get_it():
 
 def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
     """Same text: no second run of the pipeline. Other text: a run of its own."""
+
     def fresh(text):
         return [Passage("Ulm", text)]
 
     first = fresh("Ulm lies on the Danube since 854.")
     find_entities(first, "rules", tmp_path)
-    monkeypatch.setattr("corpus.pipeline", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("text.corpus.pipeline", lambda *a: pytest.fail("ran again"))
     again = fresh("Ulm lies on the Danube since 854.")
     find_entities(again, "rules", tmp_path)
     assert again[0].entities == first[0].entities != []
@@ -155,7 +158,10 @@ def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
         ("However, he lived in New York City until 10 May 1843.", ["New York City", "10 May 1843"]),
         ("It cost 1,234.5 dollars in the 1990s, on March 3, 1998.", ["1,234.5", "1990s", "March 3, 1998"]),
         ("The University of Oxford and the Battle of the Somme.", ["University of Oxford", "Battle of the Somme"]),
-        ("Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.", ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"]),
+        (
+            "Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.",
+            ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"],
+        ),
         ("World War I began in August 1914.", ["World War I", "August 1914"]),
         ("He saw the River and the Mask in US papers.", []),
         ("Dogs bark. Cats do not. In Paris they do.", ["Paris"]),
@@ -169,10 +175,13 @@ def test_what_the_rules_leave_to_mask(text, entities):
 
 
 def test_an_installed_pipeline_is_used(tmp_path):
-    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder. The article and 's go; so do small letters, stop words
-    and what masking would not find again."""
+    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder.
+
+    The article and 's go; so do small letters, stop words and what masking would not find again.
+    """
     nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": p} for p in ("the Blue Danube's", "a river", "It", "10", "Ulm")])
+    names = ("the Blue Danube's", "a river", "It", "10", "Ulm")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": name} for name in names])
     nlp.to_disk(tmp_path / "pipeline")
     # spaCy's tokens are 10 and km, Ulm and \u2122; in NFKC, by which masking goes, that is UlmTM.
     passages = [Passage("x", "He saw the Blue Danube's water, a river in Ulm\u2122. It is 10km off.")]
@@ -187,20 +196,22 @@ def test_text_without_entities_is_refused(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_rules_on_labelled_text():
+def test_the_rules_on_labelled_text(monkeypatch, capsys):
     """Exact spans on 3,000 WikiNEuRal sentences, by the command that README quotes."""
     file = SHARED / "ner/wikineural_3000.jsonl"
     if not file.exists():
         pytest.skip("needs the shared data, which is not here")
-    command = [sys.executable, ROOT / "corpus.py", "--measure-ner", file, "--ner", "rules"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", done.stdout).groups())
+    monkeypatch.setattr(sys, "argv", ["python -m text.corpus", "--measure-ner", str(file), "--ner", "rules"])
+    monkeypatch.delitem(sys.modules, "text.corpus")  # as in a new process
+    runpy.run_module("text.corpus", run_name="__main__")
+    said = capsys.readouterr().out
+    precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", said).groups())
     assert precision > 0.8 and recall > 0.8
 
 
-@pytest.mark.parametrize("text", [None, "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]'])
+@pytest.mark.parametrize("text", [None, "", "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]'])
 def test_a_labelled_file_that_is_none_is_a_line(tmp_path, text):
-    """Missing, not JSON, or without the fields: named, with the reason."""
+    """Missing, empty, not JSON, or without the fields: named, with the reason."""
     file = tmp_path / "labels.jsonl"
     if text is not None:
         file.write_text(text)

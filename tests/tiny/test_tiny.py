@@ -12,13 +12,14 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from matching import MASK, TARGET, occurrences
 from rewards import boxed
-from rollout import EMPTY_MEMORY, READ_PROMPT, SEARCH, encode_prompt
+from rollout import EMPTY_MEMORY, READ_PROMPT, encode_prompt
+from tasks.search import SEARCH
+from text.matching import MASK, TARGET, occurrences
 from tiny.demonstrations import BRIEF, FOCUSED, LOOSE, MEMORY_TOKENS, SHARES, UNKNOWN, Demonstrations
 from tiny.world import PATTERNS, encyclopedia, questions, sentences, split
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tiny"
 
 
@@ -37,7 +38,7 @@ def tokenizer():
 
 
 def test_the_encyclopedia_is_as_large_and_as_regular_as_promised():
-    """150 subjects of four kinds, six attributes each, years are years, nobody dies before birth, titles are told apart."""
+    """150 subjects of four kinds, six attributes each, years are years, nobody dies before birth, titles differ."""
     subjects = encyclopedia()
     kinds = Counter(s["kind"] for s in subjects)
     titles = [s["title"] for s in subjects]
@@ -77,7 +78,8 @@ def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and
     assert not [s["title"] for s in unseen if occurrences(text, s["title"])]
     assert {p["title"] for p in passages} == {s["title"] for s in known}
     searched = lines("passages_all.jsonl")
-    assert searched[: len(passages)] == passages and {p["title"] for p in searched[len(passages) :]} == {s["title"] for s in unseen}
+    assert searched[: len(passages)] == passages
+    assert {p["title"] for p in searched[len(passages) :]} == {s["title"] for s in unseen}
     versions = Counter(p["title"] for p in passages)
     assert min(versions.values()) >= 3
     assert len({p["text"] for p in passages}) > 0.95 * len(passages)
@@ -124,7 +126,8 @@ def test_two_hop_answers_follow_the_links():
 
 def test_the_tokenizer_reads_any_text(tokenizer):
     """Bytes fall back: every script survives; prompts are short because their fixed pieces are one token each."""
-    for text in ("Ulm", "na\u00efve \u4e2d\u6587 \U0001f600", "x{}\\boxed{1,5}", "two\nlines\n\nand more", "[MASK] and [TARGET]."):
+    texts = ["Ulm", "na\u00efve \u4e2d\u6587 \U0001f600", "x{}\\boxed{1,5}", "two\nlines\n\nand more"]
+    for text in [*texts, "[MASK] and [TARGET]."]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]).strip() == text
     assert len(encode_prompt(tokenizer, READ_PROMPT.format(problem="a", memory="b", section="c"))) < 10
 
@@ -138,8 +141,10 @@ def test_the_model_is_small_enough():
 
 
 def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, tokenizer):
-    """Notes are copied paragraphs, each once, within the limit; answers to questions and recall stand in the memory, and
-    where they don't, recall says so; no unseen title, though words of one may stand in an invented name."""
+    """Notes are copied paragraphs, each once, within the limit; answers stand in the memory, or recall says they don't.
+
+    No unseen title occurs, though words of one may stand in an invented name.
+    """
     known, unseen = known_and_unseen
     demonstrations = Demonstrations(known, unseen, tokenizer, seed=5)
     titles, unknown = [s["title"] for s in unseen if " " in s["title"]], 0
@@ -166,10 +171,10 @@ def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, token
 
 
 def test_note_takers_differ_as_they_should(known_and_unseen, tokenizer):
-    """First notes come from each sort as often as SHARES says; only the focused keep every paragraph with [MASK] that fits."""
+    """First notes come from each sort as often as SHARES says; only the focused keep every paragraph with [MASK]."""
     demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed=6)
     first, kept, shown = Counter(), Counter(), Counter()
-    for _ in range(4000):
+    for _ in range(2000):
         prompt, notes = demonstrations.reading()
         style = notes.split("\n\n")[0]
         first[style] += EMPTY_MEMORY in prompt
@@ -215,13 +220,12 @@ def test_invented_worlds_know_words_of_the_unseen_but_none_of_them(known_and_uns
 
 @pytest.mark.slow
 def test_build_is_deterministic(tmp_path):
-    """Two builds of two steps, with different string hashes, write the same bytes; passages are those of the repository."""
+    """Two builds of two steps, with different string hashes, write the same bytes; passages are the repository's."""
     for name, seed in (("a", "1"), ("b", "2")):
-        subprocess.run(
-            [sys.executable, TINY / "build.py", "--steps", "2", "--out", tmp_path / name],
-            check=True, env={"PYTHONHASHSEED": seed, "PATH": ""},
-        )  # fmt: skip
-    for file in ("passages.jsonl", "passages_all.jsonl", "questions.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+        command = [sys.executable, TINY / "build.py", "--steps", "2", "--out", tmp_path / name]
+        subprocess.run(command, check=True, env={"PYTHONHASHSEED": seed, "PATH": ""})
+    texts = ["passages.jsonl", "passages_all.jsonl", "questions.jsonl"]
+    for file in [*texts, "model/model.safetensors", "model/tokenizer.json"]:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
         if file.endswith("jsonl") or "tokenizer" in file:
             assert (tmp_path / "a" / file).read_bytes() == (TINY / file).read_bytes(), file

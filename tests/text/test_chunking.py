@@ -1,0 +1,160 @@
+"""text/chunking.py: where a text is cut, with tokenizers of several sizes and texts of many scripts."""
+
+import json
+import random
+import re
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from engine.errors import UserError
+from text.chunking import cut_chunks
+from text.matching import MASK
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
+REAL = ["qwen3-4b-instruct-2507", "qwen2.5-instruct", "smollm2-instruct"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of():
+    """A tokenizer by name, each loaded once: a real one, the tiny model's, or `bpe`."""
+    loaded = {}
+
+    def load(name):
+        if name in REAL and not SHARED.exists():
+            pytest.skip("needs the shared tokenizers, which are not here")
+        if name not in loaded:
+            folder = ROOT / "tiny/model" if name == "tiny" else SHARED / "tokenizers" / name
+            loaded[name] = small_bpe() if name == "bpe" else AutoTokenizer.from_pretrained(folder)
+        return loaded[name]
+
+    return load
+
+
+def small_bpe():
+    """A byte-level BPE of 400 tokens: several tokens a word, and up to 18 an emoji."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    lines = [line for text in (random.__doc__, re.__doc__) for line in text.split("\n")]
+    tokenizer.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture
+def bpe(tokenizer_of):
+    return tokenizer_of("bpe")
+
+
+def size(text, tokenizer):
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("name", [*REAL, "bpe"])
+def test_only_what_is_longer_than_a_chunk_is_cut(name, tokenizer_of):
+    """Random texts, half of them with hardly a space.
+
+    What a cut splits (a word, an entity) is longer than a chunk; masks and characters (accents, flags, joined emoji,
+    line ends) are never split.
+    """
+    tokenizer = tokenizer_of(name)
+    rng = random.Random(1)
+    family, thumb = "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd"
+    flags = "\U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea"
+    words = ["Ada", "the", MASK, "1,843", "na\u00efve", "\u5317\u4eac\u5927\u5b66", "e\u0301a\u0308", "end."]
+    words += ["\u201cYes!\u201d", "\ufdfa", family, flags, thumb, "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0301x"]
+    for _ in range(40):
+        gaps = rng.choice([[" ", " ", " ", "  ", "\n\n", "\r\n", ". "], [""] * 30 + [" ", "\r\n"]])
+        pieces = [(rng.choice(words), rng.choice(gaps)) for _ in range(rng.randint(0, 120))]
+        starts = [0, *np.cumsum([len(word) + len(gap) for word, gap in pieces]).tolist()]
+        keep, n = [], 0
+        while n + 3 < len(pieces):  # entities of one to three words
+            last = n + rng.randint(0, 2)
+            keep.append((starts[n], starts[last] + len(pieces[last][0])))
+            n = last + rng.randint(1, 6)
+        text, limit = "".join(word + gap for word, gap in pieces), rng.choice([16, 33, 64, 200])
+        chunks = cut_chunks(text, keep, tokenizer, limit)
+        assert "".join(chunks) == text and all(chunks) and all(size(chunk, tokenizer) <= limit for chunk in chunks)
+        assert sum(chunk.count(MASK) for chunk in chunks) == text.count(MASK)
+        cuts = np.cumsum([len(chunk) for chunk in chunks])[:-1].tolist()
+        for start, end in keep:  # give or take the tokens that a cut's edges cost
+            is_cut = any(start < cut < end for cut in cuts)
+            assert size(text[start:end], tokenizer) > limit - 4 or not is_cut, text[start:end]
+        inside = {place for start, end in keep for place in range(start + 1, end)}
+        spaces = (m.end() for m in re.finditer("\\s(?=[^\\s\u0301])", text))
+        clean = [0, *(place for place in spaces if place not in inside), len(text)]
+        for cut in set(cuts) - set(clean):
+            start, end = max(c for c in clean if c < cut), min(c for c in clean if c > cut)
+            assert size(text[start:end], tokenizer) > limit - 4, text[start:end]
+        for cut in cuts if limit > 16 else []:  # a family is 18 bytes, and no longer fits
+            assert unicodedata.category(text[cut])[0] != "M" and "\u200d" not in text[cut - 1 : cut + 1]
+            assert text[cut - 1 : cut + 1] not in ("\r\n", flags[:2], flags[2:], thumb)
+
+
+def test_chunks_end_with_paragraphs_and_sentences_and_are_filled(bpe):
+    """In the last half of a chunk a sentence's end beats a word's, a paragraph's beats both; else chunks are full."""
+    sentence = "The quick brown fox jumps over a lazy dog. "
+    tokens = size(sentence, bpe)
+    assert set(cut_chunks(sentence * 40, [], bpe, 5 * tokens // 2)) == {sentence * 2}
+    assert set(cut_chunks((sentence * 3 + "\n\n") * 10, [], bpe, 5 * tokens)) == {sentence * 3 + "\n\n"}
+    assert all(size(chunk, bpe) > 55 for chunk in cut_chunks("word " * 500, [], bpe, 64)[:-1])
+
+
+def test_an_entity_longer_than_a_chunk_is_cut_between_words(bpe):
+    """It must be cut somewhere; the masks in it must not."""
+    text = "alpha beta [MASK] gamma delta " * 20
+    chunks = cut_chunks(text, [(0, len(text))], bpe, 24)
+    assert "".join(chunks) == text and sum(c.count(MASK) for c in chunks) == 20 and all(c.endswith(" ") for c in chunks)
+
+
+def test_a_chunk_too_small_for_a_character_is_a_clear_error(bpe):
+    """Where one letter alone has more tokens than a chunk, the flag to change and the word are named."""
+    with pytest.raises(UserError, match="--chunk-tokens 1: too few for '\u5317x'"):
+        cut_chunks("\u5317x", [], bpe, 1)
+
+
+def test_a_long_document_is_cut_fast(tokenizer_of):
+    """40,000 tokens of real text within two seconds on one core."""
+    tokenizer = tokenizer_of(REAL[0])
+    text = "\n\n".join(json.loads(line)["text"] for line in (SHARED / "wiki/passages.jsonl").open())[:180000]
+    start = time.perf_counter()
+    chunks = cut_chunks(text, [], tokenizer, 5120)
+    assert time.perf_counter() - start < 2 and len(chunks) >= 7
+
+
+@pytest.mark.parametrize("name", [*REAL, "tiny"])
+def test_chunks_join_to_the_text_and_keep_to_their_limit(name, tokenizer_of):
+    """Random mixtures of scripts, masks and entities: joined they are the text, none is too long, no span is cut."""
+    tokenizer = tokenizer_of(name)
+    rng = random.Random(name)
+    words = ["Ada", "Lovelace", "met", MASK, "\u4e2d\u6587\u5b57", "na\u00efve", "e\u0301t\u00e9", "1,234.5"]
+    words += ["\U0001f469\u200d\U0001f52c", "\u0645\u0631\u062d\u0628\u0627", "supercalifragilistic", ".", "\n\n"]
+    for _ in range(40):
+        parts = rng.choices(words, k=rng.randrange(1, 200))
+        text, keep = "", []
+        for part in parts:
+            text += rng.choice(["", " "])
+            if part in (MASK, "Lovelace", "1,234.5"):
+                keep.append((len(text), len(text) + len(part)))
+            text += part
+        limit = rng.randrange(24, 80)
+        chunks = cut_chunks(text, keep, tokenizer, limit)
+        assert "".join(chunks) == text and all(chunks)
+        assert all(size(chunk, tokenizer) <= limit for chunk in chunks)
+        cuts = np.cumsum([len(c) for c in chunks])[:-1].tolist()
+        assert not any(s < cut < e for cut in cuts for s, e in keep)
+        assert not any(unicodedata.combining(text[cut]) or "\u200d" in text[cut - 1 : cut + 1] for cut in cuts)
+
+
+def test_chunks_prefer_the_ends_of_sentences(tokenizer_of):
+    """Plain sentences are not cut in the middle."""
+    text = "Paris lies in France. The language of Paris is French. " * 12
+    chunks = cut_chunks(text, [], tokenizer_of("tiny"), 40)
+    assert len(chunks) > 2 and all(c.rstrip().endswith(".") for c in chunks)
