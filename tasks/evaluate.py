@@ -1,7 +1,6 @@
 """How well an agent answers real questions: exact match, F1 and substring match, beside controls without a memory."""
 
 from dataclasses import replace
-from functools import cache
 
 from engine import parallel
 from engine.config import Config, check_model
@@ -37,11 +36,12 @@ def evaluate_questions(
     from the "full" text, full(document), or from "oracle", the gold paragraphs. `scores` are by question, which has
     the same number for every model and length.
     """
-    rank, found = parallel.rank(), {}
-    shown = f"evaluation {when}" if rank == 0 else None
-    asked = documents_by_length(source, config, source.lengths(lengths, config.eval_split), rank == 0)
-    places = [(length, i) for length in asked for i in range(len(asked[length]))][rank :: parallel.count()]
-    documents = [asked[length][i] for length, i in places]
+    found: dict[tuple, dict[int, tuple]] = {}
+    verbose = parallel.rank() == 0
+    shown = f"evaluation {when}" if verbose else None
+    mine = documents_by_length(source, config, source.lengths(lengths, config.eval_split), verbose)
+    places = [length for length, documents in mine.items() for _ in documents]
+    documents = [document for own in mine.values() for document in own]
     if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
         raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
     for control in ("kept", *controls):
@@ -51,11 +51,11 @@ def evaluate_questions(
         else:
             memories = [control_memory(control, document, full) for document in documents]
             predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, limits)]
-        for (length, _), prediction, document in zip(places, predictions, documents, strict=True):
+        for length, prediction, document in zip(places, predictions, documents, strict=True):
             scores = measures(config.task, prediction, document.answers)
             found.setdefault((length, control), {})[document.index] = scores
     parts, rows = parallel.gather(found), []
-    for length, control in ((length, control) for length in asked for control in ("kept", *controls)):
+    for length, control in ((length, control) for length in mine for control in ("kept", *controls)):
         scores = dict(sorted(item for part in parts for item in part.get((length, control), {}).items()))
         _, *others = zip(*scores.values(), strict=True)
         more = {name: sum(values) / len(values) for name, values in zip(("f1", "substring"), others)}
@@ -73,36 +73,40 @@ def measures(task: str, prediction: str | None, answers: list) -> tuple[float, .
 
 
 def documents_by_length(source, config: Config, lengths: list[int], verbose: bool) -> dict[int, list]:
-    """{length: documents}: at every length the same questions, each once, of those that reach all lengths.
+    """{length: this process's documents}: of the first questions that reach all lengths, the same at every length.
 
-    Skip a length that more than a tenth of the first 20 questions can't reach: without those questions it would be
-    another task. Print it if `verbose`.
+    Each process builds its share. Skip a length that more than a tenth of the first 20 questions can't reach: without
+    those questions it would be another task. Print it if `verbose`. {} where no question is left.
     """
-    order = range(len(source.questions[config.eval_split]))
-    document = cache(lambda i, length: source.document(i, config.eval_split, length))  # the first 20 are built twice
+    total = len(source.questions[config.eval_split])
+    first = range(min(20, total))
     for length in list(lengths):
-        reasons = []
-        for i in order[:20]:
-            try:
-                document(i, length)
-            except UserError as error:
-                reasons.append(error)
-        if len(reasons) > len(order[:20]) / 10:
+        built = [one for part in parallel.gather(build(source, config, first, [length])) for one in part.values()]
+        reasons = [one for one in built if isinstance(one, str)]
+        if len(reasons) > len(first) / 10:
             lengths = [other for other in lengths if other != length]
             if verbose:
-                lost = f"{len(reasons)} of {len(order[:20])} questions can't be brought to it"
+                lost = f"{len(reasons)} of {len(first)} questions can't be brought to it"
                 print(f"evaluation at {length} chunks is left out, {lost}: {reasons[0]}")
-    built: dict[int, list] = {length: [] for length in lengths}
-    for i in order if lengths else ():
+    taken: dict[int, list] = {}  # this process's questions that reach all lengths
+    start, count = 0, 0
+    while lengths and start < total and count < config.eval_documents:
+        block = range(start, min(total, start + config.eval_documents - count))
+        own = {i: one for i, one in build(source, config, block, lengths).items() if not isinstance(one, str)}
+        taken |= own
+        count, start = count + sum(parallel.gather(len(own))), block.stop
+    return {length: [one[n] for one in taken.values()] for n, length in enumerate(lengths)} if count else {}
+
+
+def build(source, config: Config, questions: range, lengths: list[int]) -> dict[int, list | str]:
+    """This process's share of the questions, each with its document at every length, or with why it has none."""
+    built: dict[int, list | str] = {}
+    for i in questions[parallel.rank() :: parallel.count()]:
         try:
-            documents = [document(i, length) for length in lengths]
-        except UserError:
-            continue
-        for length, one in zip(lengths, documents, strict=True):
-            built[length].append(one)
-        if len(built[lengths[0]]) == config.eval_documents:
-            break
-    return {length: documents for length, documents in built.items() if documents}
+            built[i] = [source.document(i, config.eval_split, length) for length in lengths]
+        except UserError as error:
+            built[i] = str(error)
+    return built
 
 
 def control_memory(control: str, document, full) -> str:

@@ -8,11 +8,13 @@ MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs
 sample of a length. Here each question has places of its own.
 """
 
-import unicodedata
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
+from tqdm import tqdm
 
 from engine.errors import UserError
 from masking import Document
@@ -38,17 +40,22 @@ class Measured:
     title: str
     text: str
     tokens: int
-    title_key: str
-    text_key: str
+    title_key: int
+    text_key: int
+
+
+def key(text: str) -> int:
+    """A number for a text: equal for equal texts, and as good as never for others."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def measure(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
-    """`paragraphs` with their costs and keys, in one call of the tokenizer; empty ones are left out."""
+    """`paragraphs` with their costs and keys; empty ones are left out."""
     paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
     texts = [numbered_document(1, title, text) for title, text in paragraphs]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return [
-        Measured(title, text, len(tokens), normalize(unicodedata.normalize("NFKC", title)), "".join(text.split()))
+        Measured(title, text, len(tokens), key(normalize(title)), key("".join(text.split())))
         for (title, text), tokens in zip(paragraphs, encoded, strict=True)
     ]
 
@@ -62,8 +69,59 @@ class Pool:
 
     def __init__(self, paragraphs: Iterable[Paragraph], tokenizer):
         self.tokenizer = tokenizer
-        self.passages = measure(paragraphs, tokenizer)
-        self.mean_tokens = float(np.mean([passage.tokens for passage in self.passages])) if self.passages else None
+        self.passages: list[Measured] = []
+        paragraphs = iter(paragraphs)
+        bar = tqdm(desc="pool", unit=" passages", delay=5, mininterval=1)
+        while some := list(islice(paragraphs, 4096)):  # token ids of all at once are gigabytes
+            self.passages += measure(some, tokenizer)
+            bar.update(len(some))
+        bar.close()
+
+
+def shuffled(n: int, rng) -> Iterator[int]:
+    """0..n-1 in random order, drawn one by one as they are asked for (Fisher and Yates, with the swaps in a dict)."""
+    swapped: dict[int, int] = {}
+    for i in range(n):
+        other = int(rng.integers(i, n))
+        yield swapped.get(other, other)
+        swapped[other] = swapped.get(i, i)
+
+
+class Draft:
+    """A question's gold paragraphs and, behind them, as much filler as is asked for; each has its place in the text.
+
+    Random by (seed, index) alone: a longer text keeps the order of a shorter one's documents. Filler is first the
+    question's own distractors, then the pool; none repeats a text, none from the pool has a gold title.
+    """
+
+    def __init__(self, question: Question, index: int, pool: Pool, seed: int):
+        self.passages = measure(question.gold, pool.tokenizer)
+        self.gold, self.places = len(self.passages), []
+        self.filler = self._filler(measure(question.other, pool.tokenizer), pool, np.random.default_rng([seed, index]))
+        self.rng = np.random.default_rng([seed, index, 2])
+
+    def _filler(self, own: list[Measured], pool: Pool, rng) -> Iterator[Measured]:
+        titles = {passage.title_key for passage in self.passages}
+        texts = {passage.text_key for passage in self.passages}
+        for passage in own:
+            if passage.text_key not in texts:
+                texts.add(passage.text_key)
+                yield passage
+        for passage in (pool.passages[n] for n in shuffled(len(pool.passages), rng)):
+            # A pool's other passage of a gold title may answer the question; a distractor is labelled as not doing so.
+            if passage.text_key not in texts and passage.title_key not in titles:
+                texts.add(passage.text_key)
+                yield passage
+
+    def reach(self, n: int) -> bool:
+        """Whether there are n passages; they are drawn then."""
+        self.passages += islice(self.filler, max(0, n - len(self.passages)))
+        self.places += self.rng.random(len(self.passages) - len(self.places)).tolist()
+        return len(self.passages) >= n
+
+    def in_order(self, taken: Iterable[int]) -> list[Measured]:
+        """These passages, as they stand in the text."""
+        return [self.passages[n] for n in sorted(taken, key=lambda n: self.places[n])]
 
 
 def long_documents(questions: list[Question], pool: Pool, **how) -> list[LongDocument]:
@@ -77,46 +135,42 @@ def long_document(
 ) -> LongDocument:
     """The gold paragraphs among numbered documents: `documents` of them, or `target_tokens` tokens within 5 %.
 
-    Random by (seed, index) alone; a longer text keeps the order of a shorter one's documents. Filler is first the
-    question's own distractors, then the pool; none repeats a text, none from the pool has a gold title.
     Raises UserError for a pool that is too small and for gold paragraphs that are too long.
     """
     if (target_tokens is None) == (documents is None):
         raise ValueError("give either target_tokens or documents")
-    rng = np.random.default_rng([seed, index])
-    gold, own = measure(question.gold, pool.tokenizer), measure(question.other, pool.tokenizer)
-    passages, first = gold + own + pool.passages, len(gold) + len(own)
-    places = rng.random(len(passages))  # drawn for all of them, so that each keeps its place at every length
-    order = [*range(len(gold), first), *(first + rng.permutation(len(pool.passages))).tolist()]
-    gold_titles = {passage.title_key for passage in gold}
-    texts, filler = {passage.text_key for passage in gold}, []
-    for n in order:
-        # A pool's other passage of a gold title may answer the question too; a distractor is labelled as not doing so.
-        if passages[n].text_key not in texts and (n < first or passages[n].title_key not in gold_titles):
-            texts.add(passages[n].text_key)
-            filler.append(n)
+    draft = Draft(question, index, pool, seed)
     if documents is not None:
-        taken = [*range(len(gold)), *filler[: max(0, documents - len(gold))]]
-        text, headings = _numbered(passages, taken, places)
-        fits = len(taken) == documents
+        fits = draft.reach(documents) and documents >= draft.gold
+        taken = list(range(max(draft.gold, min(documents, len(draft.passages)))))
     else:
         budget = target_tokens
         for _ in range(4):  # with most tokenizers the costs add up at once; with the others the sum is put right
-            taken = _fill(passages, len(gold), filler, budget)
-            text, headings = _numbered(passages, taken, places)
-            length = _count(text, pool.tokenizer)
+            taken = _fill(draft, budget)
+            length = _count(_numbered(draft.in_order(taken))[0], pool.tokenizer)
             if fits := abs(length - target_tokens) <= TOLERANCE * target_tokens:
                 break
             budget += target_tokens - length
     if not fits:
         wanted = f"{documents} documents" if documents is not None else f"{target_tokens} tokens"
-        remedy = "bring a larger pool" if len(taken) > len(gold) or not filler else "ask for a longer text"
+        too_small = len(taken) > draft.gold or not draft.reach(draft.gold + 1)
+        remedy = "bring a larger pool" if too_small else "ask for a longer text"
+        tokens = _count(_numbered(draft.in_order(taken))[0], pool.tokenizer)
         raise UserError(
-            f"question {question.id}: {wanted} wanted, but its {len(gold)} gold paragraphs with what fits of "
-            f"{len(filler)} passages make {len(taken)} documents, {_count(text, pool.tokenizer)} tokens; {remedy}"
+            f"question {question.id}: {wanted} wanted, but its {draft.gold} gold paragraphs with what fits of "
+            f"{len(pool.passages) + len(question.other)} passages make {len(taken)} documents, {tokens} tokens; "
+            f"{remedy}"
         )
-    chunks = cut_chunks(text, headings, pool.tokenizer, chunk_tokens)
-    oracle = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in gold)
+    return finished(draft, taken, question, index, pool.tokenizer, chunk_tokens)
+
+
+def finished(
+    draft: Draft, taken: Iterable[int], question: Question, index: int, tokenizer, chunk_tokens: int
+) -> LongDocument:
+    """The passages `taken` of a draft as a document."""
+    text, headings = _numbered(draft.in_order(taken))
+    chunks = cut_chunks(text, headings, tokenizer, chunk_tokens)
+    oracle = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in draft.passages[: draft.gold])
     nothing = [[] for _ in chunks]  # to recall
     return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=oracle)
 
@@ -125,13 +179,15 @@ def _count(text: str, tokenizer) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _fill(passages: list[Measured], n_gold: int, filler: list[int], budget: float) -> list[int]:
-    """The gold passages and, in order, each one of `filler` that still fits, until `budget` tokens are all but used."""
-    taken, used, left = list(range(n_gold)), sum(passage.tokens for passage in passages[:n_gold]), []
-    for n in filler:
-        if used >= 0.99 * budget:
+def _fill(draft: Draft, budget: float) -> list[int]:
+    """The gold passages and, in order, each further one that still fits, until `budget` tokens are all but used."""
+    draft.reach(draft.gold)
+    taken, left = list(range(draft.gold)), []
+    used = sum(passage.tokens for passage in draft.passages[: draft.gold])
+    for n in count(draft.gold):
+        if used >= 0.99 * budget or len(left) >= 1000 or not draft.reach(n + 1):
             break
-        cost = passages[n].tokens + len(str(len(taken) + 1)) - 1  # measured with a number of one digit
+        cost = draft.passages[n].tokens + len(str(len(taken) + 1)) - 1  # measured with a number of one digit
         if used + cost <= budget:
             taken.append(n)
             used += cost
@@ -140,26 +196,38 @@ def _fill(passages: list[Measured], n_gold: int, filler: list[int], budget: floa
     if left and used < 0.98 * budget:
         # A short text can end in a gap that nothing fits: one too many may come nearer, or one in another's place.
         choices = [(budget - used, taken)]
-        for out in [None, *taken[n_gold:]]:
-            gap = budget - used + (0 if out is None else passages[out].tokens)
-            best = min(left, key=lambda n: abs(passages[n].tokens - gap))
-            choices.append((abs(passages[best].tokens - gap), [n for n in taken if n != out] + [best]))
+        for out in [None, *taken[draft.gold :]]:
+            gap = budget - used + (0 if out is None else draft.passages[out].tokens)
+            best = min(left, key=lambda n: abs(draft.passages[n].tokens - gap))
+            choices.append((abs(draft.passages[best].tokens - gap), [n for n in taken if n != out] + [best]))
         taken = min(choices, key=lambda choice: choice[0])[1]
     return taken
 
 
-def _numbered(passages: list[Measured], taken: list[int], places: np.ndarray) -> tuple[str, list[Span]]:
-    """(the passages `taken` as one text in the order of their places, spans in which it must not be cut).
+def _numbered(passages: list[Measured]) -> tuple[str, list[Span]]:
+    """(these passages as one text, spans in which it must not be cut).
 
     A heading and the first character below it are such a span, or the next chunk would lose the title.
     """
     texts, headings, offset = [], [], 0
-    for number, n in enumerate(sorted(taken, key=lambda n: places[n]), 1):
-        document = numbered_document(number, passages[n].title, passages[n].text)
-        headings.append((offset, offset + len(document) - len(passages[n].text) - 1))
+    for number, passage in enumerate(passages, 1):
+        document = numbered_document(number, passage.title, passage.text)
+        headings.append((offset, offset + len(document) - len(passage.text) - 1))
         texts.append(document)
         offset += len(document)
     return "".join(texts).rstrip("\n"), headings
+
+
+def predicted_chunks(passages: list[Measured], limit: int) -> int:
+    """Chunks that cut_chunks should make of these: it ends one with a document, if the chunk is half full by then."""
+    chunks, used = 1, 0
+    for passage in passages:
+        if used + passage.tokens > limit and used >= limit / 2:
+            chunks, used = chunks + 1, 0
+        used += passage.tokens
+        while used > limit:
+            chunks, used = chunks + 1, used - limit
+    return chunks
 
 
 class LongQA:
@@ -171,18 +239,25 @@ class LongQA:
     def __init__(self, questions: dict[str, list[Question]], pool: Pool, *, seed: int, chunk_tokens: int, chunks: int):
         self.questions, self.pool, self.seed = questions, pool, seed
         self.chunk_tokens, self.chunks = chunk_tokens, chunks
+        self.kept: dict[tuple, LongDocument] = {}  # of evaluations: asked for before and after, and for every model
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
         """Raises UserError where the question can't be brought to that length; in training others are tried before."""
+        if split != "train" and (index, split, chunks) in self.kept:
+            return self.kept[index, split, chunks]
         questions = self.questions[split]
         rng = np.random.default_rng([self.seed, index, 1])
         question = draw(questions, index, self.seed)
         for _ in range(20 if split == "train" else 1):
             try:
-                return self._filled(question, index, chunks or self.chunks)
+                document = self._filled(question, index, chunks or self.chunks)
             except UserError as error:
                 last = error
-            question = questions[int(rng.integers(len(questions)))]
+                question = questions[int(rng.integers(len(questions)))]
+                continue
+            if split != "train":
+                self.kept[index, split, chunks] = document
+            return document
         raise last
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
@@ -190,37 +265,50 @@ class LongQA:
         return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
 
     def _filled(self, question: Question, index: int, chunks: int) -> LongDocument:
-        """With as many documents as `chunks` chunks hold: chunks end with paragraphs, so few are quite full."""
+        """With about as many documents as `chunks` chunks hold."""
+        tokenizer, limit = self.pool.tokenizer, self.chunk_tokens
         if question.context is not None:
-            given = cut_chunks(question.context, [], self.pool.tokenizer, self.chunk_tokens)
+            given = cut_chunks(question.context, [], tokenizer, limit)
             return LongDocument(index, question.id, question.question, question.answers, given, [[] for _ in given])
-
-        def build(documents: int) -> LongDocument:
-            how = {"seed": self.seed, "chunk_tokens": self.chunk_tokens, "documents": documents}
-            return long_document(question, index, self.pool, **how)
-
-        least = len(question.gold)
-        document = build(least)
-        if len(document.chunks) > chunks:
-            raise UserError(
-                f"question {question.id}: its {least} gold paragraphs take {len(document.chunks)} chunks of "
-                f"{self.chunk_tokens} tokens, {chunks} wanted; ask for a longer text or longer chunks"
-            )
-        mean = self.pool.mean_tokens or self.chunk_tokens
-        fits, too_many, size = least, None, max(least + 1, int(0.9 * chunks * self.chunk_tokens / mean))
-        while too_many != fits + 1:
-            try:
-                tried = build(size)
-            except UserError:  # there are not so many passages
-                if size == fits + 1 and len(document.chunks) < chunks:
-                    raise
-                too_many, size = size, (fits + size) // 2
-                continue
-            if len(tried.chunks) <= chunks:
-                document, fits = tried, size
+        draft = Draft(question, index, self.pool, self.seed)
+        size = self._estimate(draft, chunks)
+        few, many, best = 0, None, None  # numbers of documents that leave a chunk free, and that take one too many
+        while True:
+            document = finished(draft, range(size), question, index, tokenizer, limit)
+            made = len(document.chunks)
+            if made == chunks:
+                return document
+            if made < chunks:
+                few, best = size, document
+            elif size == draft.gold:
+                raise UserError(
+                    f"question {question.id}: its {size} gold paragraphs take {made} chunks of {limit} tokens, "
+                    f"{chunks} wanted; ask for a longer text or longer chunks"
+                )
             else:
-                too_many = size
-            # As many as at this rate would reach into the last chunk, but between what is known.
-            size = max(fits + 1, int(size * (chunks - 0.3) / (len(tried.chunks) - 0.5)))
-            size = min(size, too_many - 1) if too_many else size
-        return document
+                many = size
+            if many == few + 1:  # the next document takes two chunks
+                return best
+            size = max(few + 1, draft.gold, round(size * (chunks - 0.5) / (made - 0.5)))
+            size = min(size, many - 1) if many else size
+            if not draft.reach(size):
+                size = len(draft.passages)
+                if size == few:
+                    raise UserError(
+                        f"question {question.id}: {chunks} chunks wanted, but all {size} passages make "
+                        f"{len(best.chunks)}; bring a larger pool"
+                    )
+
+    def _estimate(self, draft: Draft, chunks: int) -> int:
+        """The largest number of documents that should make no more than these chunks."""
+        size, used = 0, 0
+        while used < chunks * self.chunk_tokens and draft.reach(size + 1):
+            used += draft.passages[size].tokens
+            size += 1
+        low, high = draft.gold, max(size, draft.gold)
+        draft.reach(high)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = predicted_chunks(draft.in_order(range(middle)), self.chunk_tokens) <= chunks
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low

@@ -5,8 +5,8 @@ import unicodedata
 
 import pytest
 
-from masking import mask, mask_spans
-from text.matching import MASK, akin, fold, gives_away, name_words, occurrences
+from masking import gives_away, mask, mask_spans
+from text.matching import MASK, akin, fold, name_words, occurrences
 
 
 @pytest.mark.parametrize(
