@@ -85,8 +85,12 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
     script.real_task = memtrain.load_task
     for name in ("load_task", "recall", "update"):
         monkeypatch.setattr(memtrain, name, getattr(script, name))
-    marked = lambda model, turns, config: [(t, ("log-probs of", id(t))) for t in turns]  # noqa: E731
-    monkeypatch.setattr(memtrain, "logprobs_under", marked)
+
+    def marked(model, turns, field, config):
+        for t in turns:
+            setattr(t, field, ("log-probs of", id(t)))
+
+    monkeypatch.setattr(memtrain, "store_logprobs", marked)
     done = command(
         "--out", tmp_path / "run", "--documents", DOCUMENTS, "--g1", G1, "--g2", G2, "--steps", STEPS,
         "--eval_documents", 0, "--lr", 1, "--lr_warmup", 2, "--recall_weight", WEIGHT, "--ablation", ablation,
