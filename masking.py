@@ -5,8 +5,8 @@
                   ones, the entity masked in all of them, cut into chunks
     draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
 
-A form of an entity is the same whole words in any case, Unicode-normalised; names are akin where one may be a part or an
-alias of the other: see text/matching.py.
+A form of an entity is the same whole words in any case, Unicode-normalised; names are akin where one may be a part or
+an alias of the other: see text/matching.py.
 """
 
 import hashlib
@@ -164,7 +164,7 @@ class Corpus:
                 f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout"
             )
         rng = np.random.default_rng([self.seed, split == "heldout", i] + [attempt] * (attempt > 0))
-        # Names of several words are given away far more often. Drawn first, the kind of y is as frequent as in the text.
+        # Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
         several = bool(rng.random() < self.several[split])
         leaks, draws = 0, 0
         while draws < ATTEMPTS:

@@ -58,7 +58,7 @@ class Script:
                 answer.text = "so \\boxed{" + (draw.entity if hit else "something else") + "}"
         return now["recalled"] or [[] for _ in targets]
 
-    def update(self, policy, optimizer, turns, lr, config):
+    def update(self, policy, optimizer, turns, lr, config, guard):
         references = [t.reference_logprobs for t in turns]
         trained = {id(t): (t.document, t.advantage) for t in turns}
         self.steps[-1] |= {"lr": lr, "references": references, "trained": trained}

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import string
+import unicodedata
 from decimal import Decimal
 from functools import lru_cache
 from itertools import combinations, islice
@@ -34,14 +35,16 @@ SHARED = Path(__file__).parents[2] / "shared/data"
         (r"\boxed{f{x}{y}}", "f{x}{y}"),
         (r"\boxed{Rome} and \boxed{never closed", "Rome"),
         (r"\boxed{outer \boxed{inner", None),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"the final answer in \boxed{}. The clues point to \boxed{Paris}", "Paris"),
+        (r"\boxed{Paris}, so I put it in \boxed{ }", "Paris"),
         ("Paris", None),
         (r"\boxed Paris", None),
         ("", None),
     ],
 )
 def test_the_last_closed_box_counts(text, content):
-    """Nested braces stay inside, an unclosed box is passed over, no box is None and not an empty answer."""
+    """Nested braces stay inside, an unclosed or empty box is passed over, and no box is no answer."""
     assert boxed(text) == content
 
 
@@ -55,7 +58,9 @@ def test_boxes_against_a_brute_force_scan():
                 inside = text[start:end]
                 balance = [inside[:n].count("{") - inside[:n].count("}") for n in range(len(inside) + 1)]
                 if text[end] == "}" and balance[-1] == 0 and min(balance) >= 0:
-                    return inside
+                    if inside.strip():
+                        return inside
+                    break
         return None
 
     for _ in range(3000):
@@ -82,10 +87,24 @@ def test_boxes_against_a_brute_force_scan():
         ("", "", False),
         (None, "Paris", False),
         ("Paris, France", "Paris", False),
+        (r"\text{Paris}", "Paris", True),
+        (r"$\mathbf{\textbf{Paris}}$", "Paris", True),
+        (r"\mathrm {Ulm}", "Ulm", True),
+        ("1{,}500", "1500", True),
+        ("1{,}500", "1.500", False),
+        ("1939\u20131945", "1939-1945", True),
+        ("Gauss\u2014Markov", "Gauss-Markov", True),
+        ("O\u2019Brien", "O'Brien", True),
+        ("\u201cEmma\u201d", '"Emma"', True),
+        ("\ufb01re", "fire", True),
+        ("\uff21da", "Ada", True),
+        ("e\u0301tude", "\u00e9tude", True),
+        ("10\u201315", "1015", False),
+        ("Paris", r"\text{Paris}", False),  # a gold answer is taken as it is
     ],
 )
 def test_exact_match(prediction, gold, match):
-    """SQuAD's normalisation on both sides, and numbers agree as numbers."""
+    """Masking's folding and SQuAD's normalisation on both sides, LaTeX off the prediction, numbers as numbers."""
     assert exact_match(prediction, [gold]) is match
 
 
@@ -113,9 +132,16 @@ def test_normalisation_against_a_written_out_squad_scorer():
 
 @lru_cache(maxsize=None)
 def squad_words(text):
-    """The words that the SQuAD v1.1 script compares, step by step: small letters, no punctuation, no articles."""
-    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    """The words that the SQuAD v1.1 script compares, step by step: small letters, no punctuation, no articles.
+
+    Before that, NFKC, and quotes and dashes of all kinds are gone as their ASCII forms are.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = "".join(c for c in text if c not in set(string.punctuation) | set(OTHER_MARKS))
     return tuple(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+OTHER_MARKS = "\u2019\u2018\u201a\u2032\u201c\u201d\u201e\u2033\u00ab\u00bb\u2010\u2011\u2012\u2013\u2014\u2212"
 
 
 def squad_exact(prediction, golds):
