@@ -58,8 +58,7 @@ def main(config: Config) -> None:
     policy, tokenizer = load_model(config.model, run.device, config.dtype)
     reference = load_reference(config, run.device)  # None without --kl
     left_out = Counter()  # passages that can't be used, by reason
-    with parallel.main_first():  # the other processes find what the first has cached
-        source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
+    source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
     if not config.plain:
         packing.enable(policy, reference)
     if config.gradient_checkpointing:

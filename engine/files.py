@@ -1,6 +1,7 @@
 """Files that a kill can't spoil: written under another name, flushed, renamed."""
 
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def whole_file(path: Path):
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def must_write(path: Path) -> bool:
+    """Whether this process has to make the file `path`. The first process does; the others wait here until it is there.
+
+    Not in a collective: these have a time limit, and a large file takes hours. torchrun ends those that wait in vain.
+    """
+    while not path.exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def replace_text(path: Path, text: str) -> None:

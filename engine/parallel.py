@@ -6,7 +6,6 @@ has fewer. Every process runs what it has, and `sum_gradients` is the one place 
 """
 
 import os
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -45,16 +44,6 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-@contextmanager
-def main_first():
-    """Process 0 runs the block alone, then the others run it and find what process 0 has cached."""
-    if rank():
-        dist.barrier()
-    yield
-    if not rank() and dist.is_initialized():
-        dist.barrier()
 
 
 def gather(value) -> list:

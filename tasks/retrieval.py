@@ -17,14 +17,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError, first_line
-from engine.files import whole_file
+from engine.files import must_write, whole_file
 from text.bm25 import BM25, best
 from text.rows import read_rows
 
@@ -57,7 +57,7 @@ class Dense:
         # a model folder may be trained further under the same name: its files' sizes and times are part of the name
         stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*")) if f.is_file()]
         file = Path(index) / f"dense-{digest((model, stamp, self.prefixes, dtype, self.longest), texts)}.npy"
-        if not file.exists():
+        if must_write(file):
             with whole_file(file) as fresh:
                 matrix = np.lib.format.open_memmap(fresh, "w+", dtype, shape)
                 self._encode("passage: ", texts, matrix, progress=f"embeddings ({Path(model).name})")
@@ -183,7 +183,7 @@ def open_retriever(
         if retriever == "dense":
             return Local(Dense([contents(passage) for passage in passages], model, index, prefixes), passages)
         file = Path(index) / f"bm25-{digest((BM25_FORMAT,), map(contents, passages))}.npz"
-        if file.exists():
+        if not must_write(file):
             return Local(BM25.load(file), passages)
         bm25 = BM25(map(contents, passages))
         bm25.save(file)
@@ -195,14 +195,21 @@ def open_retriever(
 # ---- over HTTP ------------------------------------------------------------------------------------
 
 
+A_REQUEST = 8  # queries: a request should take a server seconds, not minutes
+
+
 class Http:
     """A server that speaks Search-R1's protocol (MEM1's too; search_r1/search/retrieval_server.py there).
 
-    `timeout` in seconds for each wait on the socket. A server that is away, too slow or answers 5xx is asked `tries`
-    times, after pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds.
+    It has `connecting` seconds to take a connection, and `timeout` seconds for each further wait on the socket. A
+    server that is away, too slow or answers 5xx is asked `tries` times, after pauses of `pause`, 2 `pause`, 4 `pause`,
+    ... seconds. One that is busy (503 with Retry-After) is asked again when it says, for `patience` seconds.
     """
 
-    def __init__(self, url: str, timeout: float = 30, tries: int = 4, pause: float = 0.5):
+    def __init__(
+        self, url: str, timeout: float = 300, tries: int = 4, pause: float = 0.5, connecting: float = 5,
+        patience: float = 1800,
+    ):
         try:
             parts = urllib.parse.urlsplit(url)
             known = re.fullmatch(r"https?://[!-~]+", url) and parts.hostname and parts.port != 0
@@ -211,16 +218,18 @@ class Http:
         if not known:
             raise UserError(f"--retriever {url}: not a URL like http://127.0.0.1:8000/retrieve")
         self.url = url if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/retrieve"))
-        self.timeout, self.tries, self.pause = timeout, tries, pause
+        self.tries, self.pause, self.patience = tries, pause, patience
+        self.connecting = min(connecting, timeout)
         # a proxy set in the environment would look for 127.0.0.1 on its own machine
         loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * loopback)
+        handlers = [urllib.request.ProxyHandler({})] if loopback else []
+        self.opener = urllib.request.build_opener(*handlers, *patient_handlers(timeout))
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """For each query at most k passages {"title", "text", "score"}, best first. Raises UserError."""
         found = []
-        for start in range(0, len(queries), 64):  # servers refuse bodies that are too large
-            some = list(queries[start : start + 64])
+        for start in range(0, len(queries), A_REQUEST):
+            some = list(queries[start : start + A_REQUEST])
             # Search-R1's server breaks without return_scores.
             body = json.dumps({"queries": some, "topk": k, "return_scores": True})
             found += self._parse(self._post(body.encode()), len(some), k)
@@ -228,13 +237,21 @@ class Http:
 
     def _post(self, body: bytes) -> bytes:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        for attempt in range(self.tries):
+        attempt, give_up = 0, time.monotonic() + self.patience
+        while attempt < self.tries:
             time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
+            attempt += 1
             try:
                 try:
-                    with self.opener.open(request, timeout=self.timeout) as reply:
+                    with self.opener.open(request, timeout=self.connecting) as reply:
                         return reply.read()
                 except urllib.error.HTTPError as error:
+                    wait = error.headers.get("Retry-After", "") if error.code == 503 else ""
+                    if re.fullmatch(r"[0-9]{1,4}", wait) and time.monotonic() + int(wait) < give_up:
+                        error.close()
+                        time.sleep(int(wait) + 0.1 * self.pause)
+                        attempt = 0  # it is there, and well
+                        continue
                     with error:
                         reason = error.read(500).decode(errors="replace").strip() or error.reason
                         why = f"answered {error.code}: {reason}"
@@ -266,3 +283,25 @@ class Http:
                 f"{self.url} does not answer as a Search-R1 server should: {why}; is this its URL?"
             ) from None
         return found
+
+
+def patient_handlers(timeout: float) -> list:
+    """urllib's handlers of http and https, whose sockets wait for `timeout` seconds once they are connected."""
+
+    def patient(connection):
+        class Patient(connection):
+            def connect(self):
+                super().connect()
+                self.sock.settimeout(timeout)
+
+        return Patient
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(patient(HTTPConnection), request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(patient(HTTPSConnection), request, context=self._context)
+
+    return [PlainHandler, SecureHandler]

@@ -7,8 +7,11 @@ It was `python retrieval.py serve` before.
 
 import argparse
 import json
+import math
 import re
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,6 +22,7 @@ from engine.errors import UserError, run_script
 from tasks.retrieval import contents, open_retriever
 
 MAX_BODY, MAX_QUERIES, MAX_TOPK = 1 << 20, 1024, 100  # in one request: bytes, queries, passages a query
+MAX_WAITING, MAX_SECONDS = 512, 60  # requests that wait for a search, and how long the last of them may have to
 
 
 def read_request(body: bytes) -> tuple[list[str], int, bool]:
@@ -57,12 +61,22 @@ class Handler(BaseHTTPRequestHandler):
             queries, k, scores = read_request(self.rfile.read(int(length)))
         except ValueError as error:
             return self.refuse(400, str(error))
+        if (wait := self.server.enter()) is not None:
+            return self.refuse(503, f"{self.server.waiting} requests wait already; ask again in {wait} seconds", wait)
+        began = time.monotonic()
         try:
             with self.server.searching:
-                found = self.server.retriever.search(queries, k)
+                began, found = time.monotonic(), []
+                for start in range(0, len(queries), 8):
+                    if self.is_gone():  # nobody waits for this any more
+                        self.close_connection = True
+                        return
+                    found += self.server.retriever.search(queries[start : start + 8], k)
         except Exception:
             traceback.print_exc()
             return self.refuse(500, "the search failed; the server's log says why")
+        finally:
+            self.server.leave(time.monotonic() - began)
         if scores:
             result = [
                 [{"document": {"contents": contents(hit)}, "score": hit["score"]} for hit in hits] for hits in found
@@ -71,24 +85,34 @@ class Handler(BaseHTTPRequestHandler):
             result = [[{"contents": contents(hit)} for hit in hits] for hits in found]
         self.answer(200, {"result": result})
 
+    def is_gone(self) -> bool:
+        """Whether the client has hung up."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
     def do_GET(self) -> None:
         self.refuse(405 if self.path == "/retrieve" else 404, "only POST to /retrieve is answered")
 
     do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
-    def answer(self, status: int, content: dict) -> None:
+    def answer(self, status: int, content: dict, wait: int | None = None) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if status == 405:
             self.send_header("Allow", "POST")
+        if wait is not None:
+            self.send_header("Retry-After", str(wait))
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    def refuse(self, status: int, reason: str) -> None:
+    def refuse(self, status: int, reason: str, wait: int | None = None) -> None:
         """Answer {"error": reason}, then read what the client still sends: closing on it would destroy the answer."""
-        self.answer(status, {"error": reason})
+        self.answer(status, {"error": reason}, wait)
         self.connection.settimeout(1)
         end = time.monotonic() + self.timeout
         while self.connection.recv(1 << 16) and time.monotonic() < end:
@@ -99,14 +123,31 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection, but one search at a time: fast tokenizers break when threads share them, and on a
-    large corpus each search holds a score for every passage."""
+    """A thread for each connection, but one search at a time, and a bounded number of requests that wait for it.
+
+    Fast tokenizers break when threads share them, and on a large corpus each search holds a score for every passage.
+    """
 
     request_queue_size, daemon_threads = 1024, True
 
     def __init__(self, host: str, port: int):
         self.retriever, self.searching = None, threading.Lock()
+        self.counting, self.waiting, self.mean_seconds = threading.Lock(), 0, 0.1
         super().__init__((host, port), Handler, bind_and_activate=False)
+
+    def enter(self) -> int | None:
+        """Take a place among those that wait; where there is none, the seconds after which to ask again."""
+        with self.counting:
+            seconds = self.waiting * self.mean_seconds
+            if self.waiting >= MAX_WAITING or seconds > MAX_SECONDS:
+                return min(60, max(1, math.ceil(seconds / 2)))
+            self.waiting += 1
+
+    def leave(self, seconds: float) -> None:
+        """Give the place back, after a search of so many seconds."""
+        with self.counting:
+            self.waiting -= 1
+            self.mean_seconds += 0.1 * (seconds - self.mean_seconds)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a client that hangs up is no error

@@ -197,6 +197,8 @@ class Script(http.server.BaseHTTPRequestHandler):
         status, body, *wait = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
         time.sleep(wait[0] if wait else 0)
         self.send_response(status)
+        for name, value in wait[1] if len(wait) > 1 else []:
+            self.send_header(name, value)
         self.end_headers()
         try:
             self.wfile.write(body.encode())
@@ -277,11 +279,33 @@ def test_a_mistake_of_the_client_is_not(script):
 
 
 def test_many_queries_go_in_several_requests(script):
-    """150 queries: requests that are small enough for any server, and the results in the queries' order."""
-    queries = [f"q{n}" for n in range(150)]
-    script.replies = [(200, reply(*[[(f"{q}\n", 1)] for q in queries[i : i + 64]])) for i in (0, 64, 128)]
+    """30 queries: requests that are small enough for any server, and the results in the queries' order."""
+    queries = [f"q{n}" for n in range(30)]
+    script.replies = [(200, reply(*[[(f"{q}\n", 1)] for q in queries[i : i + 8]])) for i in (0, 8, 16, 24)]
     assert [hits[0]["title"] for hits in Http(script.url).search(queries, 1)] == queries
     assert [q for asked in script.asked for q in asked["queries"]] == queries
+
+
+def test_a_busy_server_is_asked_again_when_it_says(script):
+    """503 with Retry-After is no failed try, however often it comes; after `patience` it is an error."""
+    busy = (503, "busy", 0, [("Retry-After", "0")])
+    script.replies = [busy] * 9 + [(200, reply([("T\nt", 1)]))]
+    client = Http(script.url, tries=2, pause=0.01)
+    assert client.search(["one"], 1)[0][0]["title"] == "T" and len(script.asked) == 10
+    script.replies = [(503, "busy", 0, [("Retry-After", "1")]), (200, reply([("T\nt", 1)]))]
+    began = time.monotonic()
+    assert client.search(["one"], 1) and time.monotonic() - began >= 1
+    script.replies = [(503, "busy", 0, [("Retry-After", "9")])]
+    with pytest.raises(UserError, match="503"):
+        Http(script.url, tries=2, pause=0.01, patience=0.5).search(["one"], 1)
+
+
+def test_a_search_may_take_longer_than_a_connection(script):
+    """The wait for an answer is not the one for a connection; where that is over, it is an error."""
+    script.replies = [(200, reply([("T\nt", 1)]), 0.6)]
+    assert Http(script.url, timeout=5, connecting=0.2, tries=1).search(["one"], 1)[0][0]["title"] == "T"
+    with pytest.raises(UserError, match="timed out"):
+        Http(script.url, timeout=0.2, tries=1).search(["one"], 1)
 
 
 def test_nobody_there():

@@ -199,6 +199,44 @@ def test_silent_clients_are_left(at_hand):
         assert 0.2 < time.monotonic() - before < 10
 
 
+class Slow:
+    """Takes 0.2 seconds for a search, and notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def search(self, queries, k):
+        self.asked += queries
+        time.sleep(0.2)
+        return [[] for _ in queries]
+
+
+def test_a_queue_that_is_too_long_is_a_503_and_eight_clients_are_served(at_hand, monkeypatch):
+    """The client obeys: eight at once get all their answers of a server that lets two requests wait."""
+    url, server = at_hand
+    monkeypatch.setattr(retrieval_server, "MAX_WAITING", 2)
+    server.retriever = Slow()
+    with ThreadPoolExecutor(8) as pool:
+        raw_answers = list(pool.map(lambda n: ask(url, {"queries": ["a"]})[0], range(8)))
+        assert raw_answers.count(503) >= 4 and raw_answers.count(200) >= 2
+        found = list(pool.map(lambda n: Http(url, tries=1).search([f"{n}-{q}" for q in range(9)], 3), range(8)))
+    assert [len(hits) for hits in found] == [9] * 8 and server.waiting == 0
+
+
+def test_nobody_searches_for_a_client_that_is_gone(at_hand):
+    """A request whose client has hung up is dropped when its turn comes, and in the middle of many queries."""
+    url, server = at_hand
+    server.retriever = slow = Slow()
+    port = int(re.search(r":(\d+)/", url)[1])
+    for name in ("first", "second"):
+        body = json.dumps({"queries": [f"{name} {n}" for n in range(80)]}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            time.sleep(0.1)
+    assert ask(url, {"queries": ["third"]})[0] == 200
+    assert slow.asked[-1] == "third" and len(slow.asked) < 30 and "second 0" not in slow.asked
+
+
 def test_a_search_that_fails_is_a_500(at_hand, capfd):
     """The client gets a 500 in JSON, the log the cause, the next request its answer; searches never overlap."""
     url, server = at_hand
