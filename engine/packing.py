@@ -191,8 +191,8 @@ def enable(policy, reference=None) -> None:
     name = policy.config.name_or_path
     if not logits_agree(policy):
         raise UserError(
-            f"--model {name}: {type(policy).__name__} scales or caps its logits in a way that engine/packing.py doesn't "
-            "know; --plain True trains it"
+            f"--model {name}: {type(policy).__name__} scales or caps its logits in a way that engine/packing.py "
+            "doesn't know; --plain True trains it"
         )
     if reference is not None:
         enable_packing(reference)
