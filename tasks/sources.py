@@ -86,11 +86,12 @@ def prompt_overhead(tokenizer) -> int:
 
 def check_window(config: Config, model, tokenizer, question: str = QUESTION) -> None:
     """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
-    if config.task == "searchqa":  # the last query stands beside its result
+    asked = prompt_overhead(tokenizer) + len(tokenizer(question)["input_ids"])
+    if config.task == "searchqa":  # the last query, as long as a memory, stands beside its result
         shown, written = "result_tokens", config.memory_tokens + config.answer_tokens
+        asked += config.memory_tokens
     else:
         shown, written = "chunk_tokens", max(config.memory_tokens, config.answer_tokens)
-    asked = prompt_overhead(tokenizer) + len(tokenizer(question)["input_ids"])
     needed = asked + getattr(config, shown) + config.memory_tokens + written
     settings = model.config.get_text_config()
     window = getattr(settings, "max_position_embeddings", None)

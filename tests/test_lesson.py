@@ -38,6 +38,15 @@ def test_the_six_files_stay_a_lesson():
     assert sum(sizes.values()) <= 1400 and max(sizes.values()) <= 320, sizes
 
 
+def test_every_file_fits_the_page():
+    """120 columns, at most 450 lines, and no formatter is switched off; 400 lines where it is no test."""
+    rooms = (".", *ROOMS, "tiny", "recipes", "benchmarks", "tests", "tests/*")
+    for file in [file for room in rooms for file in ROOT.glob(f"{room}/*.py")]:
+        lines = file.read_text().splitlines()
+        assert max(map(len, lines), default=0) <= 120 and len(lines) <= (450 if "test" in file.name else 400), file
+        assert not any(line.rstrip().endswith("# fmt: " + "skip") for line in lines), file
+
+
 def test_the_lesson_leans_on_few_names():
     """The six files import at most 20 names from engine/, text/ and tasks/ together."""
     names = set()

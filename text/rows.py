@@ -60,6 +60,7 @@ def _parsed(text: bytes, where: str, errors: str):
 def _parquet(file: Path) -> Iterator[tuple[dict, str]]:
     import datasets  # here, as a server that searches by words should not wait for it
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs lines of its own about what is reported below
     try:
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         for number, row in enumerate(rows, 1):

@@ -7,27 +7,37 @@ from pathlib import Path
 import pytest
 from command import command
 
-from errors import UserError
-from settings import load_model
+from engine.config import load_model
+from engine.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-GOOD = {"_id": "1", "question": "Who?", "answer": "Ada", "supporting_facts": [["A", 0]], "context": [["A", ["Ada was."]]], "type": "x", "level": "y"}
+ROOT = Path(__file__).parents[2]
+GOOD = {
+    "_id": "1", "question": "Who?", "answer": "Ada", "supporting_facts": [["A", 0]], "context": [["A", ["Ada was."]]],
+    "type": "x", "level": "y",
+}
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     passage = '{"title": "A", "text": "Ada Lovelace met Charles Babbage."}\n'
+    town = '{{"title": "Town {0}", "text": "Ada Lovelace went to Town {0} in 18{0}0."}}\n'
     files = {
-        "malformed.jsonl": passage + '{"title": "B", "te\n', "list.jsonl": passage + "[1, 2]\n", "plain.jsonl": '{"title": "x", "text": "nothing here is a name at all"}\n' * 9,
-        "few.jsonl": "".join(f'{{"title": "Town {i}", "text": "Ada Lovelace went to Town {i} in 18{i}0."}}\n' for i in range(3)),
-        "one.jsonl": passage, "field.jsonl": '{"title": "x", "body": "Ada Lovelace"}\n', "number.jsonl": '{"title": "x", "text": 5}\n', "empty.jsonl": "",
-        "blank.jsonl": '{"title": "x", "text": ""}\n', "masks.jsonl": '{"title": "x", "text": "Ada saw a [MASK]."}\n', "notes.csv": "a,b\n", "fake.parquet": "PAR",
-        "questions.json": json.dumps([GOOD]), "no_gold.json": json.dumps([GOOD | {"supporting_facts": []}]), "no_question.json": json.dumps([GOOD | {"question": ""}]),
-        "no_answer.json": json.dumps([GOOD | {"answer": 3}]), "shape.json": json.dumps([GOOD | {"context": 5}]), "strings.json": '["a"]', "half.json": "[{",
-        "missing_fact.json": json.dumps([GOOD | {"supporting_facts": [["B", 0]]}]), "strange.json": json.dumps([{"_id": 1, "words": 2}]), "bad.args": "--steps two\n",
-        "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n', "used/config.json": "{}", "other/thing.txt": "x", "not_a_model/x": "", "nothing/x.csv": "",
-    }  # fmt: skip
+        "malformed.jsonl": passage + '{"title": "B", "te\n', "list.jsonl": passage + "[1, 2]\n", "one.jsonl": passage,
+        "plain.jsonl": '{"title": "x", "text": "nothing here is a name at all"}\n' * 9,
+        "few.jsonl": "".join(town.format(i) for i in range(3)), "empty.jsonl": "",
+        "field.jsonl": '{"title": "x", "body": "Ada Lovelace"}\n', "number.jsonl": '{"title": "x", "text": 5}\n',
+        "blank.jsonl": '{"title": "x", "text": ""}\n', "masks.jsonl": '{"title": "x", "text": "Ada saw a [MASK]."}\n',
+        "notes.csv": "a,b\n", "fake.parquet": "PAR", "nothing/x.csv": "", "bad.args": "--steps two\n",
+        "strings.json": '["a"]', "half.json": "[{", "strange.json": json.dumps([{"_id": 1, "words": 2}]),
+        "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n',
+        "used/config.json": "{}", "other/thing.txt": "x", "not_a_model/x": "",
+    }
+    questions = {
+        "questions": {}, "no_gold": {"supporting_facts": []}, "no_question": {"question": ""},
+        "no_answer": {"answer": 3}, "shape": {"context": 5}, "missing_fact": {"supporting_facts": [["B", 0]]},
+    }
+    files |= {f"{name}.json": json.dumps([GOOD | spoilt]) for name, spoilt in questions.items()}
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -36,101 +46,214 @@ def bad(tmp_path_factory):
 
 
 MISTAKES = [  # script, arguments, and the whole line that they get
-    ('memtrain', '--corpus {bad}/missing.jsonl', '--corpus {bad}/missing.jsonl: no such file or folder (a hub data set is called OWNER/NAME)'),
-    ('memtrain', '--corpus {bad}/malformed.jsonl',
-     '--corpus {bad}/malformed.jsonl: line 2 is not JSON (Invalid control character at: line 1 column 19 (char 18)); mend or remove it'),
-    ('memtrain', '--corpus {bad}/list.jsonl', '--corpus {bad}/list.jsonl: line 2 is not a JSON object; mend or remove it'),
-    ('memtrain', '--corpus {bad}/plain.jsonl',
-     '--ner rules: found no entity in the corpus, so there is nothing to mask; try another pipeline or text'),
-    ('memtrain', '--corpus {bad}/few.jsonl --passages 50', 'the corpus has 3 passages, too few for --passages 50: bring more text, or ask for fewer'),
-    ('memtrain', '--corpus {bad}/one.jsonl', 'the corpus has 1 passages, too few for --related 2: bring more text, or ask for fewer'),
-    ('memtrain', '--corpus {bad}/field.jsonl', "--corpus {bad}/field.jsonl: no field 'text', its fields are body, title; name one of them"),
-    ('memtrain', '--corpus {bad}/field.jsonl --text_field story',
-     "--corpus {bad}/field.jsonl: no field 'story', its fields are body, title; name one of them"),
-    ('memtrain', '--corpus {bad}/number.jsonl', "--corpus {bad}/number.jsonl: field 'text' holds int, not text"),
-    ('memtrain', '--corpus {bad}/empty.jsonl', '--corpus {bad}/empty.jsonl: holds no passage'),
-    ('memtrain', '--corpus {bad}/blank.jsonl', '--corpus {bad}/blank.jsonl: holds no passage'),
-    ('memtrain', '--corpus {bad}/masks.jsonl', '--corpus {bad}/masks.jsonl: holds no passage'),
-    ('memtrain', '--corpus {bad}/notes.csv', '--corpus {bad}/notes.csv: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one'),
-    ('memtrain', '--corpus {bad}/nothing', '--corpus {bad}/nothing: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one'),
-    ('memtrain', '--corpus {bad}/fake.parquet',
-     '--corpus {bad}/fake.parquet: Parquet file size is 3 bytes, smaller than the minimum file footer (8 bytes); mend or remove it'),
-    ('memtrain', '--ner en_no_such_pipeline',
-     '--ner en_no_such_pipeline: not installed; run `python -m spacy download en_no_such_pipeline`, or use --ner rules'),
-    ('memtrain', '--chunk_tokens 5120',
-     '--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5258 tokens, {root}/tiny/model has 2048; make them smaller'),
-    ('memtrain', '--chunk_tokens 3', '--chunk-tokens 3: a chunk needs at least 16'),
-    ('memtrain', '--chunk_tokens 0', '--chunk-tokens 0: must be a number of at least 1'),
-    ('memtrain', '--chunks 0', '--chunks 0: must be a number of at least 1'),
-    ('memtrain', '--memory_tokens -4', '--memory-tokens -4: must be a number of at least 1'),
-    ('memtrain', '--answer_tokens 0', '--answer-tokens 0: must be a number of at least 1'),
-    ('memtrain', '--heldout 1', '--heldout 1.0: is a share, less than 1'),
-    ('memtrain', '--steps 0', '--steps 0: must be a number of at least 1'),
-    ('memtrain', '--steps two', "argument --steps: invalid int value: 'two'; --help lists what can be given"),
-    ('memtrain', '--lr nan', '--lr nan: must be a number of at least 0'),
-    ('memtrain', '--lr -1', '--lr -1.0: must be a number of at least 0'),
-    ('memtrain', '--g1 1', '--g1 and --g2 must be at least 2: an advantage compares the samples of a group'),
-    ('memtrain', '--g2 1', '--g1 and --g2 must be at least 2: an advantage compares the samples of a group'),
-    ('memtrain', '--documents 0', '--documents 0: must be a number of at least 1'),
-    ('memtrain', '--update_batch 0', '--update-batch 0: must be a number of at least 1'),
-    ('memtrain', '--save_every 0', '--save-every 0: must be a number of at least 1'),
-    ('memtrain', '--keep 0', '--keep 0: must be a number of at least 1'),
-    ('memtrain', '--ablation both',
-     "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled'); --help lists what can be given"),
-    ('memtrain', '--task chess',
-     "argument --task: invalid choice: 'chess' (choose from 'memtrain', 'longqa', 'searchqa'); --help lists what can be given"),
-    ('memtrain', '--dtype float8', "argument --dtype: invalid choice: 'float8' (choose from 'float32', 'bfloat16'); --help lists what can be given"),
-    ('memtrain', '--model {bad}/not_a_model', '--model {bad}/not_a_model: holds no config.json, so it is no model folder'),
-    ('memtrain', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
-    ('memtrain', '--no_such_flag 1', 'unknown argument --no_such_flag; --help lists all of them'),
-    ('memtrain', '--config {bad}/none.args', '--config {bad}/none.args: no such file; recipes/ holds those that come with the project'),
-    ('memtrain', '--config {bad}/bad.args', "argument --steps: invalid int value: 'two'; --help lists what can be given"),
-    ('memtrain', '--out {bad}/used',
-     '--out {bad}/used: the folder holds another run, with --ablation None, --advantage None, --answer-tokens None, --chunk-tokens None, --chunks None ...; choose another or delete it, or give its settings to go on with it'),
-    ('memtrain', '--out {bad}/other', '--out {bad}/other: the folder holds another run or other files; choose another or delete it'),
-    ('memtrain', '--out {bad}/notes.csv/run', "--out {bad}/notes.csv/run: {bad}/notes.csv is a file, so it can't be written to; name another folder"),
-    ('memtrain', '--out {bad}/notes.csv', '--out {bad}/notes.csv: is a file; name a folder'),
-    ('memtrain', '--task longqa --questions {bad}/missing.json', "{bad}/missing.json: can't be read (No such file or directory)"),
-    ('memtrain', '--task longqa --questions {bad}/half.json',
-     '{bad}/half.json: is not JSON (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))'),
-    ('memtrain', '--task longqa --questions {bad}/latin.json', '{bad}/latin.json: is not UTF-8 text (byte 15)'),
-    ('memtrain', '--task longqa --questions {bad}/strings.json', '{bad}/strings.json: record 1 is str, not an object with fields'),
-    ('memtrain', '--task longqa --questions {bad}/strange.json',
-     "{bad}/strange.json: record 1: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has _id, words"),
-    ('memtrain', '--task longqa --questions {bad}/no_gold.json', "{bad}/no_gold.json: record 1: no 'supporting_facts', so no gold paragraph"),
-    ('memtrain', '--task longqa --questions {bad}/no_question.json', "{bad}/no_question.json: record 1: field 'question' holds no text"),
-    ('memtrain', '--task longqa --questions {bad}/no_answer.json', "{bad}/no_answer.json: record 1: no answer in field 'answer'"),
-    ('memtrain', '--task longqa --questions {bad}/shape.json',
-     "{bad}/shape.json: record 1: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]"),
-    ('memtrain', '--task longqa --questions {bad}/missing_fact.json',
-     "{bad}/missing_fact.json: record 1: 'context' has no text for the supporting fact 'B'"),
-    ('memtrain', '--task longqa --questions {bad}/questions.json',
-     "--questions {bad}/questions.json: no question is left for 'test'; bring more, or --eval-questions"),
-    ('memtrain', '--task searchqa --result_tokens 4000',
-     '--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4244 tokens, {root}/tiny/model has 2048; make them smaller'),
-    ('memtrain', '--task searchqa --questions {bad}/nq.jsonl', "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'"),
-    ('memtrain', '--task searchqa --retriever tfidf', '--retriever tfidf: neither bm25 nor dense, nor the http://... of a server'),
-    ('memtrain', '--task searchqa --retriever dense',
-     '--retriever dense needs --corpus FILE.jsonl and an encoder (--model NAME; in memtrain.py and eval.py --encoder NAME)'),
-    ('eval', '--eval_documents 0', '--eval-documents 0: nothing to evaluate; ask for at least one'),
-    ('eval', '--controls full', '--controls full: masked documents have the control empty only'),
-    ('eval', '--task longqa --controls half', '--controls half: choose from empty, full and oracle'),
-    ('eval', '--task searchqa --controls full', '--controls full: search questions come without a text; use empty'),
-    ('eval', '--out {bad}/nowhere/rows.json', "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another"),
-    ('eval', '--out {bad}', '{bad}: is a folder; name a file in it'),
-    ('eval', '--lengths 0', '--lengths 0: must be a number of at least 1'),
-    ('eval', '--lengths many', "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
-    ('eval', '--against {bad}/nowhere', '--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
-    ('memtrain', '--lr inf', '--lr inf: must be a number of at least 0'),
-    ('eval', '--model {bad}/nowhere', '--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)'),
-    ('eval', '--plot {bad}/curve.foo', '--plot {bad}/curve.foo: must end in .png, .svg or .pdf'),
-]  # fmt: skip
+    (
+        "memtrain", "--corpus {bad}/missing.jsonl",
+        "--corpus {bad}/missing.jsonl: no such file or folder (a hub data set is called OWNER/NAME)",
+    ),
+    (
+        "memtrain", "--corpus {bad}/malformed.jsonl",
+        "--corpus {bad}/malformed.jsonl: line 2 is not JSON (Invalid control character at: line 1 column 19 (char "
+        "18)); mend or remove it",
+    ),
+    (
+        "memtrain", "--corpus {bad}/list.jsonl",
+        "--corpus {bad}/list.jsonl: line 2 is not a JSON object; mend or remove it",
+    ),
+    (
+        "memtrain", "--corpus {bad}/plain.jsonl",
+        "--ner rules: found no entity in the corpus, so there is nothing to mask; try another pipeline or text",
+    ),
+    (
+        "memtrain", "--corpus {bad}/few.jsonl --passages 50",
+        "the corpus has 3 passages, too few for --passages 50: bring more text, or ask for fewer",
+    ),
+    (
+        "memtrain", "--corpus {bad}/one.jsonl",
+        "the corpus has 1 passages, too few for --related 2: bring more text, or ask for fewer",
+    ),
+    (
+        "memtrain", "--corpus {bad}/field.jsonl",
+        "--corpus {bad}/field.jsonl: line 1: no field 'text', its fields are body, title; name one of them",
+    ),
+    (
+        "memtrain", "--corpus {bad}/field.jsonl --text_field story",
+        "--corpus {bad}/field.jsonl: line 1: no field 'story', its fields are body, title; name one of them",
+    ),
+    (
+        "memtrain", "--corpus {bad}/number.jsonl",
+        "--corpus {bad}/number.jsonl: line 1: field 'text' holds int, not text",
+    ),
+    ("memtrain", "--corpus {bad}/empty.jsonl", "--corpus {bad}/empty.jsonl: holds no passage"),
+    ("memtrain", "--corpus {bad}/blank.jsonl", "--corpus {bad}/blank.jsonl: holds no passage"),
+    ("memtrain", "--corpus {bad}/masks.jsonl", "--corpus {bad}/masks.jsonl: holds no passage"),
+    (
+        "memtrain", "--corpus {bad}/notes.csv",
+        "--corpus {bad}/notes.csv: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one",
+    ),
+    (
+        "memtrain", "--corpus {bad}/nothing",
+        "--corpus {bad}/nothing: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one",
+    ),
+    (
+        "memtrain", "--corpus {bad}/fake.parquet",
+        "--corpus {bad}/fake.parquet: is no readable .parquet file (Parquet file size is 3 bytes, smaller than the "
+        "minimum file footer (8 bytes)); mend or remove it",
+    ),
+    (
+        "memtrain", "--ner en_no_such_pipeline",
+        "--ner en_no_such_pipeline: not installed; run `python -m spacy download en_no_such_pipeline`, or use "
+        "--ner rules",
+    ),
+    (
+        "memtrain", "--chunk_tokens 5120",
+        "--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5258 tokens, "
+        "{root}/tiny/model has 2048; make them smaller",
+    ),
+    ("memtrain", "--chunk_tokens 3", "--chunk-tokens 3: a chunk needs at least 16"),
+    ("memtrain", "--chunk_tokens 0", "--chunk-tokens 0: must be a number of at least 1"),
+    ("memtrain", "--chunks 0", "--chunks 0: must be a number of at least 1"),
+    ("memtrain", "--memory_tokens -4", "--memory-tokens -4: must be a number of at least 1"),
+    ("memtrain", "--answer_tokens 0", "--answer-tokens 0: must be a number of at least 1"),
+    ("memtrain", "--heldout 1", "--heldout 1.0: is a share, less than 1"),
+    ("memtrain", "--steps 0", "--steps 0: must be a number of at least 1"),
+    ("memtrain", "--steps two", "argument --steps: invalid int value: 'two'; --help lists what can be given"),
+    ("memtrain", "--lr nan", "--lr nan: must be a number of at least 0"),
+    ("memtrain", "--lr -1", "--lr -1.0: must be a number of at least 0"),
+    ("memtrain", "--g1 1", "--g1 and --g2 must be at least 2: an advantage compares the samples of a group"),
+    ("memtrain", "--g2 1", "--g1 and --g2 must be at least 2: an advantage compares the samples of a group"),
+    ("memtrain", "--documents 0", "--documents 0: must be a number of at least 1"),
+    ("memtrain", "--update_batch 0", "--update-batch 0: must be a number of at least 1"),
+    ("memtrain", "--save_every 0", "--save-every 0: must be a number of at least 1"),
+    ("memtrain", "--keep 0", "--keep 0: must be a number of at least 1"),
+    (
+        "memtrain", "--ablation both",
+        "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled'); --help lists "
+        "what can be given",
+    ),
+    (
+        "memtrain", "--task chess",
+        "argument --task: invalid choice: 'chess' (choose from 'memtrain', 'longqa', 'searchqa'); --help lists "
+        "what can be given",
+    ),
+    (
+        "memtrain", "--dtype float8",
+        "argument --dtype: invalid choice: 'float8' (choose from 'float32', 'bfloat16'); --help lists what can be "
+        "given",
+    ),
+    (
+        "memtrain", "--model {bad}/not_a_model",
+        "--model {bad}/not_a_model: holds no config.json, so it is no model folder",
+    ),
+    (
+        "memtrain", "--model {bad}/nowhere",
+        "--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+    ),
+    ("memtrain", "--no_such_flag 1", "unknown argument --no_such_flag; --help lists all of them"),
+    (
+        "memtrain", "--config {bad}/none.args",
+        "--config {bad}/none.args: no such file; recipes/ holds those that come with the project",
+    ),
+    (
+        "memtrain", "--config {bad}/bad.args",
+        "argument --steps: invalid int value: 'two'; --help lists what can be given",
+    ),
+    (
+        "memtrain", "--out {bad}/used",
+        "--out {bad}/used: the folder holds another run, with --ablation None, --advantage None, --answer-tokens "
+        "None, --chunk-tokens None, --chunks None ...; choose another or delete it, or give its settings to go on "
+        "with it",
+    ),
+    (
+        "memtrain", "--out {bad}/other",
+        "--out {bad}/other: the folder holds another run or other files; choose another or delete it",
+    ),
+    (
+        "memtrain", "--out {bad}/notes.csv/run",
+        "--out {bad}/notes.csv/run: {bad}/notes.csv is a file, so it can't be written to; name another folder",
+    ),
+    ("memtrain", "--out {bad}/notes.csv", "--out {bad}/notes.csv: is a file; name a folder"),
+    (
+        "memtrain", "--task longqa --questions {bad}/missing.json",
+        "{bad}/missing.json: can't be read (No such file or directory)",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/half.json",
+        "{bad}/half.json: is not JSON (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))",
+    ),
+    ("memtrain", "--task longqa --questions {bad}/latin.json", "{bad}/latin.json: is not UTF-8 text (byte 15)"),
+    ("memtrain", "--task longqa --questions {bad}/strings.json", "{bad}/strings.json: record 1 is not a JSON object"),
+    (
+        "memtrain", "--task longqa --questions {bad}/strange.json",
+        "{bad}/strange.json: record 1: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has _id, words",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/no_gold.json",
+        "{bad}/no_gold.json: record 1: no 'supporting_facts', so no gold paragraph",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/no_question.json",
+        "{bad}/no_question.json: record 1: field 'question' holds no text",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/no_answer.json",
+        "{bad}/no_answer.json: record 1: no answer in field 'answer'",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/shape.json",
+        "{bad}/shape.json: record 1: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, "
+        "number]]",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/missing_fact.json",
+        "{bad}/missing_fact.json: record 1: 'context' has no text for the supporting fact 'B'",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/questions.json",
+        "--questions {bad}/questions.json: no question is left for 'test'; bring more, or --eval-questions",
+    ),
+    (
+        "memtrain", "--task searchqa --result_tokens 4000",
+        "--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4244 tokens, "
+        "{root}/tiny/model has 2048; make them smaller",
+    ),
+    (
+        "memtrain", "--task searchqa --questions {bad}/nq.jsonl",
+        "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'",
+    ),
+    (
+        "memtrain", "--task searchqa --retriever tfidf",
+        "--retriever tfidf: neither bm25 nor dense, nor the http://... of a server",
+    ),
+    (
+        "memtrain", "--task searchqa --retriever dense",
+        "--retriever dense needs --corpus FILE.jsonl and an encoder (--model NAME; in memtrain.py and eval.py "
+        "--encoder NAME)",
+    ),
+    ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
+    ("eval", "--controls full", "--controls full: masked documents have the control empty only"),
+    ("eval", "--task longqa --controls half", "--controls half: choose from empty, full and oracle"),
+    ("eval", "--task searchqa --controls full", "--controls full: search questions come without a text; use empty"),
+    (
+        "eval", "--out {bad}/nowhere/rows.json",
+        "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another",
+    ),
+    ("eval", "--out {bad}", "{bad}: is a folder; name a file in it"),
+    ("eval", "--lengths 0", "--lengths 0: must be a number of at least 1"),
+    ("eval", "--lengths many", "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
+    (
+        "eval", "--against {bad}/nowhere",
+        "--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+    ),
+    ("memtrain", "--lr inf", "--lr inf: must be a number of at least 0"),
+    (
+        "eval", "--model {bad}/nowhere",
+        "--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+    ),
+    ("eval", "--plot {bad}/curve.foo", "--plot {bad}/curve.foo: must end in .png, .svg or .pdf"),
+]
 
 
-@pytest.mark.parametrize(
-    "script, arguments, message",
-    [pytest.param(*mistake, marks=[pytest.mark.slow] if n % 5 else []) for n, mistake in enumerate(MISTAKES)],  # a second each
-)
+@pytest.mark.parametrize("script, arguments, message", [pytest.param(*m, id=" ".join(m[:2])) for m in MISTAKES])
 def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     """The whole message, no traceback, exit code 2, and no output folder."""
     arguments = [a.format(bad=bad) for a in arguments.split()]
@@ -142,13 +265,35 @@ def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     assert not (tmp_path / "run").exists() and sorted(bad.rglob("*")) == held
 
 
-@pytest.mark.parametrize("spoil, why", [
-    (lambda model: (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "SafetensorError"),
-    (lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:9000]), "SafetensorError"),
-    (lambda model: (model / "config.json").write_text((model / "config.json").read_text().replace('"hidden_size": 128', '"hidden_size": 64')), "RuntimeError"),
-    (lambda model: (model / "tokenizer.json").write_text("{}"), "not a causal language model with its tokenizer"),
-    (lambda model: [(model / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
-], ids=["pointer", "cut", "other shape", "no tokens", "no tokenizer"])  # fmt: skip
+def cut(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:9000])
+
+
+def reshape(model: Path) -> None:
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"hidden_size": 128', '"hidden_size": 64'))
+
+
+def drop_tokenizer(model: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+
+
+SPOILT = {
+    "pointer": (
+        lambda model: (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "SafetensorError",
+    ),
+    "cut": (cut, "SafetensorError"),
+    "other shape": (reshape, "RuntimeError"),
+    "no tokens": (
+        lambda model: (model / "tokenizer.json").write_text("{}"), "not a causal language model with its tokenizer"
+    ),
+    "no tokenizer": (drop_tokenizer, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("spoil, why", SPOILT.values(), ids=SPOILT)
 def test_a_broken_model_is_a_line(tmp_path, spoil, why):
     """Half a download, a config of other weights, a tokenizer that is none: named, with the reason."""
     shutil.copytree(ROOT / "tiny/model", tmp_path / "model")

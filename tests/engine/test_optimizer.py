@@ -69,3 +69,30 @@ def test_no_clipping():
         found.append([p.detach().clone() for p in policy.parameters()])
         assert not torch.equal(found[-1][0], before[0])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_round_trip(dtype):
+    """A fresh optimizer with the saved tensors takes the very steps that the old one would have taken."""
+
+    def policy():
+        torch.manual_seed(0)
+        return torch.nn.Linear(5, 3).to(dtype)
+
+    def step(model, optimizer, n):
+        model(torch.full((2, 5), 0.1 * n, dtype=dtype)).float().square().sum().backward()
+        optimizer.step(1e-2, 1.0)
+
+    first = policy()
+    optimizer = MasterAdamW(first, 1e-2)
+    for n in range(3):
+        step(first, optimizer, n)
+    second = policy()
+    second.load_state_dict(first.state_dict())
+    fresh = MasterAdamW(second, 1e-2)
+    fresh.load({name: tensor.clone() for name, tensor in optimizer.tensors().items()})
+    for n in range(3, 6):
+        step(first, optimizer, n)
+        step(second, fresh, n)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.masters, fresh.masters, strict=True))

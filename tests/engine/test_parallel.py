@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from processes import start, wait
@@ -13,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from engine import packing, parallel
 from engine.config import Config
 from engine.optimizer import MasterAdamW
+from engine.run import Run
 from memtrain import store_reference_logprobs, update
 from rollout import Turn
 
@@ -74,13 +76,31 @@ def five_steps(rank: int, processes: int) -> dict:
 
 def joined(folder: Path) -> None:
     """What a process of its own does: it joins the others, and leaves its results in `folder`."""
-    rank, processes, _ = parallel.start()
-    torch.save(five_steps(rank, processes), folder / f"{rank}.pt")
+    run = Run(Config(out=str(folder / "run"), documents=2))
+    drawn = torch.rand(3)
+    torch.save(five_steps(run.rank, run.processes) | {"drawn": drawn}, folder / f"{run.rank}.pt")
+    run.out.mkdir(exist_ok=True)
+    log_samples(run, run.rank)
     parallel.stop()
 
 
+def log_samples(run: Run, rank: int) -> None:
+    """A line of metrics, of three samples that process 0 has and of one of process 1."""
+    run.seconds, run.bar = {"rollout": 2.0}, SimpleNamespace(set_postfix=print)
+    samples, name = ([1.0, 0.0, 0.0], "tokens") if rank == 0 else ([1.0], "clipped")
+    names = "correct reward recalled degenerate leaks draws truncated unboxed memory_tokens prompt_tokens padding"
+    rows = dict.fromkeys([*names.split(), "completion_tokens"], samples)
+    stats = {"loss": 0.5 + rank, "used_tokens": 3, "padded_tokens": 4, name: 10 * (1 + rank)}
+    run.log(0, rows, stats | {"grad_norm": 7.0, "updates": 1, "bad_updates": 0}, {"lr": 0.1})
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_two_processes_equal_one(tmp_path):
-    """Same gradient (1e-6) for every update, also where a process kept nothing; weights stay equal to the bit."""
+    """Same gradient (1e-6) for every update, also where a process kept nothing; weights stay equal to the bit. Each
+    draws numbers of its own, and a line of metrics is of the samples of both."""
     both = start(joined, tmp_path, ranks=2)
     alone = five_steps(0, 1)
     assert wait(both) == [0, 0]
@@ -92,20 +112,24 @@ def test_two_processes_equal_one(tmp_path):
     assert ((first["gradients"] - alone["gradients"]).norm(dim=1, keepdim=True) / scale).max() < 1e-6
     torch.testing.assert_close(first["weights"], alone["weights"], atol=2e-3, rtol=0)  # Adam magnifies rounding
     assert not torch.equal(alone["weights"], torch.cat([p.detach().flatten() for p in model().parameters()]))
+    assert not torch.equal(first["drawn"], second["drawn"])
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert metrics["end_to_end"] == metrics["truncated"] == 0.5 and metrics["end_to_end_std"] == 0.5
+    assert metrics["loss"] == 2.0 and metrics["clip_fraction"] == 2.0 and metrics["padding_update"] == 0.25
+    assert metrics["tokens_per_second"] == 2.0 and metrics["grad_norm"] == 7.0 and metrics["step"] == 1
 
 
 def test_torchrun_writes_one_run(tmp_path):
-    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, and its metrics count both processes' samples."""
-    size = "--steps 2 --chunks 2 --documents 3 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 2".split()
+    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, of both processes' samples."""
+    size = "--steps 1 --chunks 2 --documents 3 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 2".split()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(ROOT / "memtrain.py"), *size, "--out", str(tmp_path / "run")], capture_output=True, text=True,
         timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 2
-    assert {round(m["end_to_end"] * 6, 6) % 1 for m in metrics} == {0.0}  # 3 documents x 2 samples
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert round(metrics["end_to_end"] * 6, 6) % 1 == 0  # 3 documents x 2 samples
     assert done.stdout.count("checkpoint in") == 1
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert all(row["n"] == 2 for row in rows if row["task"] == "end_to_end")

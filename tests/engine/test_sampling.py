@@ -14,7 +14,7 @@ from transformers import (
 from engine import sampling
 from engine.attention import SharedPrompts, can_share_prompts
 from engine.errors import UserError
-from engine.sampling import Budget, Draw, Stop, generate
+from engine.sampling import Budget, Draw, Stop, closing_tokens, generate
 from rollout import answered
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_sampling_ignores_the_models_generation_config():
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
-    """Greedy decoding behind shared prompts equals one row a prompt, with and without padding, and prefills each once."""
+    """Greedy decoding behind shared prompts equals one row a prompt, padded or not, and prefills each once."""
     model, rng = random_model(kind), random.Random(1)
     short = [rng.randrange(8, 300) for _ in range(4)]
     others = [[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]
@@ -248,6 +248,7 @@ def test_an_answer_ends_where_its_box_closes():
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
 
+    assert closing_tokens(tokenizer) == [i for i in range(len(tokenizer)) if set("}>") & set(decode([i]))]
     for done in (answered, brace_on_third_token):
         free = generate(model, tokenizer, prompts, 20, greedy=True)
         held = generate(model, tokenizer, prompts, 20, greedy=True, done=done)
@@ -302,7 +303,7 @@ def test_values_narrower_than_keys():
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
-    """The same completions, in smaller batches, and a line that says so; a prompt that doesn't fit alone is an error."""
+    """The same completions, in smaller batches, and a line that says so; one prompt that doesn't fit is an error."""
     model, sizes, room = random_model("qwen3"), [], 4
     real = model.generate
 
@@ -317,8 +318,9 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
     monkeypatch.setattr(model, "generate", full)
     budget = Budget(1000)
     assert generate(model, Plain, prompts, 5, greedy=True, budget=budget) == expected
-    assert max(sizes) == 16 and sizes[-1] <= 4 and budget.tokens < 1000
-    assert f"--rollout-tokens {budget.tokens}" in capsys.readouterr().out
+    assert sizes == [16, 8, 4, 4, 4, 4] and budget.tokens == 32  # half of the batch that met the end, not of the budget
+    told = [line for line in capsys.readouterr().out.splitlines() if "out of memory in rollout" in line]
+    assert [line.split()[-1] for line in told] == ["64", "32"] and "--rollout-tokens" in told[0]
     room = 0
     with pytest.raises(UserError, match="out of memory for a single prompt of 3 tokens"):
         generate(model, Plain, prompts, 5, greedy=True)
