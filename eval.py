@@ -3,7 +3,7 @@
     python eval.py --model runs/tiny/checkpoint
 
 prints a table and writes the same rows as JSON. Each number stands beside a control: the same question with an empty
-memory. The control's accuracy is knowledge of the world, or given away by the question, and not remembered.
+memory. The control measures how much can be answered without a memory.
 """
 
 import json

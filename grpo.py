@@ -17,8 +17,8 @@ policy over that under the policy that sampled, training maximises
     conversation_weights               the two outer means of Eq. 4, over the turns that are kept
     grpo_loss                          Eq. 4 itself
 
-With one update a step pi_old is pi: r_t is 1, its gradient is not. Dropout must be off, or pi and pi_old would be two
-networks.
+With one update per step pi_old is pi: r_t equals 1, but its gradient is not zero. Dropout must be off, or pi and pi_old
+would be two networks.
 """
 
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ def token_logprobs(model, turns: list[Turn], with_entropy: bool = False) -> tupl
 
 def grpo_loss(
     logprobs: Tensor,  # (turns, longest), with gradient
-    old_logprobs: Tensor | None,  # (turns, longest), before the step's first update; None: this is the first
+    old_logprobs: Tensor | None,  # (turns, longest), before the step's first update; None: the step's only update
     reference_logprobs: Tensor | None,  # (turns, longest), of the reference; None: no KL
     mask: Tensor,  # (turns, longest) bool, True on completion tokens
     advantages: Tensor,  # (turns,)

@@ -24,7 +24,7 @@ from text.matching import MASK, TARGET, akin, name_words, occurrences
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
 ATTEMPTS = 200  # draws for one document before giving up
-TRIES = 5  # documents to try in training under one number
+TRIES = 5  # documents to try under one number, in training
 SMALLEST_CHUNK = 16  # tokens: cut_chunks never splits a [MASK], nor a character
 GAP = "\n\n"  # between the passages of a document
 Span = tuple[int, int]  # character positions, the end excluded
@@ -76,7 +76,7 @@ def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> 
         length += start - copied + len(token)
         tokens.append((length - len(token), length))
         copied = end
-    # shifts[n]: how far the text behind the first n forms has moved
+    # shifts[n] is added to the positions behind the first n forms.
     shifts = [0, *(new_end - end for (_, new_end), (_, end) in zip(tokens, forms, strict=True))]
     starts = [start for start, _ in forms]
     moved = []
@@ -212,7 +212,7 @@ class Corpus:
     def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
         """Passages by priority (the pivot, related, random ones), and a random key for each.
 
-        A document takes the first n passages and sorts them by key, so a longer one keeps the order of a shorter one.
+        A document takes passages from the front and sorts them by key, so more of them keep the order of the fewer.
         Other passages of the pivot's own title are left out: they would all but repeat it.
         """
         own = self.same_title[self.passages[pivot].title]
@@ -231,14 +231,14 @@ class Corpus:
         """The document with `answer` masked, or None where its chunks can't hold the whole pivot."""
         text, masks, entities, (pivot_start, pivot_end), chunks = self._fill(pool, keys, answer, n_chunks, size)
         most = n_chunks or self.max_chunks or len(chunks)
-        # Of too many chunks keep the first ones, or those up to the pivot's last where the pivot ends later.
+        # Keep a window of `most` chunks: the first ones, or shifted to end with the pivot's last chunk.
         chunk_ends = list(accumulate(map(len, chunks)))
-        first = max(0, bisect_left(chunk_ends, pivot_end) + 1 - most)
-        start = chunk_ends[first - 1] if first else 0
+        first_kept = max(0, bisect_left(chunk_ends, pivot_end) + 1 - most)
+        start = chunk_ends[first_kept - 1] if first_kept else 0
         if pivot_start < start or not masks:
             return None
-        mask_edges = {edge for span in masks for edge in span}  # an entity that touches a mask may be one name with it
-        chunks = chunks[first : first + most]
+        mask_edges = {edge for span in masks for edge in span}  # [MASK]-Berlin may be one name
+        chunks = chunks[first_kept : first_kept + most]
         recall = []
         for chunk in chunks:
             end = start + len(chunk)

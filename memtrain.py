@@ -27,7 +27,7 @@ Where this differs from the paper:
 
 `--plain True` samples with rollout.generate and trains with grpo.token_logprobs: short reference code that gives what
 engine/sampling.py and engine/packing.py give, only slower. A name that ends in _D or _DG is a list with an item per
-document, or per trajectory, document by document.
+document of this process, or per trajectory, document by document.
 """
 
 import math
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     run.evaluate("before", evaluation)  # with the weights of --model, so before a checkpoint is loaded; once a run
     run.resume()
     for step in run.steps():
-        with run.guard():  # where text, retriever or memory give out in one process, all save and end; so below
+        with run.guard():  # if one process runs out of text or GPU memory, or its retriever fails, all save and stop
             # 1. Read (3.1, 3.2): this process's documents, each G1 times
             documents_D = run.draw(source, step)
             trajectories_DG = agent(sample, documents_D, limits, samples=config.g1)
@@ -90,8 +90,10 @@ def main(config: Config) -> None:
             for turns, target in zip(recalls_DG, targets_DG, strict=True)
         ]
         em_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
-        pairs_DG = zip(em_DG, recall_rewards_DG, strict=True)
-        rewards_DG = [trajectory_reward(em, rewards, config.joint_weight) for em, rewards in pairs_DG]
+        rewards_DG = [
+            trajectory_reward(em, own_rewards, config.joint_weight)
+            for em, own_rewards in zip(em_DG, recall_rewards_DG, strict=True)
+        ]
         # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
         groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
         groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
@@ -184,7 +186,8 @@ def update(
     norms = []
     for start in starts:
         own = [turn for turn in turns if start <= turn.document < start + documents_per_update]
-        if set_weights(own) == 0:  # on all processes
+        documents = set_weights(own)
+        if documents == 0:  # no process has a turn, so all skip this update
             continue
         with guard():
             for batch in packing.micro_batches(policy, own, config.train_tokens):

@@ -3,9 +3,9 @@
     R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
-An answer is the content of the last closed `\\boxed{}` that the model generated and that is not empty. It is right when
-it matches a gold answer exactly (EM), after the folding of masking and SQuAD's normalisation. Numbers are compared as
-numbers: 1.5 is not 15, though both normalise to "15"; 1,500.0 is 1500.
+An answer is the content of the last closed `\\boxed{}` that the model generated and that is not empty; sampling stops
+at the first such box. It is right when it matches a gold answer exactly (EM), after the folding of masking and SQuAD's
+normalisation. Numbers are compared as numbers: 1.5 is not 15, though both normalise to "15"; 1,500.0 is 1500.
 """
 
 import re

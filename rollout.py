@@ -1,7 +1,7 @@
 """Rollouts: the prompts, the sampler, and the agents that read and recall.
 
     generate  plain sampling, by one call of Hugging Face's `generate`
-    sampler   generate, a model and its tokenizer as one function, sample(prompts, new_tokens, done) -> turns
+    sampler   binds generate, a model and its tokenizer into sample(prompts, new_tokens, done) -> turns
     read      the reading agent (paper 3.1)
     recall    the intermediate-memory task (paper 3.3)
 
@@ -93,7 +93,7 @@ class Turn:
     # Training sets these.
     document: int = -1  # place of its document in the step
     advantage: float = 0.0
-    weight: float = 0.0  # in Eq. 4: 1 / (documents * turns of its document)
+    weight: float = 0.0  # in Eq. 4: 1 / (kept documents of the update, of all processes * kept turns of its document)
     old_logprobs: torch.Tensor | None = None  # (completion,), before the first of several updates
     reference_logprobs: torch.Tensor | None = None  # (completion,), if there is a KL
 
@@ -135,7 +135,7 @@ def limits_of(config, tokenizer) -> Limits:
 
 
 class Completion(NamedTuple):
-    """What generate returns for a prompt; the fields are those of Turn."""
+    """One completion: its token ids, whether it ended by itself, and the padding beside its prompt."""
 
     ids: list[int]
     ended: bool
