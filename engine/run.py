@@ -73,8 +73,8 @@ class Run:
             self.lock = checkpoints.lock(self.out)
             if checkpoints.unfinished(self.out, self.settings, self.config.resume) != self.resuming:
                 raise UserError(f"--out {self.out}: another run came and went meanwhile; run the same command again")
-            checkpoints.write_config(self.out, self.settings)
             self.check_disk()
+            checkpoints.write_config(self.out, self.settings)
 
     def check_disk(self) -> None:
         """UserError where the disk has no room for a checkpoint; a line where it hasn't for all of them at once."""

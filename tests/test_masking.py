@@ -15,9 +15,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import masking
 from engine.errors import UserError
 from masking import Corpus, Document, draw_recall, is_heldout, mask
 from rewards import normalize
+from text.chunking import cut_chunks
 from text.corpus import Passage, find_entities, load_passages
 from text.matching import MASK, TARGET, akin, name_words, occurrences
 
@@ -303,6 +305,21 @@ def test_y_has_several_words_as_often_as_entities_have(bpe):
     assert not any("Lovelace" in answer for answer in answers)
 
 
+@pytest.mark.parametrize("chunk_tokens", [32, 256])
+def test_a_long_document_is_cut_two_or_three_times(bpe, monkeypatch, chunk_tokens):
+    """Not once for every few passages: each cut is of the whole text. And it hardly overshoots."""
+    corpus, cuts = Corpus(made_up(400), bpe, seed=0, chunk_tokens=chunk_tokens, n_chunks=64, n_related=2), []
+
+    def counted(text, keep, tokenizer, limit):
+        cuts.append(cut_chunks(text, keep, tokenizer, limit))
+        return cuts[-1]
+
+    monkeypatch.setattr(masking, "cut_chunks", counted)
+    documents = [corpus.document(i) for i in range(8)]
+    assert len(cuts) <= 3 * sum(1 + document.redraws for document in documents)
+    assert all(len(document.chunks) == 64 for document in documents) and len(cuts[-1]) <= 68
+
+
 def test_recall_asks_for_a_name_that_is_gone_from_its_section():
     """Where a chunk has one: a name none of whose long words is left. Else any, and it says so."""
     chunks = ["Ada Lovelace and Charles Babbage met. Lovelace spoke.", "Rome is old.", "Ulm is new."]
@@ -365,7 +382,7 @@ def test_too_few_passages(tiny_passages, tokenizer):
 
 
 def test_in_training_another_document_stands_in_for_one_that_cannot_be_built(monkeypatch):
-    """One that fails must not end a run of hours. Its stand-in is no other number's document, and is always the same."""
+    """One that fails must not end a run of hours. Its stand-in is no other number's, and is always the same."""
     passages = [Passage(f"Title {n}", f"Ada{n} met Bob{n} in Ulm{n}.", [(0, 4 + (n > 9))]) for n in range(200)]
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tiny/model")
     corpus = Corpus(passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=1)

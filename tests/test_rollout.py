@@ -127,6 +127,26 @@ def test_a_sampler_encodes_prompts_and_hands_token_ids_on(tokenizer):
     assert sampler(script, None, tokenizer)([], 7) == [] and len(given) == 1
 
 
+def test_a_sampler_encodes_each_prompt_once(tokenizer):
+    """The G2 answers of a recall start from one text; encoding it is work that a GPU would wait for."""
+    encoded = []
+
+    class Counting:
+        chat_template = None
+
+        def __call__(self, text, **more):
+            encoded.append(text)
+            return tokenizer(text, **more)
+
+        decode = tokenizer.decode
+
+    def script(model, tokenizer, prompts, new_tokens, done, greedy):
+        return [rollout.Completion([1], True, 0) for _ in prompts]
+
+    turns = sampler(script, None, Counting())(["a", "b", "a", "a"], 5)
+    assert encoded == ["a\n", "b\n"] and turns[0].prompt_ids == turns[2].prompt_ids != turns[1].prompt_ids
+
+
 class Ends:
     """The little of a tokenizer that `generate` looks at without `done`."""
 

@@ -88,8 +88,9 @@ def log_samples(run: Run, rank: int) -> None:
     """A line of metrics, of three samples that process 0 has and of one of process 1."""
     run.seconds, run.bar = {"rollout": 2.0}, SimpleNamespace(set_postfix=print)
     samples, name = ([1.0, 0.0, 0.0], "tokens") if rank == 0 else ([1.0], "clipped")
-    names = "correct reward recalled degenerate leaks draws truncated unboxed memory_tokens prompt_tokens padding"
-    rows = dict.fromkeys([*names.split(), "completion_tokens"], samples)
+    names = "correct reward recalled recall_leaky degenerate leaks draws truncated unboxed memory_tokens prompt_tokens"
+    rows = dict.fromkeys([*names.split(), "padding", "completion_tokens"], samples)
+    rows["answers"] = ["Ada Lovelace", "Ulm", "1815"] if rank == 0 else ["the river Po"]
     stats = {"loss": 0.5 + rank, "used_tokens": 3, "padded_tokens": 4, name: 10 * (1 + rank)}
     run.log(0, rows, stats | {"grad_norm": 7.0, "updates": 1, "bad_updates": 0}, {"lr": 0.1})
 
@@ -115,6 +116,7 @@ def test_two_processes_equal_one(tmp_path):
     assert not torch.equal(first["drawn"], second["drawn"])
     (metrics,) = metrics_of(tmp_path / "run")
     assert metrics["end_to_end"] == metrics["truncated"] == 0.5 and metrics["end_to_end_std"] == 0.5
+    assert [metrics[f"y_{kind}"] for kind in ("number", "person", "several", "word")] == [0.25] * 4
     assert metrics["loss"] == 2.0 and metrics["clip_fraction"] == 2.0 and metrics["padding_update"] == 0.25
     assert metrics["tokens_per_second"] == 2.0 and metrics["grad_norm"] == 7.0 and metrics["step"] == 1
 

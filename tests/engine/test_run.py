@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -22,7 +24,9 @@ from safetensors.torch import load_file
 import memtrain
 from engine import checkpoints, packing, parallel
 from engine.checkpoints import newest
+from engine.config import Config
 from engine.errors import UserError, run_script
+from engine.run import Run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--documents", 2, "--g1", 4, "--g2", 2, "--chunks", 2, "--chunk_tokens", 32, "--memory_tokens", 16]
@@ -241,6 +245,64 @@ def test_a_full_disk_leaves_the_older_checkpoint(out, monkeypatch):
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000001"]
     assert Path(os.readlink(out / "checkpoint")).name == "step-000001"
     assert command(*arguments).returncode == 0 and len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_at_the_start(out, monkeypatch, capsys):
+    """Before a step is made; where it has room for one but not for all of them, a line says so and the run goes on."""
+    needed = sum(t.numel() * 4 for t in load_file(ROOT / "tiny/model/model.safetensors").values()) * 3
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed * 0.9))
+    done = command(*SMALL, "--steps", 2, "--out", out)
+    assert done.returncode == 2 and "a checkpoint takes 0.0 GB" in done.stderr and "free some space" in done.stderr
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed * 2))
+    done = command(*SMALL, "--steps", 1, "--keep", 2, "--out", out)
+    assert done.returncode == 0 and "are needed with --keep 2" in done.stdout
+
+
+@pytest.mark.parametrize("place", ["recall", "batch_loss"])
+@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+def test_an_error_anywhere_in_a_step_loses_that_step_alone(out, tmp_path, monkeypatch, place, kind):
+    """In recall or in the update, a user's or our own: the steps before are saved, and the run goes on from there."""
+    arguments = [*SMALL, "--save_every", 100, "--steps", 3]
+    assert command(*arguments, "--out", tmp_path / "whole").returncode == 0
+    real = getattr(memtrain, place)
+    targets, started = memtrain.draw_targets, []
+    monkeypatch.setattr(memtrain, "draw_targets", lambda *more: started.append(1) or targets(*more))
+
+    def failing(*more, **named):
+        if len(started) == 2:
+            raise kind("it gave out")
+        return real(*more, **named)
+
+    monkeypatch.setattr(memtrain, place, failing)
+    done = command(*arguments, "--out", out)
+    assert done.returncode == (2 if kind is UserError else 1) and "it gave out" in done.stderr
+    assert newest(out).name == "step-000001"
+    monkeypatch.undo()
+    done = command(*arguments, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 1" in done.stdout
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_the_next_documents_are_built_while_a_step_samples(tmp_path):
+    """They are those that would be drawn then, and another thread has them before they are asked for."""
+
+    class Source:
+        def __init__(self):
+            self.threads = {}
+
+        def document(self, index):
+            self.threads[index] = threading.get_ident()
+            return SimpleNamespace(index=index)
+
+    run, source = Run(Config(out=str(tmp_path / "run"), documents=3, steps=3)), Source()
+    first = run.draw(source, 0)
+    run.built[1].result(timeout=10)
+    assert sorted(source.threads) == [0, 1, 2, 3, 4, 5] and source.threads[3] != source.threads[0]
+    assert [[d.index for d in documents] for documents in (first, run.draw(source, 1), run.draw(source, 2))] == [
+        [0, 1, 2], [3, 4, 5], [6, 7, 8]
+    ]
+    assert [d.place for d in first] == [0, 1, 2] and not run.built
 
 
 def test_a_disk_that_is_full_elsewhere_is_a_line(capsys):

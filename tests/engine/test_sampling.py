@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from engine import sampling
-from engine.attention import SharedPrompts, can_share_prompts
+from engine.attention import RoomyLayer, SharedPrompts, can_share_prompts
 from engine.errors import UserError
 from engine.sampling import Budget, Draw, Stop, closing_tokens, generate
 from rollout import answered
@@ -269,6 +269,50 @@ def test_an_answer_ends_where_its_box_closes():
     assert criterion.lengths.tolist() == [len(box) + 2, 0, len(box) + 3]
     assert ended[-1] == [True, False, True] and ended[len(box) + 1] == [True, False, False]
     assert not any(ended[len(box)])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_budget_is_never_exceeded(attention, monkeypatch):
+    """Random groups, most of them uneven: the tokens that the cache really has room for, new ones included."""
+    model, rng, held, real = random_model("qwen3"), random.Random(4), [], sampling.prefill
+    model.set_attn_implementation(attention)
+
+    def measured(model, prompts, max_tokens):
+        cache, shared, padding = real(model, prompts, max_tokens)
+        layer = cache.layers[0]
+        keys = layer.keys if shared is None else layer.prompt_keys  # (prompts or rows, heads, tokens, size)
+        held.append((len(prompts), keys.shape[0] * (keys.shape[2] + 1) + len(prompts) * 6))
+        return cache, shared, padding
+
+    monkeypatch.setattr(sampling, "prefill", measured)
+    for _ in range(12):
+        prompts = [[rng.randrange(8, 300) for _ in range(rng.choice((3, 20, 60)))] for _ in range(rng.randrange(1, 9))]
+        rows = [prompt for prompt in prompts for _ in range(rng.choice((1, 1, 2, 9, 30)))]
+        budget, held[:] = rng.choice((150, 400, 1000)), []
+        found = generate(model, Plain, rows, 6, greedy=True, budget=Budget(budget))
+        assert sum(n for n, _ in held) == len(rows) == len(found)
+        assert all(tokens <= budget or n == 1 for n, tokens in held), (budget, held)
+
+
+def test_the_cache_is_allocated_once_for_what_will_be_written(monkeypatch):
+    """The number of new tokens is known, so nothing is copied while rows write."""
+    model, buffers, real = random_model("qwen3"), set(), RoomyLayer.append
+
+    def seen(self, buffer, held, new):
+        made = real(self, buffer, held, new)
+        buffers.add((id(self), made.data_ptr()))
+        return made
+
+    monkeypatch.setattr(RoomyLayer, "append", seen)
+    model.generation_config.eos_token_id = None
+    generate(model, Endless, [[9, 20, 30, 40]] * 4, 200, greedy=True)
+    assert len(buffers) == 2 * len(model.model.layers)  # keys and values of each
+
+
+class Endless:
+    """A tokenizer whose end the model never writes."""
+
+    pad_token_id, eos_token_id = 7, 299_999
 
 
 @pytest.mark.parametrize("attention, rows", [("sdpa", [32]), ("eager", [8, 8, 8, 8])])

@@ -10,12 +10,15 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from engine.errors import UserError
-from tasks.longqa import LongQA, Pool, long_document, long_documents
+from tasks import longqa
+from tasks.longqa import LongQA, Pool, long_document, long_documents, measure, shuffled
 from tasks.questions import Question, load_questions, split_questions, subject
+from text.chunking import cut_chunks
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -241,6 +244,48 @@ def test_memagents_files(tmp_path, tokenizer, kind):
     assert ["".join(d.chunks) for d in made] == texts and sorted(d.index for d in made) == [0, 1, 2]
     assert [(d.title, d.question, d.answers) for d in made] == [(str(7 * n), f"Q{n}?", ["A", f"{n}"]) for n in range(3)]
     assert all(len(d.recall) == len(d.chunks) > 1 and tokens(c, tokenizer) <= 32 for d in made for c in d.chunks)
+
+
+def test_a_pool_is_tokenised_in_batches(tokenizer):
+    """Token ids of all passages at once would be gigabytes; the measures are those of one passage alone."""
+    sizes = []
+
+    def counting(texts, **more):
+        sizes.append(len(texts))
+        return tokenizer(texts, **more)
+
+    pool = Pool(((f"Town {n}", f"It lies at {n}.") for n in range(9000)), counting)
+    assert len(pool.passages) == 9000 and max(sizes) <= 4096
+    assert pool.passages[8999] == measure([("Town 8999", "It lies at 8999.")], tokenizer)[0]
+
+
+def test_numbers_drawn_one_by_one_are_a_random_order():
+    """Each once; and each place holds each number as often as chance has it."""
+    orders = [list(shuffled(6, np.random.default_rng(n))) for n in range(3000)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
+    counts = np.array([[sum(order[place] == n for order in orders) for n in range(6)] for place in range(6)])
+    assert abs(counts - 500).max() < 5 * (3000 * 5 / 36) ** 0.5
+    few = shuffled(10**9, np.random.default_rng(0))
+    assert len({next(few) for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize("chunk_tokens, chunks", [(64, 48), (512, 8)])
+def test_a_text_is_cut_once_or_twice(tokenizer, monkeypatch, chunk_tokens, chunks):
+    """Its length is known from the passages' token counts; and an evaluation's document is built once."""
+    pool = Pool([(f"Town {n}", f"It lies at {n}. " * (1 + n % 7)) for n in range(4000)], tokenizer)
+    questions = load_questions(ROOT / "tiny/questions.jsonl")[:12]
+    split = {"train": questions, "test": questions}
+    source, cuts = LongQA(split, pool, seed=0, chunk_tokens=chunk_tokens, chunks=4), []
+
+    def counted(*given):
+        cuts.append(1)
+        return cut_chunks(*given)
+
+    monkeypatch.setattr(longqa, "cut_chunks", counted)
+    documents = [source.document(i, "test", chunks) for i in range(12)]
+    assert len(cuts) <= 3 * 12 and all(chunks - len(document.chunks) in (0, 1) for document in documents)
+    before = len(cuts)
+    assert [source.document(i, "test", chunks) for i in range(12)] == documents and len(cuts) == before
 
 
 def test_the_source_makes_texts_of_so_many_chunks(tokenizer):

@@ -117,7 +117,7 @@ def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, monkeypatc
         return always_searches
 
     monkeypatch.setattr(memtrain, "sampler", sampler)
-    monkeypatch.setattr(Http.__init__, "__defaults__", (30, 4, 0.01))  # pauses of milliseconds, not of seconds
+    monkeypatch.setattr(Http.__init__, "__defaults__", (30, 4, 0.01, 5, 9))  # pauses of milliseconds, not of seconds
     url = f"http://127.0.0.1:{server.server_port}/retrieve"
     small = ["--documents", 1, "--g1", 2, "--searches", 2, "--steps", 3, "--eval_documents", 0]
     done = command("--task", "searchqa", "--retriever", url, *small, "--out", tmp_path / "run")

@@ -4,7 +4,9 @@ import json
 import random
 import re
 import runpy
+import shutil
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import spacy
 
 from engine.errors import UserError
+from text import corpus
 from text.corpus import Passage, find_entities, load_passages, measure, pipeline, spans, split_paragraphs
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +152,47 @@ def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
     assert again[0].entities == first[0].entities != []
     with pytest.raises(pytest.fail.Exception):
         find_entities(fresh("Ulm lies elsewhere."), "rules", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_are_found_again_after_a_stop(tmp_path, monkeypatch, workers):
+    """By one process or several: entities as of one piece, and only a shard that is not there is made again."""
+    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:90]
+    find_entities(passages, "rules", tmp_path / "whole")
+    whole, made = [passage.entities for passage in passages], []
+    monkeypatch.setattr(corpus, "SHARD", 40)
+    monkeypatch.setattr(corpus, "PART", 8)
+    monkeypatch.setattr("os.cpu_count", lambda: workers)
+    real = corpus.Finder.entities
+
+    def counted(self, start, count):
+        made.append((start, count))
+        if made == [(0, 40), (40, 40)]:
+            raise KeyboardInterrupt
+        return real(self, start, count)
+
+    monkeypatch.setattr(corpus.Finder, "entities", counted)
+    with pytest.raises(KeyboardInterrupt):
+        find_entities(passages, "rules", tmp_path / "shards")
+    find_entities(passages, "rules", tmp_path / "shards")
+    assert made == [(0, 40), (40, 40), (40, 40), (80, 10)]
+    assert [passage.entities for passage in passages] == whole
+    find_entities(passages, "rules", tmp_path / "shards")
+    assert len(made) == 4
+
+
+def test_other_processes_wait_for_the_file_and_not_in_a_collective(tmp_path, monkeypatch):
+    """A process of another rank reads what the first writes, when it is there, and makes nothing itself."""
+    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:20]
+    find_entities(passages, "rules", tmp_path / "first")
+    found = [passage.entities for passage in passages]
+    monkeypatch.setenv("RANK", "1")
+    timer = threading.Timer(0.7, lambda: shutil.copytree(tmp_path / "first", tmp_path / "shared"))
+    timer.start()
+    monkeypatch.setattr(corpus, "Finder", None)
+    find_entities(passages, "rules", tmp_path / "shared")
+    timer.join()
+    assert [passage.entities for passage in passages] == found
 
 
 @pytest.mark.parametrize(
