@@ -1,5 +1,6 @@
 """The task that --task names: where its documents come from, and which agent reads them."""
 
+import copy
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ def load_task(
         check_window(config, model, tokenizer)
         return loaded
     retriever = open_retriever(config.retriever, config.text, config.encoder) if config.task == "searchqa" else None
-    source = load_source(config, model, tokenizer, cache, left_out)
+    # A tokenizer of its own: documents are built in another thread, and encoding changes a tokenizer's settings.
+    source = load_source(config, model, copy.deepcopy(tokenizer), cache, left_out)
     return source, partial(search, retriever=retriever) if retriever else read
 
 

@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 import memtrain
 from engine import checkpoints, packing, parallel
 from engine.checkpoints import newest
-from engine.config import Config
+from engine.config import Config, load_model
 from engine.errors import UserError, run_script
 from engine.run import Run
+from rollout import encode_prompt
+from tasks.sources import load_task
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--documents", 2, "--g1", 4, "--g2", 2, "--chunks", 2, "--chunk_tokens", 32, "--memory_tokens", 16]
@@ -303,6 +305,27 @@ def test_the_next_documents_are_built_while_a_step_samples(tmp_path):
         [0, 1, 2], [3, 4, 5], [6, 7, 8]
     ]
     assert [d.place for d in first] == [0, 1, 2] and not run.built
+
+
+def test_documents_and_prompts_are_encoded_by_tokenizers_of_their_own(tmp_path):
+    """Encoding switches a tokenizer's treatment of special tokens, and two threads must not meet in that."""
+    config = Config()
+    model, tokenizer = load_model(config.model, "cpu")
+    source, _ = load_task(config, model, tokenizer, tmp_path)
+    assert source.tokenizer is not tokenizer
+    stop, wrong, wanted = threading.Event(), [], encode_prompt(tokenizer, "Who <eos> is it? <pad>")
+
+    def build():
+        while not stop.is_set():
+            wrong.extend(n for n in range(3) if source.document(n).chunks != chunks[n])
+
+    chunks = [source.document(n).chunks for n in range(3)]
+    thread = threading.Thread(target=build)
+    thread.start()
+    assert all(encode_prompt(tokenizer, "Who <eos> is it? <pad>") == wanted for _ in range(2000))
+    stop.set()
+    thread.join()
+    assert not wrong
 
 
 def test_a_disk_that_is_full_elsewhere_is_a_line(capsys):
