@@ -13,7 +13,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from engine.errors import UserError  # noqa: E402
 from masking import Corpus  # noqa: E402
 from tasks.longqa import LongQA, Pool  # noqa: E402
 from tasks.questions import load_questions  # noqa: E402
+from tasks.retrieval import Http, Local  # noqa: E402
+from tasks.retrieval_server import Server  # noqa: E402
 from text.bm25 import BM25  # noqa: E402
 from text.corpus import Passage, find_entities  # noqa: E402
 
@@ -89,6 +93,19 @@ def search(passages: list[Passage], tokenizer) -> dict:
     found = {"BM25: start-up": time.process_time() - began}
     queries = [" ".join(passage.text.split()[:12]) for passage in passages[:: max(1, len(passages) // 50)]]
     found["a BM25 search of 12 words"] = per_call(lambda i: index.search([queries[i]], 3), 40)
+    rows = [{"title": passage.title, "text": passage.text} for passage in passages]
+    with Server("127.0.0.1", 0) as server:
+        server.server_bind()
+        server.server_activate()
+        server.retriever = Local(index, rows)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/retrieve"
+        began = time.perf_counter()
+        with ThreadPoolExecutor(8) as pool:  # raises where one of them fails
+            answers = list(pool.map(lambda _: Http(url).search((queries * 2)[:64], 3), range(8)))
+        assert all(len(answer) == 64 for answer in answers)
+        found["8 clients with 64 searches each, of the server (seconds)"] = time.perf_counter() - began
+        server.shutdown()
     return found
 
 
