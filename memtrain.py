@@ -84,22 +84,21 @@ def main(config: Config) -> None:
             targets_DG = draw_targets(trajectories_DG, config, step)
             recalls_DG = recall(sample, trajectories_DG, targets_DG, limits, samples=config.g2)
             run.lap("recall")
-        # 3. Rewards: R^I (Eq. 1), EM, R^E (Eq. 2)
-        recall_rewards_DG = [
-            [recall_reward(turn.text, target.entity) for turn in turns]
-            for turns, target in zip(recalls_DG, targets_DG, strict=True)
-        ]
-        em_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
-        rewards_DG = [
-            trajectory_reward(em, own_rewards, config.joint_weight)
-            for em, own_rewards in zip(em_DG, recall_rewards_DG, strict=True)
-        ]
-        # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
-        groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
-        groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
-        turns = assign_advantages(groups, config.advantage)
-        # 5. Reference log-probs, then the update (Eq. 4)
-        with run.guard():
+            # 3. Rewards: R^I (Eq. 1), EM, R^E (Eq. 2)
+            recall_rewards_DG = [
+                [recall_reward(turn.text, target.entity) for turn in turns]
+                for turns, target in zip(recalls_DG, targets_DG, strict=True)
+            ]
+            em_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
+            rewards_DG = [
+                trajectory_reward(em, own_rewards, config.joint_weight)
+                for em, own_rewards in zip(em_DG, recall_rewards_DG, strict=True)
+            ]
+            # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
+            groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
+            groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
+            turns = assign_advantages(groups, config.advantage)
+            # 5. Reference log-probs, then the update (Eq. 4)
             store_reference_logprobs(reference, turns, config, run.device)
             run.lap("reference")
         lr = learning_rate(config, step)
