@@ -5,8 +5,7 @@
                   ones, the entity masked in all of them, cut into chunks
     draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
 
-A form of an entity is the same whole words in any case, Unicode-normalised; names are akin where one may be a part or
-an alias of the other: see text/matching.py.
+A form of an entity: the same whole words in any case, Unicode-normalised. Akin: maybe a part or an alias of a name.
 """
 
 import hashlib
@@ -165,11 +164,11 @@ class Corpus:
             )
         rng = np.random.default_rng([self.seed, split == "heldout", i] + [attempt] * (attempt > 0))
         # Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
-        several = bool(rng.random() < self.several[split])
+        wanted = bool(rng.random() < self.several[split])
         leaks, draws = 0, 0
         while draws < ATTEMPTS:
-            if draws > ATTEMPTS / 2 and self.pivots[split][not several]:
-                several = not several  # this kind can't be had
+            other = draws > ATTEMPTS / 2 and self.pivots[split][not wanted]  # the wanted kind can't be had
+            several = not wanted if other else wanted
             pivot = int(rng.choice(self.pivots[split][several]))
             pool, keys = self._pool(pivot, rng)
             size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
@@ -177,7 +176,8 @@ class Corpus:
             for n in rng.permutation(len(names)).tolist():  # until one of them makes a document
                 draws += 1
                 document = None
-                leaky = not self.keep_leaky and self._leaks(pool[:size], names[n])  # before all is cut
+                # Before all is cut, if all is kept.
+                leaky = not (self.keep_leaky or self.max_chunks) and self._leaks(pool[:size], names[n])
                 if not leaky:
                     document = self._build(i, split, pool, keys, names[n], n_chunks, size)
                     leaky = document is not None and any(gives_away(chunk, names[n]) for chunk in document.chunks)

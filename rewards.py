@@ -17,7 +17,8 @@ from text.matching import fold
 
 # A minus that doesn't follow a word, digits with or without thousands separators, decimals.
 NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
-WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
+SCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u2080-\u2089]+")  # small digits, above or below
+WRAPPER = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
 BOX = "\\boxed{"
 
 
@@ -35,7 +36,7 @@ def boxed(text: str) -> str | None:
             if depth == 0:
                 break
         content = text[start + len(BOX) : position]
-        if depth == 0 and content.strip():
+        if depth == 0 and unwrap(content).strip():
             return content
         start = text.rfind(BOX, 0, start)
     return None
@@ -49,25 +50,27 @@ def unwrap(prediction: str) -> str:
     return text
 
 
+def folded(text: str) -> str:
+    """As masking folds, but small digits are no part of the number before them: 10\u00b2 is not 102."""
+    return fold(SCRIPTS.sub(r" \g<0>", text))[0]
+
+
 def normalize(text: str) -> str:
     """Folded as in masking, then SQuAD's normalisation (arXiv 1606.05250).
 
     No case, no punctuation, no a/an/the, white space as one space; NFKC, and one kind of quotes and dashes.
     """
-    folded, _ = fold(text)
-    text = "".join(c for c in folded if c not in string.punctuation)
+    text = "".join(c for c in folded(text) if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def numbers(text: str) -> list[Decimal]:
     """Every number written in digits, in order: "-1,500.0 and 7" gives [-1500.0, 7]."""
-    folded, _ = fold(text)
-    return [Decimal(number.replace(",", "")) for number in NUMBER.findall(folded)]
+    return [Decimal(number.replace(",", "")) for number in NUMBER.findall(folded(text))]
 
 
 def is_number(text: str) -> bool:
-    folded, _ = fold(text.strip())
-    return NUMBER.fullmatch(folded) is not None
+    return NUMBER.fullmatch(folded(text).strip()) is not None
 
 
 def exact_match(prediction: str | None, answers: list[str]) -> bool:

@@ -35,11 +35,16 @@ def must_write(path: Path) -> bool:
     """Whether this process has to make the file `path`. The first process does; the others wait here until it is there.
 
     Not in a collective: these have a time limit, and a large file takes hours. torchrun ends those that wait in vain.
+    The folder must be one that all machines share.
     """
+    waits = 0
     while not path.exists():
-        if int(os.environ.get("RANK", 0)) == 0:
+        if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
             return True
         time.sleep(0.5)
+        waits += 1
+        if waits == 40:
+            print(f"process {os.environ['RANK']} waits for process 0 to write {path}", flush=True)
     return False
 
 

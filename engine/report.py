@@ -49,7 +49,8 @@ def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float]
 
 def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
     """The scores of two rows on the documents that both have."""
-    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
+    numbers = [row.get("documents", range(row["n"])) for row in (first, second)]  # older rows lack them
+    one, other = (dict(zip(own, row["scores"], strict=True)) for own, row in zip(numbers, (first, second), strict=True))
     shared = sorted(one.keys() & other.keys())
     return [one[number] for number in shared], [other[number] for number in shared]
 
@@ -87,7 +88,10 @@ def differences(rows: list[dict]) -> list[str]:
     for row in rows:
         first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
         if first is not row:
-            mean, low, high = paired_bootstrap(*paired(first, row))
+            scores = paired(first, row)
+            if not scores[0]:
+                continue
+            mean, low, high = paired_bootstrap(*scores)
             names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
             lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return lines

@@ -12,6 +12,7 @@
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -154,12 +155,18 @@ class Run:
         except Exception as caught:  # text, retriever, server or memory gave out, or a bug
             error = caught
         line = error if error is None or isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.clear_frames(error.__traceback__)  # they hold what filled the memory, and saving needs some
+            torch.cuda.empty_cache()
         lost = first_error(line)  # any kind can be raised again here, but not every kind sent to the others
         if lost is None:
             return
-        if self.state["step"]:
-            if self.optimizer.updates > self.updates:
-                self.say("the checkpoint holds the first updates of the step that failed")
+        done = self.state["step"]
+        if done:
+            self.say(f"step {done + 1} failed: {lost}; saving what was learned before it")
+            moved = self.optimizer.updates > self.updates
+            if moved and not (self.out / "checkpoints" / f"step-{done:06d}").exists():
+                self.say(f"this holds the first updates of step {done + 1}, too")
             self.save(self.random_state)
         raise error or lost
 
@@ -208,8 +215,13 @@ class Run:
     def save(self, random_state: dict[str, torch.Tensor]) -> None:
         """Write the checkpoint of the state's step; `random_state` is this process's at its end."""
         states = gather(random_state)
-        if self.rank:
-            return
+        try:
+            if self.rank == 0:
+                self.write(states)
+        finally:
+            gather(None)  # torchrun kills process 0 seconds after another one ends
+
+    def write(self, states: list[dict[str, torch.Tensor]]) -> None:
         ended = self.state["step"] == self.config.steps  # nothing takes the optimizer on from here
         tensors = {} if ended else {f"optimizer/{name}": t for name, t in self.optimizer.tensors().items()}
         tensors |= {f"random/{n}/{name}": tensor for n, part in enumerate(states) for name, tensor in part.items()}

@@ -175,7 +175,7 @@ def generate_batch(
     width = ids.shape[1]
     cache, shared, padding = None, None, [width - len(prompt) for prompt in prompts]
     if prefill_tokens is not None:
-        cache, shared, padding = prefill(model, prompts, prefill_tokens)
+        cache, shared, padding = prefill(model, prompts, prefill_tokens, new_tokens)
     config.max_length = width + new_tokens
     completions: list = [None] * len(prompts)
     going = list(range(len(prompts)))  # the prompt of each row
@@ -210,7 +210,9 @@ def generate_batch(
     return completions
 
 
-def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
+def prefill(
+    model, prompts: list[list[int]], max_tokens: int, new_tokens: int
+) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
     """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
 
     Returns a cache, where each prompt lies at the right end of its row; the attention that goes with it, or None: with
@@ -221,6 +223,11 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
     cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
     cache.layers = [PromptLayer() for _ in cache.layers]
+    alone = len(groups) == len(prompts) or not shares(model, prompts)  # each row has a prompt of its own in the cache
+    # For one row a prompt this is faster than torch's attention on a CPU, but would widen bfloat16 at each token.
+    aside = bool(width) and is_plain(model) and not (alone and model.dtype != torch.float32)
+    for layer in cache.layers:
+        layer.room = 0 if aside else new_tokens
     for places in by_length(lengths, max_tokens):
         places = [n for n in places if lengths[n]]  # a prompt of one token leaves nothing to compute
         if not places:
@@ -247,9 +254,7 @@ def prefill(model, prompts: list[list[int]], max_tokens: int) -> tuple[DynamicCa
     if width and len(groups) < len(prompts) and not shares(model, prompts):
         cache.batch_select_indices(prompt_of)
         lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
-    alone = len(lengths) == len(prompts)
-    # For one row a prompt this is faster than torch's attention on a CPU, but would widen bfloat16 at each token.
-    if not width or not is_plain(model) or (alone and model.dtype != torch.float32):
+    if not aside:
         return cache, None, padding
     for layer in cache.layers:
         layer.set_prompts_aside()

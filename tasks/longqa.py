@@ -243,6 +243,7 @@ class LongQA:
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
         """Raises UserError where the question can't be brought to that length; in training others are tried before."""
+        chunks = chunks or self.chunks
         if split != "train" and (index, split, chunks) in self.kept:
             return self.kept[index, split, chunks]
         questions = self.questions[split]
@@ -250,7 +251,7 @@ class LongQA:
         question = draw(questions, index, self.seed)
         for _ in range(20 if split == "train" else 1):
             try:
-                document = self._filled(question, index, chunks or self.chunks)
+                document = self._filled(question, index, chunks)
             except UserError as error:
                 last = error
                 question = questions[int(rng.integers(len(questions)))]

@@ -249,7 +249,7 @@ class Http:
                     wait = error.headers.get("Retry-After", "") if error.code == 503 else ""
                     if re.fullmatch(r"[0-9]{1,4}", wait) and time.monotonic() + int(wait) < give_up:
                         error.close()
-                        time.sleep(int(wait) + 0.1 * self.pause)
+                        time.sleep(max(int(wait), 0.05))
                         attempt = 0  # it is there, and well
                         continue
                     with error:

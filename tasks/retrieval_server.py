@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(400, str(error))
         if (wait := self.server.enter()) is not None:
             return self.refuse(503, f"{self.server.waiting} requests wait already; ask again in {wait} seconds", wait)
-        began = time.monotonic()
+        seconds = None
         try:
             with self.server.searching:
                 began, found = time.monotonic(), []
@@ -72,11 +72,12 @@ class Handler(BaseHTTPRequestHandler):
                         self.close_connection = True
                         return
                     found += self.server.retriever.search(queries[start : start + 8], k)
+                seconds = time.monotonic() - began
         except Exception:
             traceback.print_exc()
             return self.refuse(500, "the search failed; the server's log says why")
         finally:
-            self.server.leave(time.monotonic() - began)
+            self.server.leave(seconds)
         if scores:
             result = [
                 [{"document": {"contents": contents(hit)}, "score": hit["score"]} for hit in hits] for hits in found
@@ -88,8 +89,9 @@ class Handler(BaseHTTPRequestHandler):
     def is_gone(self) -> bool:
         """Whether the client has hung up."""
         try:
-            readable, _, _ = select.select([self.connection], [], [], 0)
-            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+            waiting = select.poll()  # select.select knows no descriptor above 1023
+            waiting.register(self.connection, select.POLLIN)
+            return bool(waiting.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
 
@@ -143,11 +145,12 @@ class Server(ThreadingHTTPServer):
                 return min(60, max(1, math.ceil(seconds / 2)))
             self.waiting += 1
 
-    def leave(self, seconds: float) -> None:
-        """Give the place back, after a search of so many seconds."""
+    def leave(self, seconds: float | None) -> None:
+        """Give the place back, after a search of so many seconds, or None."""
         with self.counting:
             self.waiting -= 1
-            self.mean_seconds += 0.1 * (seconds - self.mean_seconds)
+            if seconds is not None:
+                self.mean_seconds += 0.1 * (seconds - self.mean_seconds)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a client that hangs up is no error

@@ -38,6 +38,7 @@ SHARED = Path(__file__).parents[2] / "shared/data"
         (r"\boxed{}", None),
         (r"the final answer in \boxed{}. The clues point to \boxed{Paris}", "Paris"),
         (r"\boxed{Paris}, so I put it in \boxed{ }", "Paris"),
+        (r"\boxed{Paris} \boxed{\text{ }} \boxed{\boxed{}}", "Paris"),
         ("Paris", None),
         (r"\boxed Paris", None),
         ("", None),
@@ -58,7 +59,10 @@ def test_boxes_against_a_brute_force_scan():
                 inside = text[start:end]
                 balance = [inside[:n].count("{") - inside[:n].count("}") for n in range(len(inside) + 1)]
                 if text[end] == "}" and balance[-1] == 0 and min(balance) >= 0:
-                    if inside.strip():
+                    left = inside
+                    while (less := re.sub(r"\\boxed\{\s*\}", "", left)) != left:
+                        left = less
+                    if left.strip():
                         return inside
                     break
         return None
@@ -100,6 +104,9 @@ def test_boxes_against_a_brute_force_scan():
         ("\uff21da", "Ada", True),
         ("e\u0301tude", "\u00e9tude", True),
         ("10\u201315", "1015", False),
+        ("102", "10\u00b2", False),
+        ("10\u00b2", "10\u00b2", True),
+        ("H\u2082O", "H\u2082O", True),
         ("Paris", r"\text{Paris}", False),  # a gold answer is taken as it is
     ],
 )
@@ -136,6 +143,8 @@ def squad_words(text):
 
     Before that, NFKC, and quotes and dashes of all kinds are gone as their ASCII forms are.
     """
+    small = [c.isdigit() and unicodedata.decomposition(c)[:4] in ("<sup", "<sub") for c in text]
+    text = "".join(" " + c if small[n] and not (n and small[n - 1]) else c for n, c in enumerate(text))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = "".join(c for c in text if c not in set(string.punctuation) | set(OTHER_MARKS))
     return tuple(re.sub(r"\b(a|an|the)\b", " ", text).split())

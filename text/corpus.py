@@ -17,6 +17,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,7 +263,7 @@ class Finder:
         self.common = common_words(passage.text for passage in passages) | {"mask", "target"}
         longest = max((len(passage.text) for passage in passages), default=0)
         self.nlp.max_length = max(self.nlp.max_length, longest + 1)  # a line may be a whole book
-        self.workers = os.cpu_count() if len(passages) > SHARD else 1
+        self.workers = len(os.sched_getaffinity(0)) if len(passages) > SHARD else 1
         self.began, self.bar = time.perf_counter(), tqdm(desc=f"entities ({ner})", total=min(left, len(passages)))
 
     def part(self, start: int) -> list[list[Span]]:
@@ -277,15 +279,23 @@ class Finder:
                 self.bar.update(len(part))
             return found[:count]
         # Forked, so that passages and pipeline are there without being sent.
-        with multiprocessing.get_context("fork").Pool(self.workers, initializer=_hold, initargs=(self,)) as pool:
-            for part in pool.imap(_part, parts):
-                found += part
-                self.bar.update(len(part))
-                if self.bar.n == len(part) and self.bar.total > SHARD:
-                    rate = self.workers * len(part) / (time.perf_counter() - self.began)
-                    minutes = self.bar.total / rate / 60
-                    tqdm.write(f"about {rate:.0f} passages a second in {self.workers} processes: {minutes:.0f} minutes")
+        how = {"mp_context": multiprocessing.get_context("fork"), "initializer": _hold, "initargs": (self,)}
+        try:
+            with ProcessPoolExecutor(self.workers, **how) as pool:
+                for part in pool.map(_part, parts):
+                    found += part
+                    self.tell(len(part))
+        except BrokenProcessPool:
+            raise UserError("a process that looked for entities was killed; is the memory full?") from None
         return found[:count]
+
+    def tell(self, count: int) -> None:
+        """Progress; after the first part of the whole, how long it will take."""
+        self.bar.update(count)
+        if self.bar.n == count and self.bar.total > SHARD:
+            rate = self.workers * count / (time.perf_counter() - self.began)
+            minutes = self.bar.total / rate / 60
+            tqdm.write(f"about {rate:.0f} passages a second in {self.workers} processes: {minutes:.0f} minutes")
 
 
 def _hold(finder: Finder) -> None:

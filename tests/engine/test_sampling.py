@@ -277,8 +277,8 @@ def test_the_budget_is_never_exceeded(attention, monkeypatch):
     model, rng, held, real = random_model("qwen3"), random.Random(4), [], sampling.prefill
     model.set_attn_implementation(attention)
 
-    def measured(model, prompts, max_tokens):
-        cache, shared, padding = real(model, prompts, max_tokens)
+    def measured(model, prompts, *tokens):
+        cache, shared, padding = real(model, prompts, *tokens)
         layer = cache.layers[0]
         keys = layer.keys if shared is None else layer.prompt_keys  # (prompts or rows, heads, tokens, size)
         held.append((len(prompts), keys.shape[0] * (keys.shape[2] + 1) + len(prompts) * 6))

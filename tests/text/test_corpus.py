@@ -1,10 +1,12 @@
 """text/corpus.py: passages from files of every format, and their entities."""
 
 import json
+import os
 import random
 import re
 import runpy
 import shutil
+import signal
 import sys
 import threading
 from collections import Counter
@@ -162,7 +164,7 @@ def test_shards_are_found_again_after_a_stop(tmp_path, monkeypatch, workers):
     whole, made = [passage.entities for passage in passages], []
     monkeypatch.setattr(corpus, "SHARD", 40)
     monkeypatch.setattr(corpus, "PART", 8)
-    monkeypatch.setattr("os.cpu_count", lambda: workers)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(workers))
     real = corpus.Finder.entities
 
     def counted(self, start, count):
@@ -181,12 +183,24 @@ def test_shards_are_found_again_after_a_stop(tmp_path, monkeypatch, workers):
     assert len(made) == 4
 
 
+def test_a_worker_that_is_killed_is_a_line(tmp_path, monkeypatch):
+    """As the system does where memory is short: an error, and not a wait for ever."""
+    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:90]
+    monkeypatch.setattr(corpus, "SHARD", 40)
+    monkeypatch.setattr(corpus, "PART", 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(2))
+    monkeypatch.setattr(corpus.Finder, "part", lambda self, start: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="was killed; is the memory full"):
+        find_entities(passages, "rules", tmp_path)
+
+
 def test_other_processes_wait_for_the_file_and_not_in_a_collective(tmp_path, monkeypatch):
     """A process of another rank reads what the first writes, when it is there, and makes nothing itself."""
     passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:20]
     find_entities(passages, "rules", tmp_path / "first")
     found = [passage.entities for passage in passages]
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     timer = threading.Timer(0.7, lambda: shutil.copytree(tmp_path / "first", tmp_path / "shared"))
     timer.start()
     monkeypatch.setattr(corpus, "Finder", None)
