@@ -104,8 +104,6 @@ def check_files(rows: Path, picture: str | None) -> None:
             raise UserError(f"{file}: its folder is missing or can't be written to; name another")
         if file.is_dir():
             raise UserError(f"{file}: is a folder; name a file in it")
-        if not file.suffix:  # as the --out of a recipe, which is a folder that training will make
-            raise UserError(f"{file}: has no suffix, so it is no file of rows; name one, such as rows.json")
     if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {picture}: must end in .png, .svg or .pdf")
     if picture and not load_pyplot():

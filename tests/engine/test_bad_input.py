@@ -238,7 +238,6 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another",
     ),
     ("eval", "--out {bad}", "{bad}: is a folder; name a file in it"),
-    ("eval", "--out {bad}/rows", "{bad}/rows: has no suffix, so it is no file of rows; name one, such as rows.json"),
     ("eval", "--lengths 0", "--lengths 0: must be a number of at least 1"),
     ("eval", "--lengths many", "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
     (
