@@ -1,8 +1,8 @@
 """tasks/search.py: the searching agent, with a script of answers in the model's place."""
 
 from masking import Document
-from rollout import EMPTY_MEMORY, Limits, Turn
-from tasks.search import search
+from rollout import EMPTY_MEMORY, Limits, Turn, answered
+from tasks.search import acted, search
 
 
 def uncut(text: str, tokens: int) -> str:
@@ -81,3 +81,17 @@ def test_notes_queries_and_results_keep_to_their_limits():
     assert [new_tokens for _, new_tokens in asked] == [8, 8]
     assert cuts[:3] == [("notes that are long", 5), ("words that are long", 5), ("T0\nabout words", 8)]
     assert "<result>\nT0\nabout\n</result>" in asked[1][0][0] and "<query>\nwords\n</query>" in asked[1][0][0]
+
+
+def test_an_empty_box_is_no_answer_and_ends_nothing():
+    """A model that repeats "the final answer in \\boxed{}" has not answered: its search counts, and the box after it."""
+    assert not answered(r"the final answer in \boxed{}") and answered(r"in \boxed{}: \boxed{Ulm}")
+    assert not acted(r"the final answer in \boxed{}") and acted(r"\boxed{} <search>Ulm</search>")
+    said = iter([r"I need \boxed{}. <search>Ulm</search>", r"So \boxed{} is \boxed{Bern}"])
+
+    def sample(prompts, new_tokens, done):
+        return [Turn([1], [2], True, next(said))]
+
+    question = Document(0, "t", "Who?", ["x"], [], [])
+    (found,) = search(sample, [question], Limits(40, 9, 99, 6, uncut), retriever=Library())
+    assert found.searches == ["Ulm"] and found.prediction == "Bern" and len(found.turns) == 2
