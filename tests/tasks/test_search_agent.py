@@ -80,11 +80,12 @@ def test_notes_queries_and_results_keep_to_their_limits():
     search(sample, [question], Limits(5, 3, 8, 1, cut), retriever=Library(), top=1)
     assert [new_tokens for _, new_tokens in asked] == [8, 8]
     assert cuts[:3] == [("notes that are long", 5), ("words that are long", 5), ("T0\nabout words", 8)]
-    assert "<result>\nT0\nabout\n</result>" in asked[1][0][0] and "<query>\nwords\n</query>" in asked[1][0][0]
+    (second,) = asked[1][0]
+    assert "<result>\nT0\nabout\n</result>" in second and "<query>\nwords\n</query>" in second
 
 
 def test_an_empty_box_is_no_answer_and_ends_nothing():
-    """A model that repeats "the final answer in \\boxed{}" has not answered: its search counts, and the box after it."""
+    """A model that repeats "the final answer in \\boxed{}" has not answered: its search counts, and a later box."""
     assert not answered(r"the final answer in \boxed{}") and answered(r"in \boxed{}: \boxed{Ulm}")
     assert not acted(r"the final answer in \boxed{}") and acted(r"\boxed{} <search>Ulm</search>")
     said = iter([r"I need \boxed{}. <search>Ulm</search>", r"So \boxed{} is \boxed{Bern}"])
