@@ -1,6 +1,6 @@
 """Start-up and documents at the sizes of real corpora, on made-up passages: seconds and GiB of this machine.
 
-    python benchmarks/scale.py                                 # 500,000 passages; a few minutes
+    python benchmarks/scale.py                                 # 500,000 passages; a quarter of an hour
     python benchmarks/scale.py --passages 20000 --tokenizer FOLDER
 
 Each part runs in a process of its own, whose highest memory is shown; the passages themselves are part of it. Seconds
@@ -22,8 +22,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from engine.config import Config  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from masking import Corpus  # noqa: E402
+from tasks.evaluate import documents_by_length  # noqa: E402
 from tasks.longqa import LongQA, Pool  # noqa: E402
 from tasks.questions import load_questions  # noqa: E402
 from tasks.retrieval import Http, Local  # noqa: E402
@@ -79,6 +81,19 @@ def long_texts(passages: list[Passage], tokenizer) -> dict:
     return found
 
 
+def evaluation(passages: list[Passage], tokenizer) -> dict:
+    """All documents of one evaluation of long-text QA, before and after training."""
+    pool = Pool(((passage.title, passage.text) for passage in passages), tokenizer)
+    questions = load_questions(ROOT / "tiny/questions.jsonl")
+    source = LongQA({"train": questions, "test": questions}, pool, seed=0, chunk_tokens=5120, chunks=8)
+    config, found = Config(task="longqa", eval_documents=128), {}
+    for when in ("", ", again"):
+        began = time.process_time()
+        documents_by_length(source, config, [3, 6, 12, 24, 48], True)
+        found[f"128 questions at 3, 6, 12, 24 and 48 chunks{when}"] = time.process_time() - began
+    return found
+
+
 def entities(passages: list[Passage], tokenizer) -> dict:
     some = passages[:20_000]
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +137,9 @@ def per_call(function, calls: int = 6) -> float:
     return float(np.median(seconds))
 
 
-PARTS = {"masked": masked, "long_texts": long_texts, "entities": entities, "search": search}
+PARTS = {
+    "masked": masked, "long_texts": long_texts, "entities": entities, "search": search, "evaluation": evaluation,
+}
 
 
 def main() -> None:
