@@ -200,14 +200,14 @@ def test_silent_clients_are_left(at_hand):
 
 
 class Slow:
-    """Takes 0.2 seconds for a search, and notes what it was asked."""
+    """Takes its time for a search, and notes what it was asked."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, seconds: float):
+        self.asked, self.seconds = [], seconds
 
     def search(self, queries, k):
         self.asked += queries
-        time.sleep(0.2)
+        time.sleep(self.seconds)
         return [[] for _ in queries]
 
 
@@ -215,7 +215,7 @@ def test_a_queue_that_is_too_long_is_a_503_and_eight_clients_are_served(at_hand,
     """The client obeys: eight at once get all their answers of a server that lets two requests wait."""
     url, server = at_hand
     monkeypatch.setattr(retrieval_server, "MAX_WAITING", 2)
-    server.retriever = Slow()
+    server.retriever = Slow(0.2)
     with ThreadPoolExecutor(8) as pool:
         raw_answers = list(pool.map(lambda n: ask(url, {"queries": ["a"]})[0], range(8)))
         assert raw_answers.count(503) >= 4 and raw_answers.count(200) >= 2
@@ -226,7 +226,7 @@ def test_a_queue_that_is_too_long_is_a_503_and_eight_clients_are_served(at_hand,
 def test_nobody_searches_for_a_client_that_is_gone(at_hand):
     """A request whose client has hung up is dropped when its turn comes, and in the middle of many queries."""
     url, server = at_hand
-    server.retriever = slow = Slow()
+    server.retriever = slow = Slow(1.5)  # both are gone before the first eight queries are searched for
     port = int(re.search(r":(\d+)/", url)[1])
     for name in ("first", "second"):
         body = json.dumps({"queries": [f"{name} {n}" for n in range(80)]}).encode()
