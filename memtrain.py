@@ -148,10 +148,15 @@ def learning_rate(config: Config, step: int) -> float:
     return rate
 
 
+def logprobs_twin(config: Config):
+    """token_logprobs: the lesson's own, or the fast one."""
+    return grpo.token_logprobs if config.plain else packing.token_logprobs
+
+
 @torch.no_grad()
 def store_logprobs(model, turns: list[Turn], field: str, config: Config) -> None:
     """Set the `field` of each turn to the log-probs (completion,) of its tokens under `model`."""
-    token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
+    token_logprobs = logprobs_twin(config)
     for batch in packing.micro_batches(model, turns, config.train_tokens):
         logprobs, _, _ = token_logprobs(model, batch)  # (turns, longest)
         for turn, row in zip(batch, logprobs, strict=True):
@@ -217,8 +222,7 @@ def set_weights(turns: list[Turn]) -> int:
 
 def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro-batch's share of the loss of Eq. 4 -> loss, stats."""
-    token_logprobs = grpo.token_logprobs if config.plain else packing.token_logprobs
-    logprobs, entropy, mask = token_logprobs(policy, batch, with_entropy=True)  # (turns, longest)
+    logprobs, entropy, mask = logprobs_twin(config)(policy, batch, with_entropy=True)  # (turns, longest)
     return grpo_loss(
         logprobs,
         old_logprobs=pad_rows([turn.old_logprobs for turn in batch]),

@@ -78,10 +78,11 @@ def exact_match(prediction: str | None, answers: list[str]) -> bool:
     if prediction is None:
         return False
     prediction = unwrap(prediction)
+    words, figures, figure = normalize(prediction), numbers(prediction), is_number(prediction)
     for answer in answers:
-        both_numbers = is_number(prediction) and is_number(answer)
-        same_text = normalize(answer) and normalize(prediction) == normalize(answer)
-        if (both_numbers or same_text) and numbers(prediction) == numbers(answer):
+        both_numbers = figure and is_number(answer)
+        same_text = words and words == normalize(answer)
+        if (both_numbers or same_text) and figures == numbers(answer):
             return True
     return False
 

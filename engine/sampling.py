@@ -134,19 +134,18 @@ def row_sizes(prompts: list[list[int]], new_tokens: int, shared: bool) -> list[i
     return sizes
 
 
-def shares(model, prompts: list[list[int]]) -> bool:
-    """Whether a batch of these prompts holds each of them once. `model` must pass can_share_prompts.
+def shares(model, groups: list[list[int]]) -> bool:
+    """Whether a batch of these groups, of by_prompt, holds each prompt once. `model` must pass can_share_prompts.
 
     Not where one prompt has far more rows than another: the largest group sets the work of all.
     """
-    groups = by_prompt(prompts)
-    return is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * len(prompts)
+    return is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * sum(map(len, groups))
 
 
 def held_tokens(model, prompts: list[list[int]], new_tokens: int) -> int:
     """Tokens of the cache that a batch of these prompts fills, padding included."""
-    once = can_share_prompts(model) and shares(model, prompts)
-    copies = len(by_prompt(prompts)) if once else len(prompts)
+    groups = by_prompt(prompts)
+    copies = len(groups) if can_share_prompts(model) and shares(model, groups) else len(prompts)
     return copies * max(map(len, prompts)) + len(prompts) * new_tokens
 
 
@@ -223,7 +222,8 @@ def prefill(
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
     cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
     cache.layers = [PromptLayer() for _ in cache.layers]
-    alone = len(groups) == len(prompts) or not shares(model, prompts)  # each row has a prompt of its own in the cache
+    copied = len(groups) < len(prompts) and not shares(model, groups)
+    alone = copied or len(groups) == len(prompts)  # each row has a prompt of its own in the cache
     # For one row a prompt this is faster than torch's attention on a CPU, but would widen bfloat16 at each token.
     aside = bool(width) and is_plain(model) and not (alone and model.dtype != torch.float32)
     for layer in cache.layers:
@@ -251,7 +251,7 @@ def prefill(
     for n, group in enumerate(groups):
         prompt_of[group] = n
     prompt_of = prompt_of.to(model.device)
-    if width and len(groups) < len(prompts) and not shares(model, prompts):
+    if width and copied:
         cache.batch_select_indices(prompt_of)
         lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
     if not aside:

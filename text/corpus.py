@@ -276,7 +276,7 @@ class Finder:
         if self.workers == 1:
             for part in map(self.part, parts):
                 found += part
-                self.bar.update(len(part))
+                self.tell(len(part))
             return found[:count]
         # Forked, so that passages and pipeline are there without being sent.
         how = {"mp_context": multiprocessing.get_context("fork"), "initializer": _hold, "initargs": (self,)}

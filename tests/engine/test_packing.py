@@ -1,16 +1,17 @@
 """engine/packing.py: batches within a budget, and log-probs against plain full-logits passes of one sequence each."""
 
 import random
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_turns
 import torch
+from tiny_turns import CONFIGS, EOS, LENGTHS, VOCABULARY, parameter_gradient, random_turns, turn_of, unpadded_logprobs
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, CohereConfig, FalconConfig, FalconForCausalLM, Gemma2Config, GemmaConfig,
-    GPT2Config, GraniteConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config, Starcoder2Config,
+    GPT2Config, GraniteConfig, MistralConfig, OPTConfig, Starcoder2Config,
 )
 
 import grpo
@@ -21,69 +22,25 @@ from engine.errors import UserError
 from engine.packing import batch_tokens, by_length, by_prompt, logits_agree, micro_batches, token_logprobs
 from grpo import conversation_weights, grpo_loss
 
-VOCABULARY = 61
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-EOS = 0  # also the id that padding gets, so that a mask taken from token values fails here
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 
-@dataclass
-class Turn:
-    prompt_ids: list
-    completion_ids: list
-
-
-def tiny_model(config_class=Qwen3Config, seed=0, pack=False, **settings):
-    """A random model whose weights are wide enough that its distributions are far from uniform."""
-    torch.manual_seed(seed)
-    config = config_class(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
-        **settings,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+def tiny_model(*config, pack=False, **settings):
+    """That of tiny_turns, which packs on demand."""
+    model = tiny_turns.tiny_model(*config, **settings)
     assert not pack or enable_packing(model)
     return model
-
-
-def random_turns(lengths, seed=0):
-    """Turns of the given (prompt, completion) lengths; every completion of two tokens or more ends with EOS."""
-    rng = np.random.default_rng(seed)
-    turns = [Turn(rng.integers(0, VOCABULARY, p).tolist(), rng.integers(0, VOCABULARY, c).tolist()) for p, c in lengths]
-    for turn in turns:
-        turn.completion_ids[-1:] = [EOS] if len(turn.completion_ids) > 1 else turn.completion_ids
-    return turns
-
-
-LENGTHS = [(5, 4), (1, 7), (9, 1), (3, 12), (12, 3), (6, 6), (2, 9)]
-
-
-def plain_logprobs(model, turn):
-    """One unpadded sequence, all its logits, a float64 log-softmax: log-probs and entropies of the completion."""
-    ids = torch.tensor([turn.prompt_ids + turn.completion_ids])
-    logits = model(input_ids=ids).logits[0].double()
-    rows, first = [], len(turn.prompt_ids)
-    for t, token in enumerate(turn.completion_ids):
-        distribution = logits[first + t - 1] - logits[first + t - 1].logsumexp(0)
-        rows.append((distribution[token], -(distribution.exp() * distribution).sum()))
-    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
 
 def with_siblings(turns, copies, seed=5):
     """Further completions of every turn's prompt, shuffled among them: what a group of samples looks like."""
     rng = np.random.default_rng(seed)
     more = [
-        Turn(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
+        turn_of(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
         for n, turn in enumerate(turns) for _ in range(copies if n % 3 else 0)
     ]  # every third prompt keeps its one completion
     both = [*turns, *more]
     return [both[i] for i in rng.permutation(len(both))]
-
-
-def parameter_gradient(model):
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    return gradient
 
 
 # ---- batches -------------------------------------------------------------------------------------------
@@ -116,7 +73,7 @@ def test_micro_batches_keep_the_token_budget():
     """Every turn once; padded size within the budget, or one row alone; equal prompts together; little padding."""
     packing_model, model = tiny_model(pack=True), tiny_model()
     lengths = [3, 10, 4, 30, 9, 10]
-    turns = [Turn([1], [2] * (length - 1)) for length in lengths]
+    turns = [turn_of([1], [2] * (length - 1)) for length in lengths]
 
     def places(model, turns, budget):
         order = [id(turn) for turn in turns]  # some of them are equal
@@ -152,7 +109,7 @@ def test_logprobs_equal_plain_unpadded_passes(kind, monkeypatch):
     model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
     coefficients = torch.randn(len(turns), 12, generator=torch.Generator().manual_seed(1))
     expected_loss = 0.0
-    expected = [plain_logprobs(model, turn) for turn in turns]
+    expected = [unpadded_logprobs(model, turn) for turn in turns]
     for row, (logprobs, _) in zip(coefficients, expected, strict=True):
         expected_loss = expected_loss + (row[: len(logprobs)] * logprobs).sum()
     expected_loss.backward()
@@ -241,11 +198,11 @@ def test_packed_completions_equal_unpacked_ones(config, recompute, monkeypatch):
 def test_a_packed_row_of_one_completion_token(kind):
     """Beside an empty completion: the mask of so few queries is not taken for one of all queries."""
     model = tiny_model(CONFIGS[kind], pack=True)
-    turns = [Turn([1, 2, 3, 4, 5], [9]), Turn([1, 2, 3, 4, 5], [])]
+    turns = [turn_of([1, 2, 3, 4, 5], [9]), turn_of([1, 2, 3, 4, 5], [])]
     with torch.no_grad():
         (packed, *_), (alone, *_) = token_logprobs(model, turns), token_logprobs(model, turns[:1])
     torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=0)
-    assert packed[0, 0].item() == pytest.approx(plain_logprobs(model, turns[0])[0].item(), abs=1e-5)
+    assert packed[0, 0].item() == pytest.approx(unpadded_logprobs(model, turns[0])[0].item(), abs=1e-5)
 
 
 def test_one_completion_a_prompt_takes_the_plain_causal_path():
@@ -263,7 +220,7 @@ def test_one_completion_a_prompt_takes_the_plain_causal_path():
 @every_kind
 def test_eos_is_trained(kind):
     """A rewarded completion that is nothing but its EOS makes that EOS likelier, though padding has the same id."""
-    model, turns = tiny_model(CONFIGS[kind]), [Turn([5, 6, 7], [EOS]), Turn([8, 9], [10, 11, 12, EOS])]
+    model, turns = tiny_model(CONFIGS[kind]), [turn_of([5, 6, 7], [EOS]), turn_of([8, 9], [10, 11, 12, EOS])]
     logprobs, _, mask = token_logprobs(model, turns)
     logprobs.retain_grad()
     assert mask.tolist() == [[True, False, False, False], [True] * 4]
@@ -283,15 +240,15 @@ def test_empty_completions_and_prompts(kind, pack):
     """An empty completion scores nothing and spoils no neighbour; an empty prompt is an error, not a shifted mask."""
     model, turns = tiny_model(CONFIGS[kind], pack=pack), random_turns(LENGTHS[:2])
     alone, _, _ = token_logprobs(model, turns)
-    mixed, _, mask = token_logprobs(model, [turns[0], Turn([3, 4, 5], []), turns[1]])
+    mixed, _, mask = token_logprobs(model, [turns[0], turn_of([3, 4, 5], []), turns[1]])
     torch.testing.assert_close(mixed[[0, 2]], alone)
     assert mask.sum(1).tolist() == [4, 0, 7]
-    logprobs, _, mask = token_logprobs(model, [Turn([3], []), Turn([4], [])])
+    logprobs, _, mask = token_logprobs(model, [turn_of([3], []), turn_of([4], [])])
     loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), torch.ones(2), 0.2, 0.2, 0.0)
     assert logprobs.shape == mask.shape == (2, 0) and loss == 0
     loss.backward()
     with pytest.raises(ValueError, match="empty prompt"):
-        token_logprobs(model, [Turn([], [3, 4])])
+        token_logprobs(model, [turn_of([], [3, 4])])
 
 
 def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits(monkeypatch):
@@ -318,7 +275,7 @@ def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
     model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
     logprobs, _, _ = token_logprobs(model, turns)
     for i, turn in enumerate(turns):
-        plain = plain_logprobs(model, turn)[0].float()
+        plain = unpadded_logprobs(model, turn)[0].float()
         torch.testing.assert_close(logprobs[i, : len(plain)], plain, atol=1e-4, rtol=0)
     assert logits_agree(model) and logits_agree(tiny_model())
     for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from shared_data import SHARED, records, shared
 from transformers import AutoTokenizer
 
 from engine.errors import UserError
@@ -21,7 +22,6 @@ from tasks.questions import Question, load_questions, split_questions, subject
 from text.chunking import cut_chunks
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared/data"
 TINY = load_questions(ROOT / "tiny/questions.jsonl")
 
 
@@ -49,17 +49,6 @@ def hotpot(qwen):
     """(HotpotQA's questions, a pool of passages of its articles)."""
     passages = ((row["title"], row["text"]) for row in records("wiki/hotpot_pool.jsonl"))
     return load_questions(shared("qa/hotpotqa_dev_distractor_200.jsonl")), Pool(passages, qwen)
-
-
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip("needs the shared data folder, which is not here")
-    return SHARED / name
-
-
-def records(name):
-    text = shared(name).read_text()
-    return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line]
 
 
 def squeezed(text):

@@ -6,25 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from shared_data import records, shared
 
 from engine.errors import UserError
 from masking import is_heldout
 from tasks.questions import Question, draw, load_questions, load_search, split_of, split_questions, subject
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared/data"
 TINY = load_questions(ROOT / "tiny/questions.jsonl")
-
-
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip("needs the shared data folder, which is not here")
-    return SHARED / name
-
-
-def records(name):
-    text = shared(name).read_text()
-    return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.split("\n") if line]
 
 
 def folded(text):
