@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import rollout
-from engine import parallel, report, sampling
-from engine.config import Config, load_model, run_script
+from engine import models, parallel, report, sampling
+from engine.config import Config, run_script
 from engine.errors import UserError
 from masking import Corpus, Document, Recall, draw_recall
 from rewards import answer_reward, recall_reward
@@ -134,7 +134,7 @@ def main(evaluation: Evaluation) -> None:
 def evaluate_model(name: str, evaluation: Evaluation, task: tuple | None, cache: Path) -> tuple[tuple, list[dict]]:
     """Rows of one model -> (task, rows). The first model's `task`, source and agent, is handed to the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(name, device, evaluation.dtype, given="--against" if task else "--model")
+    model, tokenizer = models.load_model(name, device, evaluation.dtype, given="--against" if task else "--model")
     source, agent = task = load_task(evaluation, model, tokenizer, cache, loaded=task)
     budget = sampling.Budget(evaluation.rollout_tokens)
     generate = rollout.generate if evaluation.plain else partial(sampling.generate, budget=budget)

@@ -41,8 +41,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 import rollout
-from engine import packing, parallel, sampling
-from engine.config import Config, load_model, run_script
+from engine import models, packing, parallel, sampling
+from engine.config import Config, run_script
 from engine.optimizer import MasterAdamW
 from engine.run import Run
 from eval import default_lengths, measure
@@ -55,15 +55,15 @@ from tasks.sources import load_task
 
 def main(config: Config) -> None:
     run = Run(config)  # joins the processes; refuses a folder that holds another run
-    policy, tokenizer = load_model(config.model, run.device, config.dtype)
-    reference = load_reference(config, run.device)  # None without --kl
+    policy, tokenizer = models.load_policy(config, run.device)  # with --lora, an adapter is all that is trained
+    reference = models.load_reference(config, policy, run.device)  # None without --kl
     left_out = Counter()  # passages that can't be used, by reason
     source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
     if not config.plain:
         packing.enable(policy, reference)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-    optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
+    optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer, config.shard_optimizer)
     budget = sampling.Budget(config.rollout_tokens)  # of one batch; running out of memory halves it
     generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
     sample = sampler(generate, policy, tokenizer)
@@ -132,14 +132,6 @@ def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> l
 # ---- the update ------------------------------------------------------------------------------------------
 
 
-def load_reference(config: Config, device: str):
-    """The model that training started from; None if --kl is 0."""
-    if not config.kl:
-        return None
-    model, _ = load_model(config.model, "cpu" if config.offload_reference else device, config.dtype)
-    return model.requires_grad_(False)
-
-
 def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up, times a constant or a cosine that would be 0 in the step after the last."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup))
@@ -167,9 +159,8 @@ def store_reference_logprobs(reference, turns: list[Turn], config: Config, devic
     """Set turn.reference_logprobs, if there is a reference."""
     if reference is None:
         return
-    store_logprobs(reference.to(device), turns, "reference_logprobs", config)
-    if config.offload_reference:
-        reference.to("cpu")
+    with models.as_reference(reference, config, device):
+        store_logprobs(reference, turns, "reference_logprobs", config)
 
 
 def update(
@@ -179,7 +170,7 @@ def update(
 
     `turns` are this process's; gradients and weights are those of all processes together.
     """
-    # Hugging Face checkpoints activations in train mode only. Dropout stays off: load_model has set it to 0.
+    # Hugging Face checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
     policy.train(config.gradient_checkpointing)
     documents_per_update = config.update_batch or config.documents
     starts = range(0, config.documents, documents_per_update)

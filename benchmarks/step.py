@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.attention import enable_packing  # noqa: E402
-from engine.config import Config, load_model  # noqa: E402
+from engine.config import Config  # noqa: E402
+from engine.models import load_model  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
 from engine.packing import by_prompt  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402

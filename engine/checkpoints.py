@@ -19,12 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine import lora
 from engine.errors import UserError
 from engine.files import flush, replace_text
 
 # These settings may differ between the parts of a run: ROOM, which changes rounding and draws but not the method, for a
 # run that met its limits; and those of what is written.
-ROOM = {"rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference", "plain"}
+ROOM = {
+    "rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference",
+    "shard_optimizer", "plain",
+}
 FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps"} | ROOM
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -123,8 +127,8 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def size(model, optimizer) -> int:
-    """Bytes of a checkpoint: weights, moments, and float32 masters where the weights are not their own."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of a checkpoint: trained weights, moments, and float32 masters where the weights are not their own."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in optimizer.weights)
     return weights + parameters * (12 if optimizer.separate else 8)
 
@@ -178,7 +182,10 @@ def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
     """Bring model, optimizer and this process' random state to where `folder` has them; its training.json."""
     state = json.loads((folder / "training.json").read_text())
     # Into the tensors that are there: fresh ones may be aligned otherwise, and some kernels then round otherwise.
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())
+    if (folder / lora.CONFIG).exists():
+        lora.load_weights(model, folder)
+    else:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())
     tensors = load_file(folder / "training.safetensors")
     optimizer.load({name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")})
     if state.pop("processes") == processes:

@@ -1,4 +1,4 @@
-"""The settings of a run, read from flags and files, and the models that they name."""
+"""The settings of a run, read from flags and files."""
 
 import json
 import math
@@ -6,12 +6,10 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from engine import errors
-from engine.errors import UserError, first_line
-from rollout import end_ids
+from engine.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +26,7 @@ class Config:
     dtype: str = option(
         "float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"]
     )
+    lora: int = option(0, "rank of a LoRA adapter that is trained in place of all weights (needs peft); 0 trains all")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
 
@@ -111,6 +110,9 @@ class Config:
         False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU"
     )
     offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
+    shard_optimizer: bool = option(
+        False, "torchrun: master weights and moments shared out over the processes, 12 bytes a parameter in all"
+    )
 
     # Training: what is written, and when
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
@@ -148,7 +150,7 @@ LEAST = dict.fromkeys(
     "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
     "max_passages objectives steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
 ) | dict.fromkeys(
-    "seed related heldout eval_documents searches recall_weight lr lr_warmup grad_clip eps_low eps_high kl".split(), 0
+    "seed lora related heldout eval_documents searches recall_weight lr lr_warmup grad_clip eps_low eps_high kl".split(), 0
 )
 
 
@@ -213,45 +215,3 @@ def saved_settings(model: str) -> dict:
             print(f"settings are those of {file}, but for the command line's")
             return {name: value for name, value in written.items() if name not in ("model", "out")}
     return {}
-
-
-# ---- models --------------------------------------------------------------------------------------------
-
-
-def check_model(name: str, given: str) -> None:
-    """Raises UserError where `name`, given by this argument, can be no model's."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
-
-
-def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
-    """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError."""
-    check_model(name, given)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
-        kind, why = type(error).__name__, first_line(error)
-        raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({kind}: {why})") from None
-    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
-        raise UserError(
-            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
-            "model"
-        )
-    if not end_ids(model, tokenizer):
-        raise UserError(
-            f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; "
-            "name one"
-        )
-    # Dropout stays off in train mode, too: the ratio compares passes of one network.
-    for holder in (*model.modules(), model.config, model.config.get_text_config()):
-        if isinstance(holder, torch.nn.Dropout):
-            holder.p = 0.0
-        for attribute, value in list(vars(holder).items()):
-            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
-                setattr(holder, attribute, 0.0)
-    return model.to(device).eval(), tokenizer

@@ -215,15 +215,16 @@ class Run:
     def save(self, random_state: dict[str, torch.Tensor]) -> None:
         """Write the checkpoint of the state's step; `random_state` is this process's at its end."""
         states = gather(random_state)
+        ended = self.state["step"] == self.config.steps  # nothing takes the optimizer on from here
+        optimizer = {} if ended else self.optimizer.tensors()  # sharded, all processes bring their part
         try:
             if self.rank == 0:
-                self.write(states)
+                self.write(states, optimizer)
         finally:
             gather(None)  # torchrun kills process 0 seconds after another one ends
 
-    def write(self, states: list[dict[str, torch.Tensor]]) -> None:
-        ended = self.state["step"] == self.config.steps  # nothing takes the optimizer on from here
-        tensors = {} if ended else {f"optimizer/{name}": t for name, t in self.optimizer.tensors().items()}
+    def write(self, states: list[dict[str, torch.Tensor]], optimizer: dict[str, torch.Tensor]) -> None:
+        tensors = {f"optimizer/{name}": t for name, t in optimizer.items()}
         tensors |= {f"random/{n}/{name}": tensor for n, part in enumerate(states) for name, tensor in part.items()}
         card = model_card(self.config, self.state["step"])
         checkpoints.save(self.out, self.state, self.policy, self.tokenizer, card, self.config.keep, tensors)

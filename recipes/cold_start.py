@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import packing, parallel, sampling  # noqa: E402
-from engine.config import Config, load_model, option, run_script  # noqa: E402
+from engine.config import Config, option, run_script  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
 from engine.report import wilson  # noqa: E402

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from engine import parallel
-from engine.config import Config, check_model
+from engine.config import Config
+from engine.models import check_model
 from engine.errors import UserError
 from engine.report import row
 from rewards import answer_reward, boxed, f1_score, substring_match

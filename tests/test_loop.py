@@ -11,7 +11,8 @@ import eval as evaluation
 import memtrain
 from command import command
 from engine.attention import enable_packing
-from engine.config import Config, load_model
+from engine.config import Config
+from engine.models import load_model
 from memtrain import store_reference_logprobs, update
 from rollout import Trajectory, Turn, limits_of
 from tasks.sources import load_corpus

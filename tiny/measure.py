@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import Config, load_model  # noqa: E402
+from engine.config import Config  # noqa: E402
+from engine.models import load_model  # noqa: E402
 from engine.report import wilson  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command import command
 
-from engine.config import load_model
+from engine.models import load_model
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from transformers import (
 import grpo
 from engine import packing
 from engine.attention import enable_packing, packs
-from engine.config import load_model
+from engine.models import load_model
 from engine.errors import UserError
 from engine.packing import batch_tokens, by_length, by_prompt, logits_agree, micro_batches, token_logprobs
 from grpo import conversation_weights, grpo_loss

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 import memtrain
 from engine import checkpoints, packing, parallel
 from engine.checkpoints import newest
-from engine.config import Config, load_model
+from engine.config import Config
+from engine.models import load_model
 from engine.errors import UserError, run_script
 from engine.run import Run
 from rollout import encode_prompt

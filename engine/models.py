@@ -1,0 +1,89 @@
+"""The models of a run: loaded and checked, with an adapter where one is trained, and the reference of the KL."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import lora
+from engine.errors import UserError, first_line
+from rollout import end_ids
+
+
+def check_model(name: str, given: str) -> None:
+    """Raises UserError where `name`, given by this argument, can be no model's."""
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", lora.CONFIG)):
+        raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
+
+
+def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
+    """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError.
+
+    An adapter's folder gives its base model with the adapter merged into the weights, in float32 before the rounding.
+    """
+    check_model(name, given)
+    base = lora.base_of(name, given)  # None for a whole model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=torch.float32 if base else getattr(torch, dtype))
+        model = lora.merged(model, name).to(getattr(torch, dtype)) if base else model
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
+        kind, why = type(error).__name__, first_line(error)
+        raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({kind}: {why})") from None
+    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
+        raise UserError(
+            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
+            "model"
+        )
+    if not end_ids(model, tokenizer):
+        raise UserError(
+            f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; "
+            "name one"
+        )
+    # Dropout stays off in train mode, too: the ratio compares passes of one network.
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for attribute, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
+                setattr(holder, attribute, 0.0)
+    return model.to(device).eval(), tokenizer
+
+
+def load_policy(config, device: str):
+    """(model to be trained, tokenizer): all of --model, or with --lora an adapter on it. Raises UserError."""
+    if not config.lora:
+        return load_model(config.model, device, config.dtype)
+    if config.offload_reference:
+        raise UserError("--offload-reference: with --lora the reference is the policy without its adapter; leave it out")
+    check_model(config.model, "--model")
+    base = lora.base_of(config.model, "--model")
+    model, tokenizer = load_model(base or config.model, device, config.dtype)
+    lora.attach(model, config.lora, config.seed, config.model if base else None)
+    return model, tokenizer
+
+
+def load_reference(config, policy, device: str):
+    """The model that training started from; None if --kl is 0. With --lora this is the policy, see `as_reference`."""
+    if not config.kl or config.lora:
+        return policy if config.kl else None
+    model, _ = load_model(config.model, "cpu" if config.offload_reference else device, config.dtype)
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def as_reference(model, config, device: str):
+    """Within, the model is on the device, and a policy with an adapter is what it was at the start."""
+    if config.lora:
+        with lora.as_it_began(model):
+            yield
+        return
+    model.to(device)
+    yield
+    if config.offload_reference:
+        model.to("cpu")
