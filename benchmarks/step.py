@@ -26,8 +26,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine import lora  # noqa: E402
 from engine.attention import enable_packing  # noqa: E402
 from engine.config import Config  # noqa: E402
+from engine.errors import run_script  # noqa: E402
 from engine.models import load_model  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
 from engine.packing import by_prompt  # noqa: E402
@@ -142,18 +144,21 @@ def peak_memory(device: str) -> float:
 
 def measure(arguments, device: str) -> list[dict]:
     model = random_model(arguments.shape, arguments.dtype, device)
-    reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl else None
+    reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl and not arguments.lora else None
+    if arguments.lora:
+        lora.attach(model, arguments.lora, seed=0, folder=None)
+        reference = model if arguments.kl else None  # with its adapter off
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     config = Config(
-        documents=arguments.prompts, kl=arguments.kl, lr=1e-6, train_tokens=arguments.train_tokens,
+        documents=arguments.prompts, kl=arguments.kl, lora=arguments.lora, lr=1e-6, train_tokens=arguments.train_tokens,
         gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,
     )
     optimizer = MasterAdamW(model, config.lr, config.offload_optimizer)
     samples, prompts = (1, arguments.prompts * 8) if arguments.unshared else (8, arguments.prompts)
     budget = Budget(arguments.rollout_tokens)
-    # Matrix products only: the network once over every token for sampling, three times for training, once for the
-    # reference. Attention over the text comes on top and is not counted.
+    # Matrix products only: the network once over every token for sampling, three times for training (twice where its
+    # weights are frozen), once for the reference. Attention over the text comes on top and is not counted.
     head = model.get_output_embeddings().weight.numel()  # sees completions only; tied embeddings are only looked up
     body = sum(p.numel() for p in model.get_decoder().parameters()) - head
     rate = matmul_rate(arguments.dtype, device, 2048 if device == "cpu" else 8192)
@@ -164,7 +169,7 @@ def measure(arguments, device: str) -> list[dict]:
         asked = random_prompts(prompts, arguments.prompt_tokens, model.config.vocab_size, seed=repeat)
         result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, budget, config)
         seconds = sum(result["seconds"].values())
-        flop = 2 * (body * result["computed"] + head * result["written"]) * (4 + (reference is not None))
+        flop = 2 * (body * result["computed"] + head * result["written"]) * ((3 if arguments.lora else 4) + (reference is not None))
         row = {
             "tokens_per_second": result["tokens"] / seconds,
             **{f"seconds_{k}": v for k, v in result["seconds"].items()},
@@ -241,6 +246,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
     parser.add_argument("--kl", type=float, default=0.0, help="with a reference if not 0")
+    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter that is trained instead (needs peft)")
     parser.add_argument("--rollout-tokens", type=int, default=Budget.tokens)
     parser.add_argument("--train-tokens", type=int, default=Config.train_tokens)
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -271,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

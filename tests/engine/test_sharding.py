@@ -1,4 +1,4 @@
-"""--shard-optimizer: two gloo processes that share masters and moments out do what one process does with all of them."""
+"""--shard-optimizer: two gloo processes that share masters and moments out do what one does with all of them."""
 
 import os
 import subprocess
@@ -100,8 +100,8 @@ def test_one_process_has_nothing_to_share():
 @pytest.mark.slow
 def test_a_sharded_run_resumes_unsharded(tmp_path):
     """`torchrun ... --shard-optimizer True`, stopped after a step, goes on in one process without it."""
-    size = "--chunks 2 --documents 2 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 0 --steps 3 --save_every 1".split()
-    size += ["--dtype", "bfloat16", "--keep", "9", "--out", str(tmp_path / "run")]
+    size = "--chunks 2 --documents 2 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 0 --steps 3".split()
+    size += ["--save_every", "1", "--dtype", "bfloat16", "--keep", "9", "--out", str(tmp_path / "run")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(ROOT / "memtrain.py")
     how = {"capture_output": True, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}

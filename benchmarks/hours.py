@@ -1,0 +1,177 @@
+"""What each recipe takes, counted and not measured: tokens and seconds a step, hours and euros a run, GPU memory.
+
+    python benchmarks/hours.py [RECIPE.args ...]
+
+Counted so: completions fill half of their limit, and a batch is sampled until its longest row reaches the limit.
+Prompts that samples share count once. Matrix products run at a quarter of the card's peak, memory is read at 0.6 of its
+bandwidth in sampling, and no sampled token takes less than 0.8 ms a layer, as `generate` starts kernels one by one.
+Every figure depends on these guesses; where a GPU is at hand, benchmarks/step.py measures.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.config import Config, parse  # noqa: E402
+from engine.errors import UserError, run_script  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+FILL, OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.5, 0.25, 0.6, 0.8e-3
+INSTRUCTIONS = 120  # tokens of a prompt beside its texts
+
+
+@dataclass
+class Card:
+    name: str
+    flop: float  # a second, dense bfloat16
+    bandwidth: float  # bytes a second
+    euros: float  # an hour, rented: a guess
+
+
+CARDS = {"24gb": Card("RTX 4090", 165e12, 1.0e12, 0.4), "80gb": Card("H100", 989e12, 3.35e12, 2.5)}
+
+
+@dataclass
+class Shape:
+    """Of a model's config.json."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    tied: bool = True
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(in, out) of a layer's matrices."""
+        q, kv = self.heads * self.head, self.kv_heads * self.head
+        feed = [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
+        return [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden), *feed]
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.layers * sum(n * m for n, m in self.linears)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values, a token."""
+        return self.layers * 2 * self.kv_heads * self.head * 2
+
+    def adapter(self, rank: int) -> int:
+        return self.layers * sum(rank * (n + m) for n, m in self.linears)
+
+
+SHAPES = {
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936),
+    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 128, 152064, tied=False),
+    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936),
+}
+
+
+@dataclass
+class Turns:
+    """Conversations of a step of one kind: how many, of how many prompts, and their lengths."""
+
+    count: int
+    prompts: int
+    prompt: int
+    limit: int
+
+    @property
+    def written(self) -> float:
+        return self.count * self.limit * FILL
+
+    @property
+    def tokens(self) -> float:
+        return self.count * self.prompt + self.written
+
+    @property
+    def computed(self) -> float:
+        return self.prompts * self.prompt + self.written
+
+
+def turns(config: Config, documents: int) -> list[Turns]:
+    """The turns of one process's documents, one entry per turn of the rollout."""
+    rows, memory = documents * config.g1, int(config.memory_tokens * FILL)
+    if config.task == "searchqa":
+        prompt = INSTRUCTIONS + memory + config.result_tokens
+        return [Turns(rows, rows, prompt, config.memory_tokens + config.answer_tokens)] * (config.searches + 1)
+    reading = INSTRUCTIONS + memory + config.chunk_tokens
+    found = [Turns(rows, rows if n else documents, reading, config.memory_tokens) for n in range(config.chunks)]
+    found.append(Turns(rows, rows, INSTRUCTIONS + memory, config.answer_tokens))
+    if config.recalls:
+        found.append(Turns(rows * config.g2, rows, reading, config.answer_tokens))
+    return found
+
+
+def seconds(config: Config, shape: Shape, card: Card, step: list[Turns]) -> tuple[float, float]:
+    """(sampling, reference and update) of one step."""
+    sampling = training = 0.0
+    for kind in step:
+        attention = 2 * shape.layers * shape.heads * shape.head * kind.prompt  # of one token, forward
+        forward = (2 * shape.parameters + attention) * kind.computed / (card.flop * OF_PEAK)
+        backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
+        training += forward * (1 + config.gradient_checkpointing + bool(config.kl)) + backward
+        batches = ceil(kind.count * (kind.prompt + kind.limit) / config.rollout_tokens)
+        rows = kind.count / batches
+        read = 2 * shape.parameters + rows * kind.prompt * shape.cache  # bytes, for a token of every row
+        a_token = max(LAUNCH * shape.layers, read / (card.bandwidth * OF_BANDWIDTH))
+        sampling += forward + batches * kind.limit * a_token
+    return sampling, training
+
+
+def memory(config: Config, shape: Shape, gpus: int) -> float:
+    """Bytes on a GPU at most: weights, what is trained, and the larger of sampling and training."""
+    trained = shape.adapter(config.lora) if config.lora else shape.parameters
+    fixed = 2 * shape.parameters * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
+    if not config.offload_optimizer:
+        fixed += 12 * trained / (gpus if config.shard_optimizer else 1)  # master weights and two moments
+    tokens = config.train_tokens
+    kept = shape.layers if config.gradient_checkpointing else shape.layers * 12  # hidden states, each
+    layer = 2 * tokens * (8 * shape.hidden + 4 * shape.intermediate)
+    head = 1024 * shape.vocabulary * 4 * 3
+    training = 4 * trained + 2 * tokens * shape.hidden * kept + layer + head  # float32 sums of the gradients
+    sampling = config.rollout_tokens * shape.cache
+    return fixed + max(training, sampling)
+
+
+def line(file: Path) -> str:
+    with mock.patch.object(sys, "argv", ["memtrain.py", "--config", str(file)]):
+        config = parse(Config)
+    name = next((name for name in SHAPES if name in file.stem), None)
+    card = next((card for suffix, card in CARDS.items() if file.stem.endswith(suffix)), None)
+    if not name or not card:
+        raise UserError(f"{file}: its name holds none of {', '.join(SHAPES)}, or ends in none of {', '.join(CARDS)}")
+    gpus = 8 if "8x" in file.stem else 1
+    shape, step = SHAPES[name], turns(config, ceil(config.documents / gpus))
+    sampling, training = seconds(config, shape, card, step)
+    tokens = gpus * sum(kind.tokens for kind in step) / 1e6
+    hours = config.steps * (sampling + training) / 3600
+    cells = [
+        file.stem, f"{gpus} x {card.name}", f"{tokens:.1f} M", f"{sampling:.0f} + {training:.0f}", f"{config.steps}",
+        f"{hours:.1f}", f"{hours * gpus * card.euros:.0f}", f"{memory(config, shape, gpus) / 1e9:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", type=Path, help="default: all of recipes/")
+    arguments = parser.parse_args()
+    print("| recipe | GPUs | tokens a step | seconds a step, sampling + rest | steps | hours | euros | GB on a GPU |")
+    print("|---|---|---|---|---|---|---|---|")
+    for file in arguments.recipes or sorted((ROOT / "recipes").glob("*.args")):
+        print(line(file))
+
+
+if __name__ == "__main__":
+    run_script(main)

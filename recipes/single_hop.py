@@ -1,0 +1,60 @@
+"""Extractive questions of one hop, as Natural Questions and SQuAD ask them, out of the hops of MuSiQue's questions.
+
+    python recipes/single_hop.py musique_train.json OUT.jsonl [more files of HotpotQA or MuSiQue, added as they are]
+
+Each hop becomes a record of MuSiQue's layout, with the paragraph that answers it as its only gold one, and the other
+paragraphs around it. "#1" is replaced by the answer of that hop, and "X >> father" is asked in words. A hop
+whose answer doesn't stand in its paragraph is left out.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.errors import UserError, run_script  # noqa: E402
+from text.matching import occurrences  # noqa: E402
+from text.rows import read_rows  # noqa: E402
+
+
+def single_hops(record: dict) -> list[dict]:
+    """The records of one question's hops."""
+    hops, found = record["question_decomposition"], []
+    for n, hop in enumerate(hops):
+        question = re.sub(r"#(\d)", lambda match: hops[int(match[1]) - 1]["answer"], hop["question"])
+        subject, _, relation = (part.strip() for part in question.partition(">>"))
+        if relation:
+            question = f"What is the {relation} of {subject}?"
+        paragraphs = [
+            paragraph | {"is_supporting": number == hop["paragraph_support_idx"]}
+            for number, paragraph in enumerate(record["paragraphs"])
+        ]
+        texts = [paragraph["paragraph_text"] for paragraph in paragraphs if paragraph["is_supporting"]]
+        if any(occurrences(text, hop["answer"]) for text in texts):
+            own = {"id": f"{record['id']}-{n + 1}", "question": question, "answer": hop["answer"]}
+            found.append(own | {"paragraphs": paragraphs})
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        print(__doc__)
+        return
+    source, out, *more = map(Path, sys.argv[1:])
+    found = []
+    for record, where in read_rows(source):
+        try:
+            found += single_hops(record)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"{where}: is no question of MuSiQue with its question_decomposition") from None
+    count = len(found)
+    found += [record for file in more for record, _ in read_rows(file)]
+    if not found:
+        raise UserError(f"{source}: holds no question")
+    out.write_text("".join(json.dumps(record) + "\n" for record in found))
+    print(f"{out}: {count} questions of one hop, {len(found)} in all")
+
+
+if __name__ == "__main__":
+    run_script(main)

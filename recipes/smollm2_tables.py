@@ -1,0 +1,37 @@
+"""The figures of recipes/smollm2-wiki.sh as markdown tables: python recipes/smollm2_tables.py FOLDER"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.errors import UserError, run_script  # noqa: E402
+from engine.report import table  # noqa: E402
+from recipes import cold_start  # noqa: E402
+
+SETS = {
+    "Masked documents": ["memtrain-before", "memtrain-after"],
+    "HotpotQA, held back": [f"hotpot-{run}" for run in ("cold", "memtrain", "task-from-cold", "task-from-memtrain")],
+    "One hop, held back": [f"single_hop-{run}" for run in ("cold", "memtrain", "task-from-cold", "task-from-memtrain")],
+}
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        print(__doc__)
+        return
+    folder = Path(sys.argv[1])
+    try:
+        start = json.loads((folder / "cold/cold_start.json").read_text())
+        print(f"**Cold start**, {start['minutes']:.1f} minutes, {start['tokens']} tokens\n")
+        print(cold_start.table(start["measured"]))
+        for title, names in SETS.items():
+            rows = [row | {"when": name} for name in names for row in json.loads((folder / f"{name}.json").read_text())]
+            print(f"\n**{title}**, greedy\n\n{table(rows)}")
+        print("\n**Time**, seconds with start-up\n\n```\n" + (folder / "minutes.txt").read_text() + "```")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: is no finished run of recipes/smollm2-wiki.sh ({error})") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

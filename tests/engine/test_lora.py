@@ -1,0 +1,202 @@
+"""engine/lora.py: an adapter against the full weights that it stands for, its reference, and its checkpoints."""
+
+import json
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from command import command
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from engine import lora, models, packing
+from engine.config import Config
+from engine.errors import UserError
+from engine.optimizer import MasterAdamW
+from memtrain import store_reference_logprobs, update
+from rollout import ANSWER_PROMPT, Turn, encode_prompt, fill, generate
+
+peft = pytest.importorskip("peft", reason="needs peft")
+RANK = 4
+SMALL = "--chunks 2 --documents 2 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 0 --save_every 1 --keep 9".split()
+
+
+@cache
+def written() -> list[tuple[list[int], list[int]]]:
+    """Eight prompts, four of them one, and what the base model writes to them."""
+    model, tokenizer = models.load_model(Config().model, "cpu")
+    torch.manual_seed(0)
+    text = encode_prompt(tokenizer, fill(ANSWER_PROMPT, problem="Where is Ada?", memory="Ada is in Ulm."))
+    prompts = [text[: len(text) - max(0, n - 3)] for n in range(8)]
+    return [(p, c.ids) for p, c in zip(prompts, generate(model, tokenizer, prompts, 8), strict=True)]
+
+
+def turns() -> list[Turn]:
+    pairs = enumerate(written())
+    return [Turn(prompt, ids, True, "", document=0, advantage=(-1.0) ** n) for n, (prompt, ids) in pairs]
+
+
+def logprobs(model, some: list[Turn]) -> torch.Tensor:
+    with torch.no_grad():
+        return packing.token_logprobs(model, some)[0]
+
+
+def trained(config: Config, steps: int = 3):
+    """A policy after some updates, its tokenizer, and what the updates counted."""
+    policy, tokenizer = models.load_policy(config, "cpu")
+    reference = models.load_reference(config, policy, "cpu")
+    packing.enable(policy, reference)
+    if config.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    optimizer, some = MasterAdamW(policy, 1e-3), turns()
+    for _ in range(steps):
+        store_reference_logprobs(reference, some, config, "cpu")
+        stats = update(policy, optimizer, some, 1e-3, config)
+    return policy, tokenizer, stats
+
+
+def config(**more) -> Config:
+    return Config(lora=RANK, documents=1, dtype=more.pop("dtype", "float32"), **more)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """(folder of a trained adapter, its policy)."""
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    policy, tokenizer, _ = trained(config())
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, policy
+
+
+def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
+    """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do load_model, which
+    merges, and plain transformers. An adapter that did nothing would be told from it."""
+    folder, policy = adapter
+    wanted, tensors = logprobs(policy, turns()), load_file(folder / lora.WEIGHTS)
+    full = AutoModelForCausalLM.from_pretrained(Config().model, dtype=torch.float32)
+    base = logprobs(full, turns())
+    with torch.no_grad():
+        for name, b in tensors.items():
+            if "lora_B" in name:
+                path = name.removeprefix("base_model.model.").replace("lora_B.", "")
+                full.get_parameter(path).add_(32 / RANK * b @ tensors[name.replace("lora_B", "lora_A")])
+    merged, _ = models.load_model(str(folder), "cpu")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    for model in (full, merged, plain):
+        torch.testing.assert_close(logprobs(model, turns()), wanted, atol=1e-5, rtol=0)
+    assert (base - wanted).abs().max() > 0.01
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 4.5 * sum(
+        tensor.numel() for tensor in tensors.values()
+    )
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_moves_the_adapter_alone(kl, dtype):
+    """Every weight of the base is as it was, and the reference, with the adapter off, gives the base's log-probs."""
+    settings = config(kl=kl, dtype=dtype)
+    policy, _, stats = trained(settings)
+    base, _ = models.load_model(settings.model, "cpu", dtype)
+    packing.enable(base)
+    own = {name.replace(".base_layer", ""): p for name, p in policy.state_dict().items() if "lora" not in name}
+    assert own.keys() == base.state_dict().keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in base.state_dict().items())
+    assert {p.requires_grad for name, p in policy.named_parameters() if "lora" in name} == {True}
+    assert stats["grad_norm"] > 0 and (stats["kl"] > 1e-6) == bool(kl)
+    now = logprobs(policy, turns())
+    with models.as_reference(policy, settings, "cpu"):
+        assert torch.equal(logprobs(policy, turns()), logprobs(base, turns()))
+    assert torch.equal(logprobs(policy, turns()), now) and not torch.equal(now, logprobs(base, turns()))
+
+
+def test_a_later_run_goes_on_with_the_adapter(adapter):
+    """--model FOLDER --lora RANK trains on from it; its reference is where it began, not the base without adapter."""
+    folder, first = adapter
+    settings = config(model=str(folder), kl=0.1)
+    policy, _ = models.load_policy(settings, "cpu")
+    packing.enable(policy)
+    began = logprobs(first, turns())
+    assert torch.equal(logprobs(policy, turns()), began)
+    update(policy, MasterAdamW(policy, 1e-3), turns(), 1e-3, settings)
+    with models.as_reference(policy, settings, "cpu"):
+        assert torch.equal(logprobs(policy, turns()), began)
+    assert not torch.equal(logprobs(policy, turns()), began)
+
+
+def test_every_process_begins_with_the_same_adapter():
+    """Whatever it has drawn; and the draw of the adapter takes no number from those of the sampler."""
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        policy, _ = models.load_policy(config(), "cpu")
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append({name: p for name, p in policy.named_parameters() if "lora" in name})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(p.any() for name, p in states[0].items() if "lora_A" in name)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    first, second = (trained(config(gradient_checkpointing=on), steps=1)[2]["grad_norm"] for on in (False, True))
+    assert first > 0 and abs(first - second) < 1e-5 * first
+
+
+def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
+    """Its checkpoints hold the adapter; eval.py reads them, and a task's run goes on from them."""
+    arguments = [*SMALL, "--lora", RANK, "--kl", "1e-3", "--steps", 3]
+    done = command(*arguments, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "run/checkpoint"
+    wanted = load_file(checkpoint / lora.WEIGHTS)
+    assert not (checkpoint / "model.safetensors").exists()
+    (tmp_path / "run/finished").unlink()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:06d}")
+    done = command(*arguments, "--out", tmp_path / "run")
+    assert done.returncode == 0 and "going on after step 1" in done.stdout, done.stderr
+    found = load_file(checkpoint / lora.WEIGHTS)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    done = command("--model", checkpoint, "--eval_documents", 2, "--lengths", 2, script="eval")
+    assert done.returncode == 0 and "end_to_end" in done.stdout, done.stderr
+    task = ["--task", "longqa", "--memory_tokens", 40, "--steps", 1, "--out", tmp_path / "task", "--model", checkpoint]
+    done = command(*SMALL[:-4], *task, "--lora", RANK)
+    assert done.returncode == 0, done.stderr
+    base = json.loads((tmp_path / "task/checkpoint" / lora.CONFIG).read_text())["base_model_name_or_path"]
+    assert Path(base) == Path(Config().model)  # and not the folder of the first run
+
+
+def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch, capsys):
+    folder, policy = adapter
+    monkeypatch.setattr(sys, "argv", ["lora", str(folder), str(tmp_path / "merged")])
+    lora.main()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logprobs(merged, turns()), logprobs(policy, turns()), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="merged: is there already"):
+        lora.main()
+    monkeypatch.setattr(sys, "argv", ["lora", Config().model, str(tmp_path / "other")])
+    with pytest.raises(UserError, match="holds no adapter_config.json, so it is no adapter"):
+        lora.main()
+
+
+def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
+    folder, _ = adapter
+    with pytest.raises(UserError, match=f"--lora 9: the adapter in .* has rank {RANK}; give --lora {RANK}"):
+        models.load_policy(Config(model=str(folder), lora=9), "cpu")
+    with pytest.raises(UserError, match="--offload-reference: with --lora the reference is the policy"):
+        models.load_policy(config(offload_reference=True), "cpu")
+    lost = tmp_path / "lost"
+    shutil.copytree(folder, lost)
+    settings = json.loads((lost / lora.CONFIG).read_text())
+    (lost / lora.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/model"}))
+    with pytest.raises(UserError, match="is an adapter of /no/such/model, which is not there"):
+        models.load_model(str(lost), "cpu")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=f"--lora {RANK}: needs peft; run `pip install peft`"):
+        models.load_policy(config(), "cpu")
+    with pytest.raises(UserError, match="is an adapter: needs peft"):
+        models.load_model(str(folder), "cpu")
