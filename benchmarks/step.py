@@ -161,6 +161,7 @@ def measure(arguments, device: str) -> list[dict]:
     # weights are frozen), once for the reference. Attention over the text comes on top and is not counted.
     head = model.get_output_embeddings().weight.numel()  # sees completions only; tied embeddings are only looked up
     body = sum(p.numel() for p in model.get_decoder().parameters()) - head
+    passes = (3 if arguments.lora else 4) + (reference is not None)
     rate = matmul_rate(arguments.dtype, device, 2048 if device == "cpu" else 8192)
     found = []
     for repeat in range(arguments.steps + 1):  # the first one warms up
@@ -169,7 +170,7 @@ def measure(arguments, device: str) -> list[dict]:
         asked = random_prompts(prompts, arguments.prompt_tokens, model.config.vocab_size, seed=repeat)
         result = step(model, reference, optimizer, asked, samples, arguments.new_tokens, budget, config)
         seconds = sum(result["seconds"].values())
-        flop = 2 * (body * result["computed"] + head * result["written"]) * ((3 if arguments.lora else 4) + (reference is not None))
+        flop = 2 * (body * result["computed"] + head * result["written"]) * passes
         row = {
             "tokens_per_second": result["tokens"] / seconds,
             **{f"seconds_{k}": v for k, v in result["seconds"].items()},

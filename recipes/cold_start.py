@@ -41,6 +41,7 @@ from rollout import (  # noqa: E402
 from tasks.sources import load_corpus  # noqa: E402
 from text.matching import MASK, occurrences  # noqa: E402
 
+WORD = "Xmaskx"  # stands for [MASK] while sentences are cut
 RECALL_DRAWS = 16  # of a recall target, until the memory holds one
 
 
@@ -60,7 +61,9 @@ class ColdStart(Config):
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, by spaCy's rules; a line end always ends one."""
-    return [" ".join(s.text.split()) for line in text.split("\n") for s in splitter()(line).sents if s.text.strip()]
+    lines = text.replace(MASK, WORD).split("\n")  # after a full stop, spaCy would leave the bracket behind
+    found = [" ".join(sentence.text.split()) for line in lines for sentence in splitter()(line).sents]
+    return [sentence.replace(WORD, MASK) for sentence in found if sentence]
 
 
 @cache

