@@ -63,7 +63,9 @@ def attach(model, rank: int, seed: int, folder: str | None) -> None:
         if settings.r != rank:
             raise UserError(f"--lora {rank}: the adapter in {folder} has rank {settings.r}; give --lora {settings.r}")
         settings.inference_mode = False
-    with torch.random.fork_rng(devices=[]):  # the same on every process, though each draws samples of its own
+    # The same on every process, though each draws samples of its own: torch.manual_seed sets the GPU's numbers, too.
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
         model.add_adapter(settings)
     if folder:
@@ -115,7 +117,7 @@ def main() -> None:
         raise UserError(f"{source}: holds no {CONFIG}, so it is no adapter")
     if Path(out).exists():
         raise UserError(f"{out}: is there already; delete it, or name another folder")
-    model, tokenizer = load_model(source, "cpu", "bfloat16" if "--bfloat16" in sys.argv else "float32", "merge")
+    model, tokenizer = load_model(source, "cpu", given="merge")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"{out}: the merged model")
