@@ -1,4 +1,4 @@
-"""What each recipe takes, counted and not measured: tokens and seconds a step, hours and euros a run, GPU memory.
+"""What each recipe takes, counted and not measured: tokens and seconds a step, hours and euros of its training, memory.
 
     python benchmarks/hours.py [RECIPE.args ...]
 
@@ -120,8 +120,9 @@ def seconds(config: Config, shape: Shape, card: Card, step: list[Turns]) -> tupl
         attention = 2 * shape.layers * shape.heads * shape.head * kind.prompt  # of one token, forward
         forward = (2 * shape.parameters + attention) * kind.computed / (card.flop * OF_PEAK)
         backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
-        training += forward * (1 + config.gradient_checkpointing + bool(config.kl)) + backward
-        batches = ceil(kind.count * (kind.prompt + kind.limit) / config.rollout_tokens)
+        several = (config.update_batch or config.documents) < config.documents  # then old log-probs are computed, too
+        training += forward * (1 + config.gradient_checkpointing + bool(config.kl) + several) + backward
+        batches = ceil((kind.prompts * kind.prompt + kind.count * kind.limit) / config.rollout_tokens)
         rows = kind.count / batches
         read = 2 * shape.parameters + rows * kind.prompt * shape.cache  # bytes, for a token of every row
         a_token = max(LAUNCH * shape.layers, read / (card.bandwidth * OF_BANDWIDTH))
@@ -141,7 +142,8 @@ def memory(config: Config, shape: Shape, gpus: int) -> float:
     head = 1024 * shape.vocabulary * 4 * 3
     training = 4 * trained + 2 * tokens * shape.hidden * kept + layer + head  # float32 sums of the gradients
     sampling = config.rollout_tokens * shape.cache
-    return fixed + max(training, sampling)
+    whole = 4 * shape.vocabulary * shape.hidden if config.shard_optimizer else 0  # the largest, summed and gathered
+    return fixed + max(training, sampling) + whole
 
 
 def line(file: Path) -> str:

@@ -146,7 +146,7 @@ def measure(arguments, device: str) -> list[dict]:
     model = random_model(arguments.shape, arguments.dtype, device)
     reference = random_model(arguments.shape, arguments.dtype, device) if arguments.kl and not arguments.lora else None
     if arguments.lora:
-        lora.attach(model, arguments.lora, seed=0, folder=None)
+        lora.attach(model, arguments.lora, seed=0)
         reference = model if arguments.kl else None  # with its adapter off
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()

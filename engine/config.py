@@ -150,8 +150,8 @@ LEAST = dict.fromkeys(
     "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
     "max_passages objectives steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
 ) | dict.fromkeys(
-    "seed lora related heldout eval_documents searches recall_weight lr lr_warmup grad_clip eps_low eps_high kl".split(),
-    0,
+    "seed lora related heldout eval_documents searches recall_weight lr lr_warmup grad_clip "
+    "eps_low eps_high kl".split(), 0
 )
 
 

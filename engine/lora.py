@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685), by peft: two thin matrices beside every linear layer are trained, and nothing else.
+"""LoRA (arXiv 2106.09685), by peft: only two thin matrices beside every linear layer but the head are trained.
 
-    attach          gives a model an adapter, a fresh one or that of a checkpoint
-    as_it_began     within, the model is what it was at the start: so the reference of the KL costs no memory
-    merged          the adapter of a folder added to the weights
-    load_weights    the adapter's weights, from a checkpoint
+    attach, attach_saved    give a model an adapter, a fresh one or that of a checkpoint
+    as_it_began             within, the model is what it was at the start: so the reference of the KL costs no memory
+    merged                  the adapter added to the weights
 
     python -m engine.lora runs/X/checkpoint runs/X/merged    # a whole model, for programs that know no adapters
 
@@ -48,34 +47,45 @@ def base_of(name: str, given: str) -> str | None:
     return base
 
 
-def attach(model, rank: int, seed: int, folder: str | None) -> None:
-    """Freeze the model's weights and give it an adapter: that of `folder`, or a fresh one, which changes nothing yet.
-
-    Raises UserError where the folder's is not of this rank.
-    """
+def attach(model, rank: int, seed: int) -> None:
+    """Freeze the model's weights and give it a fresh adapter, which changes nothing yet."""
     peft = require_peft(f"--lora {rank}")
-    if Path(model.config.name_or_path).is_dir():  # a checkpoint must find it from anywhere
-        model.name_or_path = model.config.name_or_path = str(Path(model.config.name_or_path).resolve())
     model.requires_grad_(False)
     settings = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    if folder:
-        settings = peft.LoraConfig.from_pretrained(folder)
-        if settings.r != rank:
-            raise UserError(f"--lora {rank}: the adapter in {folder} has rank {settings.r}; give --lora {settings.r}")
-        settings.inference_mode = False
     # The same on every process, though each draws samples of its own: torch.manual_seed sets the GPU's numbers, too.
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
-        model.add_adapter(settings)
-    if folder:
-        with warnings.catch_warnings():  # peft warns of a second adapter
-            warnings.simplefilter("ignore")
-            model.add_adapter(settings, START)
-        for name in (START, "default"):
-            load_weights(model, Path(folder), name)
-        model.set_adapter("default")  # the other is frozen
+        add(model, settings, "default")
+
+
+def attach_saved(model, folder: str, names: list[str]) -> None:
+    """Freeze the model's weights and give it the adapter of a folder, once under each name; the last one is used.
+
+    Raises UserError for an adapter of another kind, or one that doesn't fit the model.
+    """
+    peft = require_peft(f"{folder} is an adapter")
+    model.requires_grad_(False)
+    settings = peft.PeftConfig.from_pretrained(folder)
+    if settings.peft_type != "LORA":
+        raise UserError(f"{folder}: is an adapter of the kind {settings.peft_type}, not LORA")
+    settings.lora_dropout, settings.inference_mode = 0.0, False  # dropout: the ratio compares passes of one network
+    for name in names:
+        add(model, settings, name)
+        load_weights(model, Path(folder), name)
+
+
+def add(model, settings, name: str) -> None:
+    if Path(model.config.name_or_path).is_dir():  # a checkpoint must find its base from anywhere
+        model.name_or_path = model.config.name_or_path = str(Path(model.config.name_or_path).resolve())
+    with warnings.catch_warnings():  # peft warns of a second adapter
+        warnings.simplefilter("ignore")
+        model.add_adapter(settings, name)
     model.eval()
+
+
+def rank_of(folder: str) -> int:
+    return json.loads((Path(folder) / CONFIG).read_text()).get("r", 0)
 
 
 @contextmanager
@@ -92,35 +102,49 @@ def as_it_began(model):
         model.set_adapter("default")  # and its weights are trained again
 
 
-def merged(model, folder: str):
-    """`model` with the adapter of `folder` added to its weights."""
-    peft = require_peft(f"{folder} is an adapter")
-    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+def merged(model):
+    """`model` with its adapter added to its weights, of the layers' usual kind again; in float32, as bfloat16 would
+    round small changes of its weights away.
+    """
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            model.set_submodule(name, module.base_layer)
+    model._hf_peft_config_loaded = False  # or it would save an adapter only
+    del model.peft_config
+    return model
 
 
 def load_weights(model, folder: Path, name: str = "default") -> None:
-    """Bring an adapter of the model to where a checkpoint has it."""
+    """Bring an adapter of the model to where a checkpoint has it. Raises UserError where it doesn't fit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=name)
+    try:
+        result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=name)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder / WEIGHTS}: can't be loaded ({first_line(error)})") from None
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise UserError(f"{folder / WEIGHTS}: does not fit the model; {[*missing, *result.unexpected_keys][0]} differs")
 
 
 def main() -> None:
     from engine.models import load_model
 
     if len(sys.argv) != 3:
-        print(__doc__)
-        return
+        raise UserError("give two folders: python -m engine.lora ADAPTER MERGED")
     source, out = sys.argv[1:]
     if base_of(source, "merge") is None:
         raise UserError(f"{source}: holds no {CONFIG}, so it is no adapter")
     if Path(out).exists():
         raise UserError(f"{out}: is there already; delete it, or name another folder")
     model, tokenizer = load_model(source, "cpu", given="merge")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    print(f"{out}: the merged model")
+    fresh = Path(out).with_name(f"{Path(out).name}.new")
+    merged(model).save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(out)  # there whole, or not at all
+    print(f"{out}: the merged model, in float32")
 
 
 if __name__ == "__main__":

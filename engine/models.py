@@ -23,20 +23,22 @@ def check_model(name: str, given: str) -> None:
 def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
     """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError.
 
-    An adapter's folder gives its base model with the adapter merged into the weights, in float32 before the rounding.
+    An adapter's folder gives its base model with the adapter beside the weights. It isn't merged: in bfloat16 that would
+    round small changes away.
     """
     check_model(name, given)
     base = lora.base_of(name, given)  # None for a whole model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        wanted = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=torch.float32 if base else wanted)
-        model = lora.merged(model, name).to(wanted) if base else model
+        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=getattr(torch, dtype))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
         kind, why = type(error).__name__, first_line(error)
         raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({kind}: {why})") from None
+    if base:
+        lora.attach_saved(model, name, ["default"])
+        model.requires_grad_(False)
     if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
         raise UserError(
             f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
@@ -59,14 +61,24 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
 
 def load_policy(config, device: str):
     """(model to be trained, tokenizer): all of --model, or with --lora an adapter on it. Raises UserError."""
+    check_model(config.model, "--model")
+    base = lora.base_of(config.model, "--model")
+    if not config.lora and base:
+        raise UserError(
+            f"--model {config.model}: is an adapter; go on with it by --lora {lora.rank_of(config.model)}, or merge it "
+            f"by `python -m engine.lora {config.model} FOLDER` and train all weights of that"
+        )
     if not config.lora:
         return load_model(config.model, device, config.dtype)
     if config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
-    check_model(config.model, "--model")
-    base = lora.base_of(config.model, "--model")
     model, tokenizer = load_model(base or config.model, device, config.dtype)
-    lora.attach(model, config.lora, config.seed, config.model if base else None)
+    if not base:
+        lora.attach(model, config.lora, config.seed)
+    elif (rank := lora.rank_of(config.model)) != config.lora:
+        raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
+    else:
+        lora.attach_saved(model, config.model, [lora.START, "default"])  # the first stays as it is
     return model, tokenizer
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.errors import UserError, run_script  # noqa: E402
+from engine.files import replace_text  # noqa: E402
 from text.matching import occurrences  # noqa: E402
 from text.rows import read_rows  # noqa: E402
 
@@ -52,7 +53,7 @@ def main() -> None:
     found += [record for file in more for record, _ in read_rows(file)]
     if not found:
         raise UserError(f"{source}: holds no question")
-    out.write_text("".join(json.dumps(record) + "\n" for record in found))
+    replace_text(out, "".join(json.dumps(record) + "\n" for record in found))
     print(f"{out}: {count} questions of one hop, {len(found)} in all")
 
 

@@ -5,9 +5,9 @@
 # that they work, and its accuracies mean nothing. Stopped, it goes on when called again. What comes out is in
 # FOLDER/tables.md, by default runs/smollm2 or runs/smollm2-smoke.
 # --data holds wiki/passages.jsonl, qa/hotpotqa_train*.json, qa/musique_train*.json and their dev sets.
+# Its default is ../shared/data beside the project. No path may hold a blank.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-smoke="" out="" data=../shared/data corpus=""
+smoke="" out="" data="" corpus=""
 while [ $# -gt 0 ]; do
     case $1 in
     --smoke) smoke=yes && shift ;;
@@ -16,7 +16,10 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown argument $1; --smoke, --out, --data and --corpus can be given" >&2 && exit 2 ;;
     esac
 done
-out=${out:-runs/smollm2${smoke:+-smoke}}
+[ -e "$corpus" ] && corpus=$(realpath "$corpus")
+out=${out:+$(realpath -m "$out")} data=${data:+$(realpath -m "$data")}
+cd "$(dirname "$0")/.."
+data=${data:-../shared/data} out=${out:-runs/smollm2${smoke:+-smoke}}
 first() { # LABEL FILES: the first of the files that is there
     for file in "${@:2}"; do [ -e "$file" ] && echo "$file" && return; done
     echo "error: --data $data: holds no $1" >&2 && exit 2
@@ -53,7 +56,7 @@ lengths="--lengths 3 6 12"
 part() { # NAME FILE COMMAND: the command, unless the FILE that it ends with is there
     [ -e "$2" ] && return
     local began=$SECONDS
-    "${@:3}" > "$out/$1.log" 2>&1 || { tail -n 3 "$out/$1.log" >&2 && exit 1; }
+    "${@:3}" >> "$out/$1.log" 2>&1 || { tail -n 3 "$out/$1.log" >&2 && exit 1; }
     [ -e "$2" ] || exit 1 # Ctrl-C ends a run well, but not finished
     echo "$(date +%H:%M) $1: $((SECONDS - began)) s" | tee -a "$out/minutes.txt"
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import lora, models, packing
@@ -73,8 +73,8 @@ def adapter(tmp_path_factory):
 
 
 def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
-    """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do load_model, which
-    merges, and plain transformers. An adapter that did nothing would be told from it."""
+    """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do lora.merged,
+    load_model and plain transformers. An adapter that did nothing would be told from it."""
     folder, policy = adapter
     wanted, tensors = logprobs(policy, turns()), load_file(folder / lora.WEIGHTS)
     full = AutoModelForCausalLM.from_pretrained(Config().model, dtype=torch.float32)
@@ -84,10 +84,11 @@ def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
             if "lora_B" in name:
                 path = name.removeprefix("base_model.model.").replace("lora_B.", "")
                 full.get_parameter(path).add_(32 / RANK * b @ tensors[name.replace("lora_B", "lora_A")])
-    merged, _ = models.load_model(str(folder), "cpu")
+    loaded, _ = models.load_model(str(folder), "cpu")
+    merged = lora.merged(models.load_model(str(folder), "cpu")[0])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    for model in (full, merged, plain):
+    for model in (full, loaded, merged, plain):
         torch.testing.assert_close(logprobs(model, turns()), wanted, atol=1e-5, rtol=0)
     assert (base - wanted).abs().max() > 0.01
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 4.5 * sum(
@@ -126,6 +127,22 @@ def test_a_later_run_goes_on_with_the_adapter(adapter):
     with models.as_reference(policy, settings, "cpu"):
         assert torch.equal(logprobs(policy, turns()), began)
     assert not torch.equal(logprobs(policy, turns()), began)
+
+
+def test_bfloat16_keeps_small_changes(tmp_path):
+    """What a small rate has learned is still there after loading: the loaded model is the live policy to the bit."""
+    policy, tokenizer = models.load_policy(config(dtype="bfloat16"), "cpu")
+    packing.enable(policy)
+    update(policy, MasterAdamW(policy, 1e-5), turns(), 1e-5, config())
+    policy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = models.load_model(str(tmp_path), "cpu", "bfloat16")
+    base, _ = models.load_model(Config().model, "cpu", "bfloat16")
+    for model in (loaded, base):
+        packing.enable(model)
+    assert torch.equal(logprobs(loaded, turns()), logprobs(policy, turns()))
+    assert not torch.equal(logprobs(base, turns()), logprobs(policy, turns()))
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_every_process_begins_with_the_same_adapter():
@@ -187,6 +204,8 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     folder, _ = adapter
     with pytest.raises(UserError, match=f"--lora 9: the adapter in .* has rank {RANK}; give --lora {RANK}"):
         models.load_policy(Config(model=str(folder), lora=9), "cpu")
+    with pytest.raises(UserError, match=f"is an adapter; go on with it by --lora {RANK}, or merge it by"):
+        models.load_policy(Config(model=str(folder)), "cpu")
     with pytest.raises(UserError, match="--offload-reference: with --lora the reference is the policy"):
         models.load_policy(config(offload_reference=True), "cpu")
     lost = tmp_path / "lost"
@@ -195,6 +214,19 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     (lost / lora.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/model"}))
     with pytest.raises(UserError, match="is an adapter of /no/such/model, which is not there"):
         models.load_model(str(lost), "cpu")
+    (lost / lora.CONFIG).write_text(json.dumps(settings))
+    (lost / lora.WEIGHTS).rename(tmp_path / "weights")
+    with pytest.raises(UserError, match="adapter_model.safetensors: can't be loaded"):
+        models.load_model(str(lost), "cpu")
+    tensors = load_file(tmp_path / "weights")
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.0." not in name}, lost / lora.WEIGHTS)
+    with pytest.raises(UserError, match="does not fit the model; .*layers.0.* differs"):
+        models.load_model(str(lost), "cpu")
+    (lost / lora.CONFIG).write_text(json.dumps(settings | {"lora_dropout": 0.5}))
+    (lost / lora.WEIGHTS).unlink()
+    (tmp_path / "weights").rename(lost / lora.WEIGHTS)
+    model, _ = models.load_model(str(lost), "cpu")
+    assert torch.equal(logprobs(model.train(), turns()), logprobs(model.eval(), turns()))  # dropout stays off
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=f"--lora {RANK}: needs peft; run `pip install peft`"):
         models.load_policy(config(), "cpu")

@@ -50,6 +50,8 @@ def shared_out(folder: Path) -> None:
             assert not shard or bool(tensors) == (rank == 0)
             found |= {f"{dtype} {shard} {name}": tensor.detach().clone() for name, tensor in tensors.items()}
         held = [master.to_local().shape[0] for master in optimizer.masters]
+        for part in [master.to_local() for master in optimizer.masters]:  # and no view of the whole
+            assert part.untyped_storage().nbytes() == 4 * part.numel()
         found[f"{dtype} rows"] = torch.tensor(held)
         found[f"{dtype} all"] = torch.tensor([whole(master).shape[0] for master in optimizer.masters])
     torch.save(found, folder / f"{rank}.pt")
