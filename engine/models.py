@@ -23,8 +23,8 @@ def check_model(name: str, given: str) -> None:
 def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
     """(model in eval mode, tokenizer) of a folder or hub name, `given` by this argument. Raises UserError.
 
-    An adapter's folder gives its base model with the adapter beside the weights. It isn't merged: in bfloat16 that would
-    round small changes away.
+    An adapter's folder gives its base model with the adapter beside the weights, not merged into them: in bfloat16 that
+    would round small changes away.
     """
     check_model(name, given)
     base = lora.base_of(name, given)  # None for a whole model

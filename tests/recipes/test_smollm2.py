@@ -61,7 +61,8 @@ def sampled(model, tokenizer, tokens: int = 24) -> list[Turn]:
     torch.manual_seed(0)
     asked = prompts(tokenizer)
     written = sampling.generate(model, tokenizer, asked, tokens, budget=sampling.Budget())
-    return [Turn(p, c.ids, c.ended, "", document=0, advantage=(-1.0) ** n) for n, (p, c) in enumerate(zip(asked, written))]
+    pairs = enumerate(zip(asked, written, strict=True))
+    return [Turn(p, c.ids, c.ended, "", document=0, advantage=(-1.0) ** n) for n, (p, c) in pairs]
 
 
 def sampler_logprobs(model, turn: Turn) -> torch.Tensor:
