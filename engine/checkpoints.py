@@ -12,7 +12,6 @@ import shlex
 import shutil
 import signal
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import lora
-from engine.config import Config
 from engine.errors import UserError
 from engine.files import flush, replace_text
 
@@ -52,9 +50,7 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
     except (OSError, ValueError, TypeError):
         raise UserError(f"{held} or other files; {advice}") from None
     names = (config.keys() | saved.keys()) - FREE
-    # A run that is older than a setting had its default.
-    since = {field.name: field.default for field in fields(Config)}
-    saved = since | saved
+    saved.setdefault("lora", 0)  # a run that is older than this setting
     differing = sorted(name for name in names if saved.get(name) != config.get(name))
     if differing:
         flags = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in differing[:5])
