@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config, parse  # noqa: E402
@@ -147,8 +146,7 @@ def memory(config: Config, shape: Shape, gpus: int) -> float:
 
 
 def line(file: Path) -> str:
-    with mock.patch.object(sys, "argv", ["memtrain.py", "--config", str(file)]):
-        config = parse(Config)
+    config = parse(Config, arguments=["--config", str(file)])
     name = next((name for name in SHAPES if name in file.stem), None)
     card = next((card for suffix, card in CARDS.items() if file.stem.endswith(suffix)), None)
     if not name or not card:

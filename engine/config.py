@@ -160,14 +160,15 @@ def run_script(main, flags: type, follow_model: bool = False) -> None:
     errors.run_script(lambda: main(parse(flags, follow_model)))
 
 
-def parse(flags: type, follow_model: bool = False):
-    """An instance of the dataclass `flags`, from the command line and `--config FILE`s.
+def parse(flags: type, follow_model: bool = False, arguments: list[str] | None = None):
+    """An instance of the dataclass `flags`, from `arguments`, by default the command line's, and `--config FILE`s.
 
     With `follow_model` the defaults are the settings of the run that wrote --model. Raises UserError.
     """
-    given = parse_with(flags, {})
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = parse_with(flags, {}, arguments)
     if follow_model and (saved := saved_settings(given.model)):
-        given = parse_with(flags, saved)
+        given = parse_with(flags, saved, arguments)
     for name, value in vars(given).items():
         for number in value if isinstance(value, list) else [value]:
             least = LEAST.get(name, -math.inf)
@@ -179,19 +180,19 @@ def parse(flags: type, follow_model: bool = False):
     return given
 
 
-def parse_with(flags: type, defaults: dict):
-    for n, argument in enumerate(sys.argv):
-        name = argument.partition("=")[2] or "".join(sys.argv[n + 1 : n + 2])
+def parse_with(flags: type, defaults: dict, arguments: list[str]):
+    for n, argument in enumerate(arguments):
+        name = argument.partition("=")[2] or "".join(arguments[n + 1 : n + 2])
         if argument.split("=")[0] == "--config" and not Path(name).is_file():
             raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
     parser = HfArgumentParser([flags])
-    if {"-h", "--help"} & set(sys.argv[1:]):  # here: --config has a parser of its own, which knows no other flag
+    if {"-h", "--help"} & set(arguments):  # here: --config has a parser of its own, which knows no other flag
         parser.print_help()
         sys.exit(0)
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
     given, rest = parser.parse_args_into_dataclasses(
-        args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
+        arguments, args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from engine.errors import UserError, first_line, run_script
 
@@ -118,7 +119,6 @@ def merged(model):
 def load_weights(model, folder: Path, name: str = "default") -> None:
     """Bring an adapter of the model to where a checkpoint has it. Raises UserError where it doesn't fit."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     try:
         result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=name)
@@ -130,20 +130,16 @@ def load_weights(model, folder: Path, name: str = "default") -> None:
 
 
 def main() -> None:
-    from engine.models import load_model
+    from engine.models import check_new, load_model, save_new
 
     if len(sys.argv) != 3:
         raise UserError("give two folders: python -m engine.lora ADAPTER MERGED")
-    source, out = sys.argv[1:]
+    source, out = sys.argv[1], Path(sys.argv[2])
     if base_of(source, "merge") is None:
         raise UserError(f"{source}: holds no {CONFIG}, so it is no adapter")
-    if Path(out).exists():
-        raise UserError(f"{out}: is there already; delete it, or name another folder")
+    check_new(out)
     model, tokenizer = load_model(source, "cpu", given="merge")
-    fresh = Path(out).with_name(f"{Path(out).name}.new")
-    merged(model).save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    fresh.rename(out)  # there whole, or not at all
+    save_new(merged(model), tokenizer, out)
     print(f"{out}: the merged model, in float32")
 
 

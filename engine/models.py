@@ -59,9 +59,22 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     return model.to(device).eval(), tokenizer
 
 
+def check_new(folder: Path) -> None:
+    """Raises UserError for a model folder that would be written over."""
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; delete it, or name another folder")
+
+
+def save_new(model, tokenizer, folder: Path) -> None:
+    """Write a model folder that isn't there yet: whole, or not at all."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(folder)
+
+
 def load_policy(config, device: str):
     """(model to be trained, tokenizer): all of --model, or with --lora an adapter on it. Raises UserError."""
-    check_model(config.model, "--model")
     base = lora.base_of(config.model, "--model")
     if not config.lora and base:
         raise UserError(
@@ -84,8 +97,10 @@ def load_policy(config, device: str):
 
 def load_reference(config, policy, device: str):
     """The model that training started from; None if --kl is 0. With --lora this is the policy, see `as_reference`."""
-    if not config.kl or config.lora:
-        return policy if config.kl else None
+    if not config.kl:
+        return None
+    if config.lora:
+        return policy
     model, _ = load_model(config.model, "cpu" if config.offload_reference else device, config.dtype)
     return model.requires_grad_(False)
 
@@ -96,8 +111,8 @@ def as_reference(model, config, device: str):
     if config.lora:
         with lora.as_it_began(model):
             yield
-        return
-    model.to(device)
-    yield
-    if config.offload_reference:
-        model.to("cpu")
+    else:
+        model.to(device)
+        yield
+        if config.offload_reference:
+            model.to("cpu")

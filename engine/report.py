@@ -21,6 +21,12 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     return min(p, max(0.0, low)), max(p, min(1.0, high))  # rounding may step outside
 
 
+def share(right: float, n: int) -> str:
+    """"0.25 [0.20, 0.31]": a share with its 95 % interval."""
+    low, high = wilson(right, n)
+    return f"{right / max(1, n):.2f} [{low:.2f}, {high:.2f}]"
+
+
 def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
     """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
     difference = np.asarray(second) - np.asarray(first)  # (questions,)

@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import packing, parallel, sampling  # noqa: E402
 from engine.config import Config, option, run_script  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.models import load_policy  # noqa: E402
+from engine.models import check_new, load_policy, save_new  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
-from engine.report import wilson  # noqa: E402
+from engine.report import share  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
-from memtrain import learning_rate, set_weights  # noqa: E402
+from memtrain import learning_rate, sample_text, set_weights  # noqa: E402
 from rewards import answer_reward, boxed, recall_reward  # noqa: E402
 from rollout import (  # noqa: E402
-    ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Limits, Trajectory, Turn, encode_prompt, fill, limits_of,
-    read, recall, sampler,
+    ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Limits, Turn, encode_prompt, fill, limits_of, read, recall,
+    sampler,
 )
 from tasks.sources import load_corpus  # noqa: E402
 from text.matching import MASK, occurrences  # noqa: E402
@@ -158,33 +158,23 @@ def sampled_success(sample, documents: list[Document], limits: Limits, config: C
         "end-to-end": [answer_reward(t.prediction, t.document.answers) for t in trajectories],
         "recall": [recall_reward(turn.text, target.entity) for turn, target in asked],
     }
-    samples = [in_words(*pair) for pair in zip(trajectories[:2], recalls[:2], strict=True)]
+    shown = list(zip(trajectories, recalls, scores["end-to-end"], strict=True))[:2]
+    samples = [sample_text(*parts) for parts in shown]
     return {name: (sum(values), len(values)) for name, values in scores.items()}, samples
-
-
-def in_words(trajectory: Trajectory, recalls: list[Turn]) -> str:
-    lines = [f"y = {trajectory.document.answers[0]}, answered {trajectory.turns[-1].text.strip()!r}"]
-    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
-    return "\n".join([*lines, *(f"  recall: {turn.text.strip()!r}" for turn in recalls)])
 
 
 def table(measured: dict[str, dict[str, tuple[float, int]]]) -> str:
     """{"before": {measure: (right, n)}, "after": ...} as a markdown table with 95 % intervals."""
     lines = ["| sampled | " + " | ".join(measured) + " | n |", "|---|" + "---|" * (len(measured) + 1)]
     for name, (_, n) in next(iter(measured.values())).items():
-        cells = []
-        for scores in measured.values():
-            right, count = scores[name]
-            low, high = wilson(right, count)
-            cells.append(f"{right / max(1, count):.2f} [{low:.2f}, {high:.2f}]")
+        cells = [share(*scores[name]) for scores in measured.values()]
         lines.append(f"| {name} | {' | '.join(cells)} | {n} |")
     return "\n".join(lines)
 
 
 def main(config: ColdStart) -> None:
     out = Path(config.out)
-    if out.exists():
-        raise UserError(f"--out {out}: is there already; delete it, or name another folder")
+    check_new(out)
     if "LOCAL_RANK" in os.environ:
         raise UserError("a cold start takes minutes on one device: run it by python, not by torchrun")
     torch.manual_seed(config.seed)
@@ -217,8 +207,7 @@ def main(config: ColdStart) -> None:
         loss = learn(policy, optimizer, turns, learning_rate(config, step), config)
         bar.set_postfix(loss=f"{loss:.2f}")
     minutes = (time.perf_counter() - began) / 60
-    policy.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_new(policy, tokenizer, out)
     measured["after"], samples = success()
     shown = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
     print(*samples, f"demonstrations: {shown}; {tokens} tokens, {minutes:.1f} minutes on {device}", sep="\n")

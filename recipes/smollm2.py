@@ -7,7 +7,6 @@ The package holds the weights in 4 bits a value (GGUF, Q4_1). They are written o
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.errors import UserError, first_line, run_script  # noqa: E402
+from engine.models import check_new, save_new  # noqa: E402
 from rollout import end_ids  # noqa: E402
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -62,13 +62,9 @@ def main() -> None:
         print(__doc__)
         return
     out = Path(sys.argv[1] if sys.argv[1:] else "runs/smollm2/model")
-    if out.exists():
-        raise UserError(f"{out}: is there already; delete it, or name another folder")
+    check_new(out)
     model, tokenizer = load()
-    fresh = out.with_name(f"{out.name}.new")
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    os.replace(fresh, out)  # it is there whole or not at all
+    save_new(model, tokenizer, out)
     millions, ends = sum(p.numel() for p in model.parameters()) / 1e6, end_ids(model, tokenizer)
     print(f"{out}: {millions:.1f} M parameters; a text ends with {tokenizer.convert_ids_to_tokens(ends)}")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from engine.report import load_pyplot, paired_bootstrap, wilson  # noqa: E402
+from engine.report import load_pyplot, paired_bootstrap, share  # noqa: E402
 
 BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
 Scores = dict[int, list[list[float]]]  # by chunks or objectives, one list for each seed, of its questions
@@ -44,8 +44,7 @@ def minutes(folder: Path, *runs: tuple[str, int | None]) -> float:
 
 
 def cell(scores: list[float]) -> str:
-    low, high = wilson(sum(scores), len(scores))  # of halves, in search, a little too wide
-    return f"{np.mean(scores):.2f} [{low:.2f}, {high:.2f}]"
+    return share(sum(scores), len(scores))  # of halves, in search, the interval is a little too wide
 
 
 def together(scores: Scores) -> list[list[float]]:

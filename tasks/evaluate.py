@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from engine import parallel
 from engine.config import Config
-from engine.models import check_model
 from engine.errors import UserError
+from engine.models import check_model
 from engine.report import row
 from rewards import answer_reward, boxed, f1_score, substring_match
 from rollout import EMPTY_MEMORY, Limits, answer

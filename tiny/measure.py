@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config  # noqa: E402
 from engine.models import load_model  # noqa: E402
-from engine.report import wilson  # noqa: E402
+from engine.report import share  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
@@ -62,8 +62,7 @@ def focused_notes(
 
 
 def report(name: str, hits: list[bool]) -> None:
-    low, high = wilson(int(sum(hits)), len(hits))
-    print(f"| {name} | {np.mean(hits):.2f} [{low:.2f}, {high:.2f}] | {len(hits)} |")
+    print(f"| {name} | {share(int(sum(hits)), len(hits))} | {len(hits)} |")
 
 
 def main() -> None:
