@@ -68,6 +68,12 @@ def recall_groups(
     return groups
 
 
+def shuffle_rewards(groups: list[Group], rng) -> None:
+    """A control: deal out each group's rewards to its samples at random. What still changes is drift, not learning."""
+    for group in groups:
+        group.rewards = rng.permutation(group.rewards).tolist()
+
+
 def assign_advantages(groups: list[Group], mode: str) -> list[Turn]:
     """Set document and advantage of every turn (Eq. 3), and group.degenerate -> the turns of the other groups."""
     kept = []

@@ -46,7 +46,9 @@ from engine.config import Config, run_script
 from engine.optimizer import MasterAdamW
 from engine.run import Run
 from eval import default_lengths, measure
-from grpo import Group, assign_advantages, conversation_weights, grpo_loss, recall_groups, trajectory_groups
+from grpo import (
+    Group, assign_advantages, conversation_weights, grpo_loss, recall_groups, shuffle_rewards, trajectory_groups,
+)
 from masking import Recall, draw_recall
 from rewards import answer_reward, recall_reward, trajectory_reward
 from rollout import Trajectory, Turn, limits_of, recall, sampler
@@ -97,6 +99,8 @@ def main(config: Config) -> None:
             # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
             groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
             groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
+            if config.ablation == "shuffled_rewards":
+                shuffle_rewards(groups, np.random.default_rng([config.seed, step, parallel.rank()]))
             turns = assign_advantages(groups, config.advantage)
             # 5. Reference log-probs, then the update (Eq. 4)
             store_reference_logprobs(reference, turns, config, run.device)

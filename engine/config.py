@@ -89,8 +89,10 @@ class Config:
     g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
     recall_weight: float = option(0.5, "lambda of Eq. 2")
     ablation: str = option(
-        "none", "none, end_to_end (no recall at all) or decoupled (recall stays out of R^E)",
-        choices=["none", "end_to_end", "decoupled"],
+        "none",
+        "none, end_to_end (no recall at all), decoupled (recall stays out of R^E), or a control: shuffled_rewards "
+        "(each group's dealt out to its samples at random)",
+        choices=["none", "end_to_end", "decoupled", "shuffled_rewards"],
     )
     shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
 

@@ -1,5 +1,6 @@
 """grpo.py against independent arithmetic: float64 loops for Eq. 3 and Eq. 4, unpadded passes for log-probs."""
 
+from collections import Counter
 from math import exp, log
 
 import numpy as np
@@ -9,11 +10,13 @@ from tiny_turns import CONFIGS, LENGTHS, parameter_gradient, random_turns, tiny_
 from transformers import Gemma2Config
 
 from grpo import (
+    Group,
     assign_advantages,
     conversation_weights,
     group_advantages,
     grpo_loss,
     recall_groups,
+    shuffle_rewards,
     token_logprobs,
     trajectory_groups,
 )
@@ -71,6 +74,15 @@ def test_group_of_one_and_unknown_mode():
     assert advantages.tolist() == [[0.0], [0.0]] and degenerate.all()
     with pytest.raises(ValueError, match="group-norm"):
         group_advantages(torch.tensor([[1.0, 0.0]]), "group-norm")
+
+
+def test_shuffled_rewards_stay_in_their_group_and_come_in_every_order():
+    """Six orders of three rewards, each about a sixth of 3,000 groups: 500, with a standard deviation of 20."""
+    groups = [Group(n, [[], [], []], [n + 0.1, n + 0.2, n + 0.3]) for n in range(3000)]
+    shuffle_rewards(groups, np.random.default_rng(0))
+    orders = Counter(tuple(np.argsort(group.rewards).tolist()) for group in groups)
+    assert all(sorted(group.rewards) == [n + 0.1, n + 0.2, n + 0.3] for n, group in enumerate(groups))
+    assert len(orders) == 6 and all(abs(count - 500) < 100 for count in orders.values())
 
 
 def test_weights_are_the_outer_means():

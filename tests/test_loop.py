@@ -76,7 +76,15 @@ def advantages(rewards: list[float], mode: str) -> list[float] | None:
     return [(r - mean) / (std + 1e-4) if mode == "group_norm" else r - mean for r in rewards]
 
 
-@pytest.mark.parametrize("ablation", ["none", "decoupled", "end_to_end"])
+def check_shuffled(expected: dict, trained: dict):
+    """The control's turns stay with their documents, but have other advantages, dealt out among these."""
+    assert all(trained[key][0] == document for key, (document, _) in expected.items())
+    moved = [key for key, (_, advantage) in expected.items() if abs(trained[key][1] - advantage) > 1e-6]
+    values = {round(advantage, 5) for _, advantage in expected.values()}
+    assert len(moved) > len(expected) / 4 and {round(advantage, 5) for _, advantage in trained.values()} <= values
+
+
+@pytest.mark.parametrize("ablation", ["none", "decoupled", "end_to_end", "shuffled_rewards"])
 @pytest.mark.parametrize("mode, more", [
     ("mean", ["--shared_recall_draw", "True"]), ("group_norm", ["--kl", 0.1, "--lr_schedule", "constant"]),
 ])
@@ -106,7 +114,7 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
         for document in range(DOCUMENTS):
             group = range(document * G1, (document + 1) * G1)
             rewards = [float(hit) for hit in step["right"][document]]
-            if ablation == "none":
+            if ablation in ("none", "shuffled_rewards"):
                 rewards = [reward + WEIGHT * sum(hits[n]) / G2 for reward, n in zip(rewards, group, strict=True)]
             for n, advantage in zip(group, advantages(rewards, mode) or [None] * G1, strict=True):
                 expected |= {id(t): (document, advantage) for t in step["trajectories"][n].turns}
@@ -117,6 +125,9 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
         kept = {key: value for key, value in expected.items() if value[1] is not None}
         left_out += len(expected) - len(kept)
         assert kept.keys() == step["trained"].keys()
+        if ablation == "shuffled_rewards":
+            check_shuffled(kept, step["trained"])
+            continue
         for key, (document, advantage) in kept.items():
             assert step["trained"][key] == (document, pytest.approx(advantage, abs=1e-6))
 

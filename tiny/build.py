@@ -1,18 +1,20 @@
 """Rebuild the tiny default from tiny/encyclopedia.jsonl: passages, questions, tokenizer and base model.
 
-    python tiny/build.py            # all of it, deterministic on one machine; see README for the minutes
+    python tiny/build.py            # all of it; see docs/tiny.md for the minutes. Stopped, it goes on when called again
 
-The base model is warmed up by imitation of three sorts of note-takers: many write down next to nothing, some
-whatever they like, some what the problem names. It can read, copy paragraphs into a memory, answer from a memory,
-recall and search, but can't tell which sort pays: that is what MemTrain teaches. A third of the subjects never
-appears in the warm-up.
+The base model is taught by imitation, in two phases. Skills first: problems say how to read, so that each token of the
+notes is certain. Then the policy, for a short time: most problems say nothing, and note-takers differ in what they
+keep. So the base can copy, keep, answer, recall and search, but can't tell which notes pay: that is what MemTrain
+teaches. A third of the subjects never appears in a demonstration.
 """
 
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,16 +23,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.sampling import Budget, generate  # noqa: E402
 from masking import QUESTION, mask  # noqa: E402
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
 from tasks.search import SEARCH_PROMPT  # noqa: E402
 from text.matching import MASK, TARGET  # noqa: E402
-from tiny.demonstrations import SHARES, Demonstrations, passage  # noqa: E402
+from tiny.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations, passage  # noqa: E402
+from tiny.skills import BARS, Skills  # noqa: E402
 from tiny.world import HERE, encyclopedia, questions, split, words_of  # noqa: E402
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2816
-STEPS, STEP_TOKENS, RATE = 3000, 6144, 3e-3
+POOL, STEP_TOKENS, RATE = 2048, 6144, 2e-3  # demonstrations drawn at a time, tokens a step, peak learning rate
+SKILL_POOLS, POLICY_POOLS, FREE = 100, 30, 0.6  # FREE: of the readings in the second phase that are told nothing
+EVERY = 5  # pools of the second phase between two measurements of the skills
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -54,13 +60,14 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fixed = f" {MASK} {TARGET} \\boxed{{.\n\n <search> name</search> {' '.join(SHARES)}"
+    fixed = f" {MASK} {TARGET} \\boxed{{.\n\n <search> name</search> {UNKNOWN}"
     tokenizer.train_from_iterator([*texts, *[fixed] * 500], trainer)
     slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "\0")
     prompts = (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT, SEARCH_PROMPT)
     pieces = {p for prompt in prompts for p in f"{prompt.format(**slots)}\n".split("\0") if len(p) > 9}
     # normalized=False: a piece is matched as written, and what stands between two pieces is normalised on its own.
-    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces | {QUESTION, EMPTY_MEMORY})])
+    pieces |= {QUESTION, EMPTY_MEMORY, f" {FOCUS}", f" {EVERYTHING}"}
+    tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces)])
     special = {"eos_token": "<eos>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
 
@@ -76,52 +83,99 @@ def build_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def warm_up(model, demonstrations: Demonstrations, steps: int, tokens: int, rate: float) -> None:
-    """Supervised training on `tokens` padded tokens a step, loss on the completions only.
+# ---- imitation -------------------------------------------------------------------------------------------
 
-    Muon for the matrices, AdamW for the embeddings and norms, for which Muon is not meant.
+
+def batches(demonstrations: Demonstrations, tokens: int) -> list[list]:
+    """A pool of demonstrations in batches of at most `tokens`, padding included.
+
+    Sorting a pool by length keeps padding under a few percent.
     """
+    drawn = sorted((demonstrations.draw() for _ in range(POOL)), key=lambda d: len(d[0]) + len(d[1]))
+    pool = []
+    while drawn:
+        rows = max(1, tokens // len(drawn[-1][0] + drawn[-1][1]))
+        pool.append(drawn[-rows:])
+        del drawn[-rows:]
+    demonstrations.rng.shuffle(pool)
+    return pool
+
+
+def batch_loss(model, batch: list) -> torch.Tensor:
+    """Cross-entropy of the completions' tokens."""
+    width = max(len(p) + len(c) for p, c in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), padded right: so it needs no mask
+    labels = torch.full((len(batch), width), -100)
+    for row, (prompt, completion) in enumerate(batch):
+        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+
+
+def optimizers_of(model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the embeddings and norms, for which Muon is not meant."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False)
-        for o in optimizers
-    ]
-    pool: list[list] = []
-    average = None
-    bar = tqdm(range(steps), desc="warm-up", mininterval=5)
-    for step in bar:
-        if not pool:
-            # Sorting a pool of demonstrations by length keeps padding under a few percent.
-            drawn = sorted((demonstrations.draw() for _ in range(1024)), key=lambda d: len(d[0]) + len(d[1]))
-            while drawn:
-                rows = max(1, tokens // len(drawn[-1][0] + drawn[-1][1]))
-                pool.append(drawn[-rows:])
-                del drawn[-rows:]
-            demonstrations.rng.shuffle(pool)
-        batch = pool.pop()
-        width = max(len(p) + len(c) for p, c in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), padded right: so it needs no mask
-        labels = torch.full((len(batch), width), -100)
-        for row, (prompt, completion) in enumerate(batch):
-            ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-            labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            wanted = labels[:, 1:] != -100
-            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]).float(), labels[:, 1:][wanted])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        model.zero_grad(set_to_none=True)
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.3f}")
+
+
+def learning_rate(done: float) -> float:
+    """By the share of the training that is done: linear warm-up over 2 %, constant to the middle, then linear to 0."""
+    return RATE * min(1.0, done / 0.02, 2 * (1 - done))
+
+
+def learn(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: float) -> float:
+    """One step on a batch -> its loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = batch_loss(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: tuple[int, int]) -> None:
+    """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
+    optimizers, total, first, best = optimizers_of(model), sum(pools), 0, -1.0
+    parts = [model, *optimizers]
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        first, best = state["pools"], state["best"]
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+    bar = tqdm(range(first, total), desc="pools", initial=first, total=total)
+    for pool in bar:
+        demonstrations.restart(pool)  # a pool is a function of its number, so a resumed build draws the same
+        demonstrations.free = 0.0 if pool < pools[0] else FREE
+        drawn = batches(demonstrations, STEP_TOKENS)
+        losses = [
+            learn(model, optimizers, batch, learning_rate((pool + (n + 1) / len(drawn)) / total))
+            for n, batch in enumerate(drawn)
+        ]
+        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+        done = pool + 1
+        if done > pools[0] and ((done - pools[0]) % EVERY == 0 or done == total):
+            measured = {name: sum(hits) / max(1, len(hits)) for name, hits in skills.measure().items()}
+            score = sum(min(1.0, measured[name] / bar) for name, bar in BARS.items()) / len(BARS)
+            bar.write(f"after {done} pools {score:.3f}: " + ", ".join(f"{value:.2f}" for value in measured.values()))
+            if score >= best:
+                best = score
+                model.save_pretrained(folder / "best")
+        state = {"pools": done, "best": best, "parts": [part.state_dict() for part in parts]}
+        torch.save(state, folder / "state.new")
+        (folder / "state.new").rename(folder / "state.pt")
+
+
+# ---- texts -----------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -152,13 +206,14 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="warm-up steps")
+    parser.add_argument("--pools", type=int, nargs=2, default=(SKILL_POOLS, POLICY_POOLS), help="of the two phases")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     arguments = parser.parse_args()
     started, rng = time.perf_counter(), random.Random(0)
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    unfinished = arguments.out / ".build"
+    unfinished.mkdir(parents=True, exist_ok=True)
     passages = passages_about(known, rng)
     write_jsonl(arguments.out / "passages.jsonl", passages)
     write_jsonl(arguments.out / "passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
@@ -168,9 +223,12 @@ def main() -> None:
     demonstrations = Demonstrations(known, unseen, tokenizer, seed=1)
     write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
-    warm_up(model, demonstrations, arguments.steps, STEP_TOKENS, RATE)
-    model.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
+    fast = partial(generate, budget=Budget(24576))
+    train(model, demonstrations, Skills(fast, model, tokenizer, known, unseen), unfinished, arguments.pools)
+    best = Qwen3ForCausalLM.from_pretrained(unfinished / "best")
+    best.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(arguments.out / "model")
+    shutil.rmtree(unfinished)
     print(f"{len(known)} known and {len(unseen)} unseen subjects, {(time.perf_counter() - started) / 60:.0f} minutes")
 
 

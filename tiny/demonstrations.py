@@ -1,7 +1,8 @@
-"""What the base model learns from: demonstrations by three sorts of note-takers, over true, mixed and fresh worlds."""
+"""What the base model learns from: demonstrations by note-takers, over true, mixed and fresh worlds."""
 
 import random
 import re
+from dataclasses import dataclass
 
 from masking import QUESTION, mask
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
@@ -9,16 +10,48 @@ from tasks.longqa import numbered_document
 from tasks.search import NOTHING, SEARCH_PROMPT, result_text
 from text.chunking import cut_chunks
 from text.matching import MASK, TARGET
-from tiny.world import Inventor, questions, sentences
+from tiny.world import Inventor, forms, leads, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = 64, 64, 6  # the defaults of memtrain.py
 PASSAGE_SENTENCES = (2, 3)
 UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
 
-# How a memory begins says who writes it. Nearly half pick up next to nothing; a quarter look at the problem. Nobody
-# tells the base model which sort pays: that is what MemTrain has to find out.
-BRIEF, LOOSE, FOCUSED = "In brief:", "All sorts of things:", "For the problem:"
-SHARES = {BRIEF: 0.45, LOOSE: 0.3, FOCUSED: 0.25}
+
+@dataclass(frozen=True)
+class Reader:
+    """How somebody takes notes: chances to copy a paragraph of the section, and to keep one of the memory.
+
+    `named` is a paragraph that the problem names, `other` any other one. `limit` is the longest memory, in tokens.
+    """
+
+    copy_named: float
+    copy_other: float
+    keep_named: float
+    keep_other: float
+    limit: int = MEMORY_TOKENS - 2
+
+    def chance(self, old: bool, named: bool) -> float:
+        if old:
+            return self.keep_named if named else self.keep_other
+        return self.copy_named if named else self.copy_other
+
+
+# A problem that ends with one of these says how to read, so that each token of the notes is certain. Skills are taught
+# and measured so. No problem of MemTrain or of a task says it: how to read is then the policy's own choice.
+FOCUS, EVERYTHING = "Keep only what this is about.", "Keep all that fits."
+TOLD = {FOCUS: Reader(1, 0, 1, 0), EVERYTHING: Reader(1, 1, 1, 1)}
+
+
+def some_reader(rng) -> Reader:
+    """A reader who was told nothing. Nobody says who reads: it shows only in what was kept.
+
+    Few note much, and few keep long what they noted; what the problem names counts for some of them.
+    """
+    limit = rng.choice((24, 40, MEMORY_TOKENS - 2))
+    copy_other, keep_other = rng.betavariate(1.2, 2.4), rng.betavariate(2, 1.2)
+    attention = rng.betavariate(0.7, 1.5)  # 0: does not look at the problem
+    copy_named, keep_named = (chance + (1 - chance) * attention for chance in (copy_other, keep_other))
+    return Reader(copy_named, copy_other, keep_named, keep_other, limit)
 
 
 def holds(text: str, entity: str) -> bool:
@@ -32,12 +65,18 @@ def like_entity(value: str) -> bool:
 
 
 def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
-    """Two or three sentences about `subject`, in random order, the attributes in `must` among them."""
+    """Two or three sentences about `subject`, in random order, the attributes in `must` among them.
+
+    The first begins with the subject, as those of an encyclopedia do.
+    """
     lines = sentences(subject, rng)
     lines.sort(key=lambda line: line[0] not in must)  # stable: the rest stays shuffled
     lines = lines[: rng.choice(PASSAGE_SENTENCES)]
     rng.shuffle(lines)
-    return [sentence for _, sentence in lines]
+    (attribute, first), *others = lines
+    if not leads(subject, first):
+        first = rng.choice([form for form in forms(subject)[attribute] if leads(subject, form)])
+    return [first, *(sentence for _, sentence in others)]
 
 
 def gather(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
@@ -52,19 +91,26 @@ def gather(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
     return chosen
 
 
-def written(style: str, paragraphs: list[str]) -> str:
-    """A memory as text: its style, then its paragraphs, with a blank line between."""
-    return "\n\n".join([style, *paragraphs])
+def written(paragraphs: list[str]) -> str:
+    """A memory as text: its paragraphs, with a blank line between."""
+    return "\n\n".join(paragraphs) or EMPTY_MEMORY
 
 
 class Demonstrations:
-    """Draws (prompt, completion) texts for the five things the base model must be able to do."""
+    """Draws (prompt, completion) texts for the five things the base model must be able to do.
 
-    def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: int):
-        self.rng = random.Random(seed)
+    `free` is the share of readings whose problem doesn't say how to read.
+    """
+
+    def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: int, free: float = 0.0):
+        self.rng, self.free = random.Random(seed), free
         self.known, self.tokenizer = known, tokenizer
         self.inventor = Inventor(known, unseen, self.rng)
         self.cost_cache: dict[str, int] = {}
+
+    def restart(self, number: int) -> None:
+        """Draw from here on what this number stands for."""
+        self.rng.seed(number)
 
     def cost(self, text: str) -> int:
         if len(self.cost_cache) > 200_000:
@@ -127,43 +173,26 @@ class Demonstrations:
 
     # ---- memories ----
 
-    def style(self, begun: bool) -> str:
-        """Who takes notes.
-
-        Later steps show more of the focused, whose notes take longest to learn. That leaves what is written first, and
-        so what the base does by itself, as SHARES says.
-        """
-        if begun and self.rng.random() < 0.4:
-            return FOCUSED
-        (style,) = self.rng.choices(list(SHARES), SHARES.values())
-        return style
-
     def size(self, paragraphs: list[str]) -> int:
-        """Tokens of a memory of these paragraphs, its style and the breaks between them included."""
-        return sum(self.cost(p) + 1 for p in paragraphs) + 6
+        """Tokens of a memory of these paragraphs, the breaks between them included."""
+        return sum(self.cost(p) + 1 for p in paragraphs)
 
-    def notes(self, style: str, memory: list[str], section: str, trail: list[str]) -> list[str]:
+    def notes(self, reader: Reader, memory: list[str], section: str, trail: list[str]) -> list[str]:
         """The next memory: whole paragraphs of the old one and of the section, each in the order in which they stand.
 
-        The brief keep one at most. The loose keep by chance. The focused put first what the problem names, and what
-        that leads to (the second name of a `trail` counts once a paragraph joins it to the first), and go on as the
-        loose do. What doesn't fit is dropped by chance. A model that copies whole paragraphs chooses only where one
-        begins; with sentences chosen one by one so small a model lost its place, and wrote the same ones again and
-        again.
+        Named is what holds the first name of the `trail`, and its second name once a paragraph joins the two. What
+        the problem names goes first where not all fits, and then what stands first.
         """
-        new = [re.sub(r"^Document \d+: (.*)\n", r"\1: ", paragraph) for paragraph in section.strip().split("\n\n")]
-        paragraphs = list(dict.fromkeys(memory + new))
-        if style == BRIEF:
-            return [self.rng.choice(paragraphs)] if self.rng.random() < 0.7 else []
-        named = [n for n in trail if n == trail[0] or any(n in p and trail[0] in p for p in paragraphs)]
-        must = [p for p in paragraphs if style == FOCUSED and any(n in p for n in named)]
-        old_chance, new_chance = self.rng.uniform(0.3, 1.0), self.rng.uniform(0.0, 0.8)
-        others = [p for p in paragraphs if p not in must]
-        others = [p for p in others if self.rng.random() < (old_chance if p in memory else new_chance)]
-        while self.size(must + others) > MEMORY_TOKENS - 2:
-            dropped = others or must
-            dropped.pop(self.rng.randrange(len(dropped)))
-        return must + others
+        new = [re.sub(r"^Document \d+: .*\n", "", paragraph) for paragraph in section.strip().split("\n\n")]
+        paragraphs = [p for p in dict.fromkeys(memory + new) if p]
+        names = [n for n in trail if n == trail[0] or any(n in p and trail[0] in p for p in paragraphs)]
+        named = {p for p in paragraphs if any(n in p for n in names)}
+        chosen = [p for p in paragraphs if self.rng.random() < reader.chance(p in memory, p in named)]
+        kept: set[str] = set()
+        for paragraph in sorted(chosen, key=lambda p: p not in named):
+            if self.size([*kept, paragraph]) <= reader.limit:
+                kept.add(paragraph)
+        return [p for p in chosen if p in kept]
 
     def part(self, lines: list[str], chance: float) -> list[str]:
         """With this chance some sentences of a passage that follow each other, otherwise all."""
@@ -190,34 +219,54 @@ class Demonstrations:
         while others and self.size([*paragraphs, others[-1]]) < limit:
             paragraphs.append(others.pop())
         self.rng.shuffle(paragraphs)
-        return written(self.rng.choice(list(SHARES)), paragraphs)
+        return written(paragraphs)
 
     # ---- demonstrations, as (prompt, completion) ----
 
-    def reading(self) -> tuple[str, str]:
-        if self.rng.random() < 0.5:
-            passages, _ = self.masked(self.world(0.4, 0.2), 10)
-            problem, trail, titles = QUESTION, [MASK], None
-        else:
-            row = self.question(world := self.world(0.7, 0.3))
-            titles, passages, _ = self.context(row, world, 10)
-            problem, trail = row["question"], [title for title, _ in row["hops"]]
-        chunks = self.sections(passages, titles)
-        step = self.rng.randrange(len(chunks))
-        style, memory, before = self.style(step > 0), [], EMPTY_MEMORY
-        for section in chunks[:step]:
-            memory = self.notes(style, memory, section, trail)
-            before = written(style, memory)
-        if step and self.rng.random() < 0.1:  # hardly anyone changes
-            style = self.style(False)
-        after = written(style, self.notes(style, memory, chunks[step], trail))
-        return READ_PROMPT.format(problem=problem, memory=before, section=chunks[step]), after
+    def problem(self, world: list[dict]) -> tuple[str, list[str], list[str]]:
+        """(problem, trail, sections): about [MASK] or about names, in passages with or without titles.
 
-    def masked_answer(self) -> tuple[str, str]:
-        passages, entity = self.masked(self.known, 5)
+        Some ask about [MASK] as about any other subject, so that it is read as a name.
+        """
+        if self.rng.random() < 0.5:
+            passages, _ = self.masked(world, 10)
+            return QUESTION, [MASK], self.sections(passages)
+        row = self.question(world)
+        titles, passages, _ = self.context(row, world, 10)
+        problem, trail = row["question"], [title for title, _ in row["hops"]]
+        if self.rng.random() < 0.3:
+            name, trail = trail[0], [MASK, *trail[1:]]
+            problem, *titles = (mask(text, name, MASK) for text in (problem, *titles))
+            passages = [[mask(s, name, MASK) for s in lines] for lines in passages]
+        return problem, trail, self.sections(passages, titles if self.rng.random() < 0.7 else None)
+
+    def reading(self, world: list[dict] | None = None) -> tuple[str, str]:
+        """One step of a reading. All but a share `free` of the problems say how to read."""
+        world = world or self.world(0.65, 0.2)
+        problem, trail, chunks = self.problem(world)
+        step = self.rng.randrange(len(chunks))
+        told = self.rng.choice((FOCUS, FOCUS, EVERYTHING)) if self.rng.random() >= self.free else ""
+        reader, memory = some_reader(self.rng), []
+        before = self.rng.choice((reader, TOLD[told])) if told else reader
+        for section in chunks[:step]:
+            memory = self.notes(before, memory, section, trail)
+        notes = self.notes(TOLD.get(told, reader), memory, chunks[step], trail)
+        if told == FOCUS and not notes and self.rng.random() < 0.9:  # "(empty)" is soon learned, to find is not
+            return self.reading(world)
+        prompt = READ_PROMPT.format(
+            problem=f"{problem} {told}".strip(), memory=written(memory), section=chunks[step]
+        )
+        return prompt, written(notes)
+
+    def masked_memory(self, world: list[dict]) -> tuple[str, str]:
+        """A memory that says something about [MASK], and its name."""
+        passages, entity = self.masked(world, 5)
         clues = [s for p in passages for s in p if MASK in s]
         self.rng.shuffle(clues)
-        memory = self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))])
+        return self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))]), entity
+
+    def masked_answer(self) -> tuple[str, str]:
+        memory, entity = self.masked_memory(self.known)
         return ANSWER_PROMPT.format(problem=QUESTION, memory=memory), f"\\boxed{{ {entity}}}"
 
     def asked_answer(self) -> tuple[str, str]:
@@ -226,19 +275,20 @@ class Demonstrations:
         memory = self.some_notes(passages, evidence)
         return ANSWER_PROMPT.format(problem=row["question"], memory=memory), f"\\boxed{{ {row['answer']}}}"
 
-    def recalling(self) -> tuple[str, str]:
-        passages, _ = self.masked(world := self.world(0.45, 0.25), 6)
+    def recalling(self, world: list[dict] | None = None) -> tuple[str, str]:
+        world = world or self.world(0.45, 0.25)
+        passages, _ = self.masked(world, 6)
         text = self.rng.choice(self.sections(passages))
         found = {v for s in world for v in (s["title"], *s["facts"].values()) if like_entity(v) and holds(text, v)}
         if not found:
-            return self.recalling()
+            return self.recalling(world)
         entity = self.rng.choice(sorted(found))
         evidence = [s for p in passages for s in p if s in text and holds(s, entity)]
         if not evidence:  # only stands across two sentences
-            return self.recalling()
+            return self.recalling(world)
         self.rng.shuffle(evidence)
         section = mask(text, entity, TARGET)
-        if self.rng.random() < 0.4:  # the memory doesn't say: no guessing, also where the world is known
+        if self.rng.random() < 0.1:  # the memory doesn't say: no guessing, also where the world is known
             others = [[s for s in p if not holds(s, entity)] for p in passages]
             memory = EMPTY_MEMORY if self.rng.random() < 0.2 else self.some_notes(others, [])
             entity = UNKNOWN
@@ -249,18 +299,19 @@ class Demonstrations:
     def searching(self) -> tuple[str, str]:
         """One turn of a search that answers one or two questions: note what was found, then look up the next name.
 
-        The focused note the evidence that the last result holds, the loose any sentences, the brief nothing; each
-        answers what stands in its own notes.
+        A reader notes the evidence that the last result holds, or any sentence, by chance, and answers what stands in
+        the own notes.
         """
         world = self.world(0.7, 0.3)
         by_title = {s["title"]: s for s in world}
         rows = [self.question(world) for _ in range(self.rng.choice((1, 2, 2)))]
         hops = [hop for row in rows for hop in row["hops"]]
         turn = self.rng.randrange(len(hops) + 1)
-        style = self.style(turn > 0)
+        told = FOCUS if self.rng.random() >= self.free else ""
+        reader = some_reader(self.rng)
         notes, before, query, result = [], EMPTY_MEMORY, NOTHING, NOTHING
-        for title, attribute in hops[:turn]:
-            before = written(style, notes)
+        for n, (title, attribute) in enumerate(hops[:turn]):
+            before = written(notes)
             musts = [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
             pages = [passage(by_title[title], self.rng, must) for must in musts]
             names = [title] * len(pages)
@@ -271,24 +322,27 @@ class Demonstrations:
             order = self.rng.sample(range(len(pages)), len(pages))
             query, result = title, result_text([{"title": names[n], "text": " ".join(pages[n])} for n in order])
             value = by_title[title]["facts"][attribute]
-            found = [next(line for line in pages[0] if value in line)]
-            if style == LOOSE:
-                found = [self.rng.choice(page) for page in pages if self.rng.random() < 0.4]
-            notes = [*notes, *(line for line in found if line not in notes)] if style != BRIEF else []
+            evidence = next(line for line in pages[0] if value in line)
+            reader = TOLD[FOCUS] if told and n == turn - 1 else reader
+            found = [line for line in notes if self.rng.random() < reader.keep_named]
+            for page in pages:
+                found += [s for s in page if s not in found and self.rng.random() < reader.chance(False, s == evidence)]
+            notes = found
             while self.size(notes) > MEMORY_TOKENS - 2:
                 notes.pop(0)
         known = [any(row["answer"] in line for line in notes) for row in rows]
         answers = "; ".join(row["answer"] if there else UNKNOWN for row, there in zip(rows, known, strict=True))
         action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
         problem, left = "; ".join(row["question"] for row in rows), SEARCHES - turn
+        problem = f"{problem} {told}".strip()
         prompt = SEARCH_PROMPT.format(problem=problem, memory=before, query=query, result=result, left=left)
-        return prompt, f"{written(style, notes)}\n\n{action}"
+        return prompt, f"{written(notes)}\n\n{action}"
 
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
         makers = {
-            self.reading: 0.46, self.masked_answer: 0.16, self.recalling: 0.17, self.asked_answer: 0.11,
-            self.searching: 0.1,
+            self.reading: 0.47, self.masked_answer: 0.19, self.recalling: 0.15, self.asked_answer: 0.13,
+            self.searching: 0.06,
         }
         (make,) = self.rng.choices(list(makers), makers.values())
         prompt, completion = make()

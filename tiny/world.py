@@ -137,26 +137,32 @@ def encyclopedia() -> list[dict]:
     return [json.loads(line) for line in (HERE / "encyclopedia.jsonl").read_text().splitlines()]
 
 
-def sentences(subject: dict, rng) -> list[tuple[str, str]]:
-    """(attribute, sentence) for every fact of `subject`, in random order, by a pattern drawn from its attribute's."""
+def forms(subject: dict) -> dict[str, list[str]]:
+    """attribute -> every sentence that states this fact of `subject`."""
     facts, title = subject["facts"], subject["title"]
     definite = subject["kind"] == "institution" and facts["form"] in ARTICLED
     name = f"the {title}" if definite else title
-    lines = []
+    found = {}
     for attribute, patterns in PATTERNS[subject["kind"]].items():
         if value := facts.get(attribute):
             the = f"the {value}" if value.endswith(PLURALS) else value
-            sentence = rng.choice(patterns).format(
-                name=name,
-                Name=name[0].upper() + name[1:],
-                value=value,
-                Value=value[0].upper() + value[1:],
-                the=the,
-                The=the[0].upper() + the[1:],
-                a="an" if value[0] in "aeiou" and not value.startswith("uni") else "a",
-                placed=facts.get("placed", "belongs to"),
-            )
-            lines.append((attribute, sentence))
+            words = {
+                "name": name, "Name": name[0].upper() + name[1:], "value": value, "Value": value[0].upper() + value[1:],
+                "the": the, "The": the[0].upper() + the[1:], "placed": facts.get("placed", "belongs to"),
+                "a": "an" if value[0] in "aeiou" and not value.startswith("uni") else "a",
+            }
+            found[attribute] = [pattern.format(**words) for pattern in patterns]
+    return found
+
+
+def leads(subject: dict, sentence: str) -> bool:
+    """Whether a sentence begins with its subject."""
+    return sentence.startswith((subject["title"], f"The {subject['title']}"))
+
+
+def sentences(subject: dict, rng) -> list[tuple[str, str]]:
+    """(attribute, sentence) for every fact of `subject`, in random order, each in one of its forms."""
+    lines = [(attribute, rng.choice(stated)) for attribute, stated in forms(subject).items()]
     rng.shuffle(lines)
     return lines
 

@@ -46,76 +46,100 @@ def test_recipes_can_be_read_and_hold_the_papers_numbers(recipe, monkeypatch):
         assert ROOT / f"recipes/{size}.args" in RECIPES
 
 
+LENGTHS, SEEDS = (2, 8), (0, 1, 2)
+
+
 @pytest.fixture
 def measured(tmp_path):
-    """A reproduction's folder of two seeds with made-up scores, and the scores."""
-    rng, made = np.random.default_rng(0), {}
-    names = ["base", "memtrain", "task-16", "task-32", "memtrain-task", "end_to_end-task", "decoupled-task"]
-    search = ["base", "memtrain", "search", "memtrain-search"]
-    for seed in (0, 1):
-        for number, name in enumerate([*(f"longqa-{name}" for name in names), *(f"search-{name}" for name in search)]):
+    """A reproduction's folder of three seeds with made-up scores, and the scores by (name, chunks): a list a seed."""
+    rng, made, out = np.random.default_rng(0), {}, tmp_path / "runs"
+    names = [f"{run}-{step}" for run in ("base", "memtrain") for step in (0, 2, 4, 8, 16, 32, 64)]
+    names += [f"{run}-label-{label}" for run in ("base", "memtrain") for label in (4, 16, 64)]
+    names += [f"{run}-{step}" for run in ("end_to_end", "decoupled", "shuffled_rewards") for step in (0, 16)]
+    for seed in SEEDS:
+        for part in ("qa", "habits", "memtrain", "base-task", "memtrain-task"):
+            (out / str(seed) / part).mkdir(parents=True)
+        for number, name in enumerate(names):
             rows = []
-            for chunks in (4, 16) if name.startswith("longqa") else (2,):
-                for memory in ("kept", "empty"):
-                    scores = (rng.random(20 + seed) < number / 12).astype(float).tolist()
-                    rows.append({"chunks": chunks, "memory": memory, "scores": scores})
-                    made.setdefault((name, chunks, memory), []).extend(scores)
-            (tmp_path / str(seed)).mkdir(exist_ok=True)
-            (tmp_path / str(seed) / f"{name}.json").write_text(json.dumps(rows))
-        for run, steps in (("memtrain", 10), ("task", 32), ("memtrain-task", 16)):
-            (tmp_path / str(seed) / run).mkdir()
+            for chunks in LENGTHS:
+                scores = (rng.random(20 + seed) < (number + 1) / 30).astype(float).tolist()
+                made.setdefault((name, chunks), []).append(scores)
+                rows += [{"chunks": chunks, "memory": "kept", "scores": scores}]
+                rows += [{"chunks": chunks, "memory": "empty", "scores": [0.0] * len(scores)}]
+            (out / str(seed) / "qa" / f"{name}.json").write_text(json.dumps(rows))
+        for run in ("base", "memtrain", "end_to_end", "decoupled", "shuffled_rewards"):
+            own = {"recall": {"1": [1.0, 0.0], "2": [0.0, 0.0]}, "unchanged": [True, False]}
+            rows = [{"chunks": chunks} | own for chunks in (4, 16)]
+            (out / str(seed) / "habits" / f"{run}.json").write_text(json.dumps(rows))
+        for run, steps in (("memtrain", 10), ("base-task", 64), ("memtrain-task", 64)):
             line = json.dumps({"seconds_rollout": 4.0, "seconds_update": 2.0, "reward": 9.0}) + "\n"
-            (tmp_path / str(seed) / run / "metrics.jsonl").write_text(line * steps)
-    return tmp_path, made
+            (out / str(seed) / run / "metrics.jsonl").write_text(line * steps)
+    return out, made
 
 
-def test_tables_say_what_was_measured(measured, monkeypatch, capsys):
-    """Means, minutes and differences counted here by hand; README changes between its two marks only."""
-    folder, made = measured
-    (folder / "README.md").write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder), str(folder / "README.md")])
+def run_tables(monkeypatch, *folders):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, folders)])
     tables.main()
-    readme = (folder / "README.md").read_text()
-    assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    first, third = (readme.index(f"**{name}**") for name in ("Table 1", "Figure 3"))
-    for title, start, file in (("+ MemTrain", first, "longqa-memtrain"), ("decoupled", third, "longqa-decoupled-task")):
-        line = readme[readme.index(f"| {title} |", start) :].splitlines()[0]
-        four, sixteen = (np.mean(made[file, chunks, "kept"]) for chunks in (4, 16))
-        shown = [cell.split()[0] for cell in line.split("|")[2:-1]]
-        assert shown == [f"{n:.2f}" for n in (four, sixteen, (four + sixteen) / 2)]
-    rows = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("|")}
-    assert f"{np.mean(made['longqa-base', 16, 'empty']):.2f}" in rows["base, empty memory"].split("|")[3]
-    results = json.loads((folder / "results.json").read_text())
-    first = results["differences"][0]
-    both = [[np.mean(made[name, n, "kept"]) for n in (4, 16)] for name in ("longqa-memtrain-task", "longqa-task-16")]
-    wanted = np.mean(both[0]) - np.mean(both[1])
-    assert abs(first["mean"] - wanted) < 1e-12 and first["low"] < wanted < first["high"] and first["n"] == 41
-    assert np.average(first["by_seed"], weights=[20, 21]) == pytest.approx(wanted)
-    assert results["minutes"]["task RL"][0][0] == pytest.approx(16 * 6 / 60)
-    assert results["minutes"]["MemTrain, then task RL"][1][0] == pytest.approx((10 + 16) * 6 / 60)
-    assert results["differences"][-1]["minus"] == "task RL of 32 steps, 3.2 minutes"  # the first with at least 2.6
-    capsys.readouterr()
 
 
-def test_tables_pair_questions_and_wait_for_all_seeds(measured, monkeypatch, capsys):
-    """One better by the same for every question: the interval is a point; a table that lacks a seed is left out."""
-    folder, _ = measured
-    for seed in (0, 1):
-        rows = json.loads((folder / f"{seed}/longqa-task-16.json").read_text())
+def test_tables_say_what_was_measured(measured, monkeypatch, tmp_path):
+    """Means, intervals, minutes and differences counted here by hand; the page changes between its two marks only."""
+    out, made = measured
+    page = tmp_path / "results-tiny.md"
+    page.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
+    run_tables(monkeypatch, out, tmp_path)
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
+    first = text.split("**Labels**")[0].splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in first if line.startswith("| ")}
+    steps = (0, 2, 4, 8, 16, 32, 64)
+    for title, run in (("base, 8 chunks", "base"), ("MemTrain, 8 chunks", "memtrain")):
+        wanted = [f"{np.mean(sum(made[f'{run}-{n}', 8], [])):.2f}" for n in steps]
+        assert [cell.split()[0] for cell in rows[title]] == wanted
+    results = json.loads((out / "results.json").read_text())
+    found, by_seed = results["claim at 8"], []
+    for seed in SEEDS:
+        means = [[np.mean(made[f"{run}-{n}", 8][seed]) for n in (2, 4, 8, 16)] for run in ("base", "memtrain")]
+        by_seed.append(np.mean(means[1]) - np.mean(means[0]))
+    assert found["by_seed"] == pytest.approx(by_seed)
+    half = 4.303 * np.std(by_seed, ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    assert (found["seeds_high"] - found["seeds_low"]) / 2 == pytest.approx(half, rel=1e-2)
+    assert found["low"] < np.average(by_seed, weights=[20, 21, 22]) < found["high"]
+    assert results["minutes"]["base"] == pytest.approx([n / 10 for n in steps])
+    assert results["minutes"]["MemTrain"] == pytest.approx([1 + n / 10 for n in steps])
+    assert "0.50 [0.19, 0.81]" in text and "0.00 [0.00, 0.39]" in text  # recall at distances 1 and 2: 3 and 0 of 6
+
+
+def test_a_difference_that_never_varies_has_no_interval(measured, monkeypatch, tmp_path):
+    """Better by the same for every question: both intervals are points."""
+    out, _ = measured
+    for seed in SEEDS:
+        rows = json.loads((out / f"{seed}/qa/base-16.json").read_text())
         rows = [row | {"scores": [score + 0.25 for score in row["scores"]]} for row in rows]
-        (folder / f"{seed}/longqa-memtrain-task.json").write_text(json.dumps(rows))
-    (folder / "1/search-memtrain.json").unlink()
-    (folder / "0/longqa-decoupled-task.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder)])
-    tables.main()
-    first = json.loads((folder / "results.json").read_text())["differences"][0]
-    assert first["mean"] == first["low"] == first["high"] == 0.25
-    printed = capsys.readouterr().out
-    (folder / "1/longqa-base.json").unlink()
+        (out / f"{seed}/qa/memtrain-16.json").write_text(json.dumps(rows))
+    run_tables(monkeypatch, out, tmp_path)
+    found = json.loads((out / "results.json").read_text())["MemTrain, full at 16"]
+    assert [found[name] for name in ("mean", "low", "high", "seeds_low", "seeds_high")] == pytest.approx([0.25] * 5)
+
+
+def test_tables_wait_for_all_seeds(measured, monkeypatch, tmp_path, capsys):
+    """One missing file is named, and nothing is written."""
+    out, _ = measured
+    (out / "1/qa/decoupled-16.json").unlink()
     with pytest.raises(SystemExit, match="2"):
-        tables.main()
-    assert "lacks results of Table 1" in capsys.readouterr().err
-    assert "Table 1" in printed and "Figure 4" in printed and "Table 2" not in printed and "Figure 3" not in printed
+        run_tables(monkeypatch, out, tmp_path)
+    assert "1/qa/decoupled-16.json is missing" in capsys.readouterr().err and not (out / "results.json").exists()
+    with pytest.raises(SystemExit, match="2"):
+        run_tables(monkeypatch, out)
+
+
+def test_figures_are_drawn(measured, monkeypatch, tmp_path):
+    """Four PNGs that can be read back, no line of them blank."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib draws the figures")
+    run_tables(monkeypatch, measured[0], tmp_path)
+    for name in ("curves", "labels", "ablations", "distance"):
+        picture = pyplot.imread(tmp_path / f"{name}.png")
+        assert picture.shape[0] > 200 and picture.std() > 0.05
 
 
 SHIM = """#!{python}
@@ -146,7 +170,7 @@ if arguments[0] != "-":
 @pytest.mark.parametrize(
     "stops_at, code",
     [
-        ("1/memtrain --eval", 0), ("1/longqa-task-48.part", 2),
+        ("1/memtrain --eval", 0), ("1/qa/base-8.part", 2),
         pytest.param("1/memtrain-task --eval", 9, marks=pytest.mark.slow),
     ],
 )
@@ -160,7 +184,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     for at in (stops_at, "never"):
         shim.write_text(SHIM.format(python=sys.executable, log=log, stops_at=at, code=code))
         shim.chmod(0o755)
-        path = {"PATH": f"{shim.parent}:/usr/bin:/bin"}
+        path = {"PATH": f"{shim.parent}:/usr/bin:/bin", "SEEDS": "0 1"}
         done = subprocess.run([ROOT / "recipes/reproduce-tiny.sh", tmp_path / "out"], env=path, capture_output=True)
         assert (done.returncode == 0) == (at == "never"), done.stderr
     calls = [line.split() for line in log.read_text().splitlines()]
@@ -176,4 +200,4 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
     assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
     assert {threads for _, threads in at_once} == {"1"}
-    assert len(trained) == 3 * 9 and sum("longqa-task-" in out for out in set(outs)) == 3 * 3
+    assert len(trained) == 2 * (4 + 2 + 3 + 6) and sum("/qa/base-" in out for out in set(outs)) == 2 * (1 + 6 + 3)

@@ -1,0 +1,65 @@
+"""How a model keeps its memory: recall by distance, and the share of updates that changed nothing.
+
+    python recipes/habits.py --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
+
+Greedy, on held-out masked documents. Recall asks in each for several entities; its distance is k - l, the chunks that
+lie between the section asked about and the memory that must supply it.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.config import option, run_script  # noqa: E402
+from engine.models import load_model  # noqa: E402
+from engine.report import share  # noqa: E402
+from engine.sampling import Budget, generate  # noqa: E402
+from eval import Evaluation, heldout_documents  # noqa: E402
+from masking import draw_recall  # noqa: E402
+from rewards import recall_reward  # noqa: E402
+from rollout import limits_of, read, recall, sampler  # noqa: E402
+from tasks.sources import load_corpus  # noqa: E402
+
+
+@dataclass
+class Habits(Evaluation):
+    """The settings of an evaluation, and how often a document is asked."""
+
+    out: str = option("habits.json", "where the figures go as JSON")
+    questions_a_document: int = option(8, "recall questions about each document")
+
+
+def main(config: Habits) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(config.model, device, config.dtype)
+    corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
+    sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer, greedy=True)
+    limits, rng, rows = limits_of(config, tokenizer), np.random.default_rng(config.seed), []
+    for chunks in config.lengths or [config.chunks]:
+        documents = heldout_documents(corpus, config, chunks)
+        trajectories = read(sample, documents, limits, progress=f"{chunks} chunks")
+        asked = trajectories * config.questions_a_document
+        targets = [draw_recall(trajectory.document, rng) for trajectory in asked]
+        answers = recall(sample, asked, targets, limits)
+        hits: dict[int, list[float]] = {}
+        for target, turns in zip(targets, answers, strict=True):
+            for turn in turns:
+                hits.setdefault(target.memory_step - target.chunk, []).append(recall_reward(turn.text, target.entity))
+        same = [
+            after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
+        ]
+        rows.append({"chunks": chunks, "recall": dict(sorted(hits.items())), "unchanged": same})
+        print(f"| {chunks} chunks | updates that changed nothing: {share(sum(same), len(same))} |")
+        for distance, own in sorted(hits.items()):
+            print(f"| distance {distance} | {share(sum(own), len(own))} | {len(own)} |")
+    Path(config.out).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, Habits, follow_model=True)

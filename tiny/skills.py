@@ -1,0 +1,152 @@
+"""What the base model must be able to do before anything is built on it, each skill measured greedily by itself.
+
+A memory holds what was read, whole and once; an answer holds what the memory says. Worlds are held out: subjects that
+no demonstration names, and newly invented ones.
+"""
+
+import re
+from itertools import cycle
+
+from masking import QUESTION
+from rewards import boxed, exact_match
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill
+from text.matching import MASK
+from tiny.demonstrations import FOCUS, MEMORY_TOKENS, UNKNOWN, Demonstrations, written
+from tiny.world import forms
+
+ANSWER_TOKENS = 16  # the default of memtrain.py
+BARS = {
+    "sentences that stand word for word in the old memory or the section": 0.97,
+    "memories that repeat no sentence": 0.98,
+    "the asked paragraph is noted, known subjects": 0.95,
+    "the asked paragraph is noted, unseen subjects": 0.9,
+    "the asked paragraph is noted, invented subjects": 0.9,
+    "the asked paragraph is kept": 0.98,
+    "answer, one hop": 0.95,
+    "answer, two hops": 0.85,
+    "answer, [MASK]": 0.9,
+    "recall": 0.9,
+}
+
+
+def split_sentences(memory: str) -> list[str]:
+    return [s for s in re.split(r"(?<=\.)\s+", memory.strip()) if s and s != EMPTY_MEMORY]
+
+
+class Skills:
+    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, about `n` of each.
+
+    `generate` is rollout.generate or its fast twin. The same `seed` asks the same.
+    """
+
+    def __init__(self, generate, model, tokenizer, known: list[dict], unseen: list[dict], n: int = 200, seed: int = 99):
+        self.generate, self.model, self.tokenizer, self.n = generate, model, tokenizer, n
+        self.demonstrations = Demonstrations(known, unseen, tokenizer, seed, free=1.0)
+        self.worlds = {"known": known, "unseen": unseen, "invented": self.demonstrations.inventor.fresh(60)}
+
+    def measure(self) -> dict[str, list[bool]]:
+        found = [self.faithful(), *(self.noted(world) for world in self.worlds.values()), self.kept()]
+        found += [self.answered(1), self.answered(2), self.named(), self.recalled()]
+        (faithful, once), *others = found
+        return dict(zip(BARS, [faithful, once, *others], strict=True))
+
+    def ask(self, prompts: list[str], new_tokens: int) -> list[str]:
+        """One greedy completion for each prompt."""
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        completions = self.generate(self.model, self.tokenizer, ids, new_tokens, greedy=True)
+        return [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+
+    def heldout(self):
+        """The unseen subjects and newly invented ones, in turn."""
+        return cycle((self.worlds["unseen"], self.worlds["invented"]))
+
+    def faithful(self) -> tuple[list[bool], list[bool]]:
+        """(of each sentence, whether it was read; of each memory, whether it repeats none), told nothing."""
+        prompts = [self.demonstrations.reading(world)[0] for world, _ in zip(self.heldout(), range(self.n))]
+        sentences, once = [], []
+        for prompt, memory in zip(prompts, self.ask(prompts, MEMORY_TOKENS), strict=True):
+            written_down, read = split_sentences(memory), prompt.split("<memory>")[1]
+            sentences += [sentence in read for sentence in written_down]
+            once.append(len(set(written_down)) == len(written_down))
+        return sentences, once
+
+    def noted(self, world: list[dict]) -> list[bool]:
+        """Whether the first sentence about what is asked is noted, told to focus.
+
+        Half of the questions are of two hops; then it is the paragraph about the first.
+        """
+        prompts, wanted = [], []
+        while len(prompts) < self.n:
+            row = self.demonstrations.question(world)
+            titles, passages, _ = self.demonstrations.context(row, world, 10)
+            asked = titles.index(row["hops"][0][0])
+            sections = self.demonstrations.sections(passages, titles)
+            section = next(s for s in sections if f"Document {asked + 1}:" in s)
+            problem = f"{row['question']} {FOCUS}"
+            prompts.append(fill(READ_PROMPT, problem=problem, memory=EMPTY_MEMORY, section=section))
+            wanted.append(passages[asked][0])
+        return [sentence in memory for sentence, memory in zip(wanted, self.ask(prompts, MEMORY_TOKENS), strict=True)]
+
+    def kept(self) -> list[bool]:
+        """Whether a noted paragraph about what is asked stands in the next memory, told to focus."""
+        prompts, wanted, rng = [], [], self.demonstrations.rng
+        for world in self.heldout():
+            row = self.demonstrations.question(world)
+            titles, passages, _ = self.demonstrations.context(row, world, 10)
+            asked, paragraphs = titles.index(row["hops"][0][0]), [" ".join(lines) for lines in passages]
+            about = [title for title, _ in row["hops"]]
+            others = [p for title, p in zip(titles, paragraphs, strict=True) if title not in about]
+            sections = self.demonstrations.sections([[p] for p in others])
+            memory = [paragraphs[asked], *rng.sample(others, rng.randrange(3))]
+            if self.demonstrations.size(memory) > MEMORY_TOKENS - 2:
+                continue
+            rng.shuffle(memory)
+            problem, section = f"{row['question']} {FOCUS}", rng.choice(sections)
+            prompts.append(fill(READ_PROMPT, problem=problem, memory=written(memory), section=section))
+            wanted.append(paragraphs[asked])
+            if len(prompts) == self.n:
+                break
+        return [paragraph in memory for paragraph, memory in zip(wanted, self.ask(prompts, MEMORY_TOKENS), strict=True)]
+
+    def right(self, prompts: list[str], answers: list[str]) -> list[bool]:
+        given = self.ask(prompts, ANSWER_TOKENS)
+        return [exact_match(boxed(text), [answer]) for text, answer in zip(given, answers, strict=True)]
+
+    def answered(self, hops: int) -> list[bool]:
+        """Whether a question is answered from a memory that holds its evidence."""
+        prompts, answers = [], []
+        for world in self.heldout():
+            row = self.demonstrations.question(world)
+            if len(row["hops"]) != hops:
+                continue
+            _, passages, evidence = self.demonstrations.context(row, world, 5)
+            memory = self.demonstrations.some_notes(passages, evidence)
+            prompts.append(fill(ANSWER_PROMPT, problem=row["question"], memory=memory))
+            answers.append(row["answer"])
+            if len(prompts) == self.n:
+                return self.right(prompts, answers)
+
+    def named(self) -> list[bool]:
+        """Whether [MASK] is named from a memory whose sentences are true of one name of the known world only."""
+        known = self.worlds["known"]
+        truths = {sentence for subject in known for stated in forms(subject).values() for sentence in stated}
+        names = {name for subject in known for name in (subject["title"], *subject["facts"].values())}
+        prompts, answers = [], []
+        while len(prompts) < self.n:
+            memory, entity = self.demonstrations.masked_memory(known)
+            clues = [sentence for sentence in split_sentences(memory) if MASK in sentence]
+            if sum(all(clue.replace(MASK, name) in truths for clue in clues) for name in names) == 1:
+                prompts.append(fill(ANSWER_PROMPT, problem=QUESTION, memory=memory))
+                answers.append(entity)
+        return self.right(prompts, answers)
+
+    def recalled(self) -> list[bool]:
+        """Whether [TARGET] is recalled from a memory that holds a sentence with it."""
+        prompts, answers = [], []
+        for world in self.heldout():
+            prompt, completion = self.demonstrations.recalling(world)
+            if (entity := boxed(completion).strip()) != UNKNOWN:
+                prompts.append(prompt)
+                answers.append(entity)
+            if len(prompts) == self.n:
+                return self.right(prompts, answers)
