@@ -23,9 +23,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine import files  # noqa: E402
+from engine.errors import UserError, run_script  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
 from masking import QUESTION, mask  # noqa: E402
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
+from tasks.questions import split_of  # noqa: E402
 from tasks.search import SEARCH_PROMPT  # noqa: E402
 from text.matching import MASK, TARGET  # noqa: E402
 from tiny.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations, passage  # noqa: E402
@@ -36,7 +39,7 @@ VERSIONS = 6  # passages of each subject
 VOCABULARY = 2816
 POOL, STEP_TOKENS, RATE = 2048, 6144, 2e-3  # demonstrations drawn at a time, tokens a step, peak learning rate
 SKILL_POOLS, POLICY_POOLS, FREE = 100, 30, 0.6  # FREE: of the readings in the second phase that are told nothing
-EVERY = 5  # pools of the second phase between two measurements of the skills
+EVERY = 10  # pools of the second phase between two measurements of the skills
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -143,35 +146,44 @@ def learn(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: flo
     return loss.item()
 
 
-def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: tuple[int, int]) -> None:
+def score(skills: Skills) -> tuple[float, str]:
+    """(mean share of its bar that each skill reaches, all skills as text)."""
+    measured = {name: sum(hits) / max(1, len(hits)) for name, hits in skills.measure().items()}
+    shares = [min(1.0, measured[name] / least) for name, least in BARS.items()]
+    return sum(shares) / len(shares), ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
+
+
+def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: list[int]) -> None:
     """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
     optimizers, total, first, best = optimizers_of(model), sum(pools), 0, -1.0
     parts = [model, *optimizers]
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", weights_only=True)
-        first, best = state["pools"], state["best"]
+        if state["pools"] != pools:
+            raise UserError(f"{folder} was begun with --pools {state['pools']}: delete it, or go on with these")
+        first, best = state["done"], state["best"]
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
     bar = tqdm(range(first, total), desc="pools", initial=first, total=total)
-    for pool in bar:
-        demonstrations.restart(pool)  # a pool is a function of its number, so a resumed build draws the same
-        demonstrations.free = 0.0 if pool < pools[0] else FREE
+    for number in bar:
+        demonstrations.restart(f"pool {number}")  # so a resumed build draws the same
+        demonstrations.free = 0.0 if number < pools[0] else FREE
         drawn = batches(demonstrations, STEP_TOKENS)
         losses = [
-            learn(model, optimizers, batch, learning_rate((pool + (n + 1) / len(drawn)) / total))
+            learn(model, optimizers, batch, learning_rate((number + (n + 1) / len(drawn)) / total))
             for n, batch in enumerate(drawn)
         ]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
-        done = pool + 1
+        done = number + 1
         if done > pools[0] and ((done - pools[0]) % EVERY == 0 or done == total):
-            measured = {name: sum(hits) / max(1, len(hits)) for name, hits in skills.measure().items()}
-            score = sum(min(1.0, measured[name] / bar) for name, bar in BARS.items()) / len(BARS)
-            bar.write(f"after {done} pools {score:.3f}: " + ", ".join(f"{value:.2f}" for value in measured.values()))
-            if score >= best:
-                best = score
+            reached, text = score(skills)
+            bar.write(f"after {done} pools {reached:.3f}: {text}")
+            if reached >= best:
+                best = reached
                 model.save_pretrained(folder / "best")
-        state = {"pools": done, "best": best, "parts": [part.state_dict() for part in parts]}
+        state = {"pools": pools, "done": done, "best": best, "parts": [part.state_dict() for part in parts]}
         torch.save(state, folder / "state.new")
+        files.flush(folder / "state.new")
         (folder / "state.new").rename(folder / "state.pt")
 
 
@@ -206,31 +218,38 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pools", type=int, nargs=2, default=(SKILL_POOLS, POLICY_POOLS), help="of the two phases")
+    default = [SKILL_POOLS, POLICY_POOLS]
+    parser.add_argument("--pools", type=int, nargs=2, default=default, help="of the two phases, each at least 1")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     arguments = parser.parse_args()
+    if min(arguments.pools) < 1:
+        raise UserError(f"--pools {arguments.pools}: each phase needs at least one")
     started, rng = time.perf_counter(), random.Random(0)
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)
-    unfinished = arguments.out / ".build"
-    unfinished.mkdir(parents=True, exist_ok=True)
+    folder = arguments.out / ".build"  # all is made in here, and moved when it is whole
+    (folder / "made").mkdir(parents=True, exist_ok=True)
     passages = passages_about(known, rng)
-    write_jsonl(arguments.out / "passages.jsonl", passages)
-    write_jsonl(arguments.out / "passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
+    write_jsonl(folder / "made/passages.jsonl", passages)
+    write_jsonl(folder / "made/passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
     words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
     texts, asked = [p["text"] for p in passages], [row["question"] for row in questions(known)]
     tokenizer = build_tokenizer(texts * 3 + asked * 3 + words * 60)
-    demonstrations = Demonstrations(known, unseen, tokenizer, seed=1)
-    write_questions(arguments.out / "questions.jsonl", subjects, unseen, demonstrations)
+    demonstrations = Demonstrations(known, unseen, tokenizer, seed="questions")
+    write_questions(folder / "made/questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer, seed=0)
+    # No subject that a test question starts at helps to choose the model.
+    others = [s for s in unseen if split_of(s["title"]) != "test"]
     fast = partial(generate, budget=Budget(24576))
-    train(model, demonstrations, Skills(fast, model, tokenizer, known, unseen), unfinished, arguments.pools)
-    best = Qwen3ForCausalLM.from_pretrained(unfinished / "best")
-    best.half().save_pretrained(arguments.out / "model")  # float16: half the bytes in the repository
-    tokenizer.save_pretrained(arguments.out / "model")
-    shutil.rmtree(unfinished)
+    skills = Skills(fast, model, tokenizer, known, others, n=100, seed="to choose by")
+    train(model, demonstrations, skills, folder, arguments.pools)
+    best = Qwen3ForCausalLM.from_pretrained(folder / "best")
+    best.half().save_pretrained(folder / "made/model")  # float16: half the bytes in the repository
+    tokenizer.save_pretrained(folder / "made/model")
+    shutil.copytree(folder / "made", arguments.out, dirs_exist_ok=True)
+    shutil.rmtree(folder)
     print(f"{len(known)} known and {len(unseen)} unseen subjects, {(time.perf_counter() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

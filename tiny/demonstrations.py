@@ -79,6 +79,11 @@ def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
     return [first, *(sentence for _, sentence in others)]
 
 
+def states(subject: dict, attribute: str, sentence: str) -> bool:
+    """Whether a sentence states this fact of `subject`; another fact may have the same value."""
+    return sentence in forms(subject)[attribute]
+
+
 def gather(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
     """`centre` and `size` - 1 others of its world, those that link to it first half of the time."""
     others = [s for s in world if s is not centre]
@@ -102,15 +107,15 @@ class Demonstrations:
     `free` is the share of readings whose problem doesn't say how to read.
     """
 
-    def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: int, free: float = 0.0):
+    def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: str, free: float = 0.0):
         self.rng, self.free = random.Random(seed), free
         self.known, self.tokenizer = known, tokenizer
         self.inventor = Inventor(known, unseen, self.rng)
         self.cost_cache: dict[str, int] = {}
 
-    def restart(self, number: int) -> None:
-        """Draw from here on what this number stands for."""
-        self.rng.seed(number)
+    def restart(self, name: str) -> None:
+        """Draw from here on what this name stands for."""
+        self.rng.seed(name)
 
     def cost(self, text: str) -> int:
         if len(self.cost_cache) > 200_000:
@@ -157,8 +162,7 @@ class Demonstrations:
             lines = passage(s, self.rng, must)
             passages.append(lines)
             if must:
-                value = s["facts"][must[0]]
-                evidence.append(next(line for line in lines if value in line))
+                evidence.append(next(line for line in lines if states(s, must[0], line)))
         return [s["title"] for s in chosen], passages, evidence
 
     def sections(self, passages: list[list[str]], titles: list[str] | None = None) -> list[str]:
@@ -300,7 +304,7 @@ class Demonstrations:
         """One turn of a search that answers one or two questions: note what was found, then look up the next name.
 
         A reader notes the evidence that the last result holds, or any sentence, by chance, and answers what stands in
-        the own notes.
+        its own notes.
         """
         world = self.world(0.7, 0.3)
         by_title = {s["title"]: s for s in world}
@@ -309,28 +313,28 @@ class Demonstrations:
         turn = self.rng.randrange(len(hops) + 1)
         told = FOCUS if self.rng.random() >= self.free else ""
         reader = some_reader(self.rng)
-        notes, before, query, result = [], EMPTY_MEMORY, NOTHING, NOTHING
+        notes, before, query, result, proven = [], EMPTY_MEMORY, NOTHING, NOTHING, []
         for n, (title, attribute) in enumerate(hops[:turn]):
             before = written(notes)
-            musts = [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
-            pages = [passage(by_title[title], self.rng, must) for must in musts]
+            subject, musts = by_title[title], [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
+            pages = [passage(subject, self.rng, must) for must in musts]
             names = [title] * len(pages)
-            for other in gather(world, by_title[title], self.rng, 4):
+            for other in gather(world, subject, self.rng, 4):
                 if len(pages) < 3 and other["title"] != title:
                     pages.append(passage(other, self.rng))
                     names.append(other["title"])
             order = self.rng.sample(range(len(pages)), len(pages))
             query, result = title, result_text([{"title": names[n], "text": " ".join(pages[n])} for n in order])
-            value = by_title[title]["facts"][attribute]
-            evidence = next(line for line in pages[0] if value in line)
+            evidence = next(line for line in pages[0] if states(subject, attribute, line))
             reader = TOLD[FOCUS] if told and n == turn - 1 else reader
-            found = [line for line in notes if self.rng.random() < reader.keep_named]
+            found = [line for line in notes if self.rng.random() < reader.chance(True, line in proven)]
             for page in pages:
                 found += [s for s in page if s not in found and self.rng.random() < reader.chance(False, s == evidence)]
-            notes = found
+            notes, proven = found, [*proven, evidence]
             while self.size(notes) > MEMORY_TOKENS - 2:
                 notes.pop(0)
-        known = [any(row["answer"] in line for line in notes) for row in rows]
+        ends = [(by_title[row["hops"][-1][0]], row["hops"][-1][1]) for row in rows]
+        known = [any(states(*end, line) for line in notes) for end in ends]
         answers = "; ".join(row["answer"] if there else UNKNOWN for row, there in zip(rows, known, strict=True))
         action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
         problem, left = "; ".join(row["question"] for row in rows), SEARCHES - turn
@@ -341,7 +345,7 @@ class Demonstrations:
     def draw(self) -> tuple[list[int], list[int]]:
         """Token ids of one demonstration: (prompt, completion with EOS)."""
         makers = {
-            self.reading: 0.47, self.masked_answer: 0.19, self.recalling: 0.15, self.asked_answer: 0.13,
+            self.reading: 0.44, self.masked_answer: 0.19, self.recalling: 0.14, self.asked_answer: 0.17,
             self.searching: 0.06,
         }
         (make,) = self.rng.choices(list(makers), makers.values())

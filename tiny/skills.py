@@ -1,7 +1,7 @@
 """What the base model must be able to do before anything is built on it, each skill measured greedily by itself.
 
-A memory holds what was read, whole and once; an answer holds what the memory says. Worlds are held out: subjects that
-no demonstration names, and newly invented ones.
+A memory holds what was read, whole and once; an answer holds what the memory says. But for [MASK] and known subjects,
+worlds are held out: subjects that no demonstration names, and newly invented ones.
 """
 
 import re
@@ -30,25 +30,41 @@ BARS = {
 
 
 def split_sentences(memory: str) -> list[str]:
-    return [s for s in re.split(r"(?<=\.)\s+", memory.strip()) if s and s != EMPTY_MEMORY]
+    """The sentences of a memory or a section, without headings and "(empty)"; a piece that was cut off is one, too."""
+    text = re.sub(r"^Document \d+: .*$", "", memory, flags=re.MULTILINE)
+    return [s for s in re.split(r"(?<=\.)\s+|\n+", text.strip()) if s and s != EMPTY_MEMORY]
+
+
+def slot(prompt: str, name: str) -> str:
+    return prompt.split(f"<{name}>\n")[1].split(f"\n</{name}>")[0]
 
 
 class Skills:
-    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, about `n` of each.
+    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, at least `n` of each.
 
-    `generate` is rollout.generate or its fast twin. The same `seed` asks the same.
+    `generate` is rollout.generate or its fast twin. Each call asks the same; another `seed` asks something else.
     """
 
-    def __init__(self, generate, model, tokenizer, known: list[dict], unseen: list[dict], n: int = 200, seed: int = 99):
-        self.generate, self.model, self.tokenizer, self.n = generate, model, tokenizer, n
+    def __init__(self, generate, model, tokenizer, known: list[dict], unseen: list[dict], n: int, seed: str):
+        self.generate, self.model, self.tokenizer, self.n, self.seed = generate, model, tokenizer, n, seed
         self.demonstrations = Demonstrations(known, unseen, tokenizer, seed, free=1.0)
         self.worlds = {"known": known, "unseen": unseen, "invented": self.demonstrations.inventor.fresh(60)}
 
     def measure(self) -> dict[str, list[bool]]:
-        found = [self.faithful(), *(self.noted(world) for world in self.worlds.values()), self.kept()]
-        found += [self.answered(1), self.answered(2), self.named(), self.recalled()]
-        (faithful, once), *others = found
-        return dict(zip(BARS, [faithful, once, *others], strict=True))
+        self.demonstrations.restart(self.seed)
+        faithful, once = self.faithful()
+        measured = {
+            "sentences that stand word for word in the old memory or the section": faithful,
+            "memories that repeat no sentence": once,
+            "the asked paragraph is kept": self.kept(),
+            "answer, one hop": self.answered(1),
+            "answer, two hops": self.answered(2),
+            "answer, [MASK]": self.named(),
+            "recall": self.recalled(),
+        }
+        for name, world in self.worlds.items():
+            measured[f"the asked paragraph is noted, {name} subjects"] = self.noted(world)
+        return {name: measured[name] for name in BARS}
 
     def ask(self, prompts: list[str], new_tokens: int) -> list[str]:
         """One greedy completion for each prompt."""
@@ -65,13 +81,14 @@ class Skills:
         prompts = [self.demonstrations.reading(world)[0] for world, _ in zip(self.heldout(), range(self.n))]
         sentences, once = [], []
         for prompt, memory in zip(prompts, self.ask(prompts, MEMORY_TOKENS), strict=True):
-            written_down, read = split_sentences(memory), prompt.split("<memory>")[1]
+            written_down = split_sentences(memory)
+            read = split_sentences(slot(prompt, "memory")) + split_sentences(slot(prompt, "section"))
             sentences += [sentence in read for sentence in written_down]
             once.append(len(set(written_down)) == len(written_down))
         return sentences, once
 
     def noted(self, world: list[dict]) -> list[bool]:
-        """Whether the first sentence about what is asked is noted, told to focus.
+        """Whether all that the section says about what is asked is noted, told to focus.
 
         Half of the questions are of two hops; then it is the paragraph about the first.
         """
@@ -84,8 +101,9 @@ class Skills:
             section = next(s for s in sections if f"Document {asked + 1}:" in s)
             problem = f"{row['question']} {FOCUS}"
             prompts.append(fill(READ_PROMPT, problem=problem, memory=EMPTY_MEMORY, section=section))
-            wanted.append(passages[asked][0])
-        return [sentence in memory for sentence, memory in zip(wanted, self.ask(prompts, MEMORY_TOKENS), strict=True)]
+            wanted.append({sentence for sentence in passages[asked] if sentence in section})
+        memories = self.ask(prompts, MEMORY_TOKENS)
+        return [lines <= set(split_sentences(memory)) for lines, memory in zip(wanted, memories, strict=True)]
 
     def kept(self) -> list[bool]:
         """Whether a noted paragraph about what is asked stands in the next memory, told to focus."""

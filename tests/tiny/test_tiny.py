@@ -19,7 +19,7 @@ from text.matching import MASK, TARGET, occurrences
 from tiny.demonstrations import (
     EVERYTHING, FOCUS, MEMORY_TOKENS, TOLD, UNKNOWN, Demonstrations, Reader, some_reader, written,
 )
-from tiny.skills import BARS, Skills
+from tiny.skills import BARS, Skills, slot
 from tiny.world import PATTERNS, encyclopedia, forms, questions, sentences, split
 
 ROOT = Path(__file__).parents[2]
@@ -143,10 +143,6 @@ def test_the_model_is_small_enough():
     assert 1_000_000 <= size <= 3_000_000 and file.stat().st_size <= 8 * 2**20
 
 
-def slot(prompt: str, name: str) -> str:
-    return prompt.split(f"<{name}>\n")[1].split(f"\n</{name}>")[0]
-
-
 def paragraphs_of(text: str) -> list[str]:
     """Those of a memory or a section, without the headings of documents and without "(empty)"."""
     text = re.sub(r"^Document \d+: .*\n?", "", text.strip(), flags=re.MULTILINE)
@@ -159,7 +155,7 @@ def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, token
     No unseen title occurs, though words of one may stand in an invented name.
     """
     known, unseen = known_and_unseen
-    demonstrations = Demonstrations(known, unseen, tokenizer, seed=5, free=0.5)
+    demonstrations = Demonstrations(known, unseen, tokenizer, seed="5", free=0.5)
     titles = [re.escape(s["title"]) + "(?! [A-Z])" for s in unseen if " " in s["title"]]
     unknown = 0
     for _ in range(150):
@@ -185,7 +181,7 @@ def test_demonstrations_are_solvable_from_what_they_show(known_and_unseen, token
 
 def test_who_is_told_how_to_read_does_so(known_and_unseen, tokenizer):
     """In the first phase all are told: to focus, and then all that the problem names stays; or to keep what fits."""
-    demonstrations, told = Demonstrations(*known_and_unseen, tokenizer, seed=6), Counter()
+    demonstrations, told = Demonstrations(*known_and_unseen, tokenizer, seed="6"), Counter()
     for _ in range(400):
         prompt, notes = demonstrations.reading()
         problem, kept = slot(prompt, "problem"), paragraphs_of(notes)
@@ -203,7 +199,10 @@ def test_who_is_told_how_to_read_does_so(known_and_unseen, tokenizer):
                 assert set(kept) <= set(named) or "what does [MASK] stand for" not in problem
                 assert set(named) <= set(kept) or not fits
             else:
-                told["nothing named"] += not kept
+                asked = {word for word in re.findall(r"\w+", problem.removesuffix(FOCUS))[1:] if word[0].isupper()}
+                told["a name"] += bool(kept)
+                # Where two paragraphs are kept, the second may be what the first leads to.
+                assert not kept or any(asked & set(re.findall(r"\w+", paragraph)) for paragraph in kept)
     assert min(told.values()) > 20 and len(told) == 3
 
 
@@ -215,13 +214,13 @@ def test_untold_readers_differ_and_hardly_any_is_good(known_and_unseen, tokenize
     assert all(r.copy_named >= r.copy_other and r.keep_named >= r.keep_other for r in readers)
     gain = [r.copy_named - r.copy_other for r in readers]
     assert sum(g > 0.5 for g in gain) > 100 and sum(g < 0.1 for g in gain) > 500
-    demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed=6, free=1.0)
+    demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed="6", free=1.0)
     assert not any(slot(demonstrations.reading()[0], "problem").endswith(tuple(TOLD)) for _ in range(50))
 
 
 def test_a_reader_keeps_by_its_chances_and_within_its_limit(known_and_unseen, tokenizer):
     """Of many notes on one section, each sort of paragraph is kept as often as the reader's chance says."""
-    demonstrations, reader = Demonstrations(*known_and_unseen, tokenizer, seed=7), Reader(0.9, 0.2, 0.7, 0.4)
+    demonstrations, reader = Demonstrations(*known_and_unseen, tokenizer, seed="7"), Reader(0.9, 0.2, 0.7, 0.4)
     memory, section = ["[MASK] is old.", "Old other."], "Document 3: A\nNew other.\n\nDocument 4: B\n[MASK] is new.\n\n"
     notes = [demonstrations.notes(reader, memory, section, [MASK]) for _ in range(4000)]
     kept = Counter(paragraph for after in notes for paragraph in after)
@@ -235,7 +234,7 @@ def test_a_reader_keeps_by_its_chances_and_within_its_limit(known_and_unseen, to
 
 def test_searching_looks_up_what_the_question_leads_to(known_and_unseen, tokenizer):
     """A search names what the question or an earlier result names; an answer stands in the notes, or is unknown."""
-    demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed=7)
+    demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed="7")
     searched = answered = 0
     for _ in range(300):
         prompt, completion = demonstrations.searching()
@@ -294,7 +293,7 @@ class Oracle:
 
 def test_skills_are_all_met_by_an_oracle_and_by_no_mute(known_and_unseen, tokenizer):
     """Whoever solves the prompts by rules of its own meets every bar; one who writes nothing meets none of them."""
-    skills = Skills(None, None, tokenizer, *known_and_unseen, n=40)
+    skills = Skills(None, None, tokenizer, *known_and_unseen, n=40, seed="a")
     skills.generate = Oracle(tokenizer, list(skills.worlds.values()))
     for name, hits in skills.measure().items():
         assert len(hits) >= 40 and sum(hits) / len(hits) >= BARS[name], name
@@ -309,7 +308,7 @@ def test_invented_worlds_know_words_of_the_unseen_but_none_of_them(known_and_uns
     """No subject or fact of 2,000 invented worlds is an unseen subject, though the words of their names all occur."""
     known, unseen = known_and_unseen
     titles, words = {s["title"] for s in unseen}, {w for s in unseen for w in s["title"].split() if w[0].isupper()}
-    inventor = Demonstrations(known, unseen, tokenizer, seed=8).inventor
+    inventor = Demonstrations(known, unseen, tokenizer, seed="8").inventor
     named = [name for _ in range(2000) for s in inventor.fresh() for name in (s["title"], *s["facts"].values())]
     assert not titles & set(named)
     assert words <= {word for name in named for word in name.split()}
