@@ -99,8 +99,7 @@ def main(config: Config) -> None:
             # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
             groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
             groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
-            if config.ablation == "shuffled_rewards":
-                shuffle_rewards(groups, np.random.default_rng([config.seed, step, parallel.rank()]))
+            control_rewards(groups, config, step)
             turns = assign_advantages(groups, config.advantage)
             # 5. Reference log-probs, then the update (Eq. 4)
             store_reference_logprobs(reference, turns, config, run.device)
@@ -131,6 +130,13 @@ def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> l
         stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
         targets.append(draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream])))
     return targets
+
+
+def control_rewards(groups: list[Group], config: Config, step: int) -> None:
+    """In the control shuffled_rewards, deal out each group's rewards at random before they become advantages."""
+    if config.ablation == "shuffled_rewards":
+        stream = [config.seed, step, parallel.rank(), 1]  # four numbers: draw_targets has streams of three
+        shuffle_rewards(groups, np.random.default_rng(stream))
 
 
 # ---- the update ------------------------------------------------------------------------------------------

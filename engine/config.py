@@ -91,7 +91,7 @@ class Config:
     ablation: str = option(
         "none",
         "none, end_to_end (no recall at all), decoupled (recall stays out of R^E), or a control: shuffled_rewards "
-        "(each group's dealt out to its samples at random)",
+        "(each group's rewards, dealt out to its samples at random)",
         choices=["none", "end_to_end", "decoupled", "shuffled_rewards"],
     )
     shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")

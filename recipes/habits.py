@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import option, run_script  # noqa: E402
+from engine.errors import UserError  # noqa: E402
 from engine.models import load_model  # noqa: E402
-from engine.report import share  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
 from eval import Evaluation, heldout_documents  # noqa: E402
 from masking import draw_recall  # noqa: E402
@@ -36,29 +36,36 @@ class Habits(Evaluation):
 
 
 def main(config: Habits) -> None:
+    if not config.eval_documents:
+        raise UserError("--eval-documents 0: nothing would be read")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(config.model, device, config.dtype)
     corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
     sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer, greedy=True)
-    limits, rng, rows = limits_of(config, tokenizer), np.random.default_rng(config.seed), []
+    rows = []
     for chunks in config.lengths or [config.chunks]:
         documents = heldout_documents(corpus, config, chunks)
-        trajectories = read(sample, documents, limits, progress=f"{chunks} chunks")
-        asked = trajectories * config.questions_a_document
-        targets = [draw_recall(trajectory.document, rng) for trajectory in asked]
-        answers = recall(sample, asked, targets, limits)
-        hits: dict[int, list[float]] = {}
-        for target, turns in zip(targets, answers, strict=True):
-            for turn in turns:
-                hits.setdefault(target.memory_step - target.chunk, []).append(recall_reward(turn.text, target.entity))
-        same = [
-            after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
-        ]
-        rows.append({"chunks": chunks, "recall": dict(sorted(hits.items())), "unchanged": same})
-        print(f"| {chunks} chunks | updates that changed nothing: {share(sum(same), len(same))} |")
-        for distance, own in sorted(hits.items()):
-            print(f"| distance {distance} | {share(sum(own), len(own))} | {len(own)} |")
+        recalled, unchanged = habits_of(sample, documents, config, limits_of(config, tokenizer))
+        rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
+        print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} updates changed nothing")
+        for distance, hits in recalled.items():
+            print(f"  recall at distance {distance}: {np.mean(hits):.2f} of {len(hits)}")
     Path(config.out).write_text(json.dumps(rows))
+
+
+def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int, list[float]], list[bool]]:
+    """(recall rewards by distance, whether each update after the first left the memory as it was)."""
+    trajectories = read(sample, documents, limits, progress="reading")
+    asked, rng = trajectories * config.questions_a_document, np.random.default_rng(config.seed)
+    targets = [draw_recall(trajectory.document, rng) for trajectory in asked]
+    hits: dict[int, list[float]] = {}
+    for target, turns in zip(targets, recall(sample, asked, targets, limits), strict=True):
+        for turn in turns:
+            hits.setdefault(target.memory_step - target.chunk, []).append(recall_reward(turn.text, target.entity))
+    unchanged = [
+        after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
+    ]
+    return dict(sorted(hits.items())), unchanged
 
 
 if __name__ == "__main__":

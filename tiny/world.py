@@ -2,7 +2,7 @@
 
 A *world* is a list of subjects, each `{"title", "kind", "facts": {attribute: value}}`. There are three
 sorts: the true one (encyclopedia.jsonl), mixed ones (true titles, facts dealt out anew) and fresh ones
-(invented titles and facts). Warm-up learns names and facts from the first, and copying from the others.
+(invented titles and facts). The base learns names and facts from the first, and copying from the others.
 """
 
 import json
@@ -198,7 +198,7 @@ def questions(world: list[dict]) -> list[dict]:
 def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
     """(known, unseen): a third of each kind is unseen, those that fewest known facts mention.
 
-    Known subjects lose the facts that name an unseen one, so that no unseen title enters the warm-up.
+    Known subjects lose the facts that name an unseen one, so that no demonstration names one.
     """
     mentions = {s["title"]: 0 for s in subjects}
     for s in subjects:

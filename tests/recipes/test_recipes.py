@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from engine.config import Config, parse
-from recipes import tables
+from engine.errors import UserError
+from recipes import begin, tables
+from tasks.questions import load_questions, subject
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
@@ -53,6 +55,9 @@ LENGTHS, SEEDS = (2, 8), (0, 1, 2)
 def measured(tmp_path):
     """A reproduction's folder of three seeds with made-up scores, and the scores by (name, chunks): a list a seed."""
     rng, made, out = np.random.default_rng(0), {}, tmp_path / "runs"
+    out.mkdir()
+    settings = {"seeds": SEEDS, "steps": (0, 2, 4, 8, 16, 32, 64), "budget": [16], "labels": (4, 16, 64)}
+    (out / "settings.json").write_text(json.dumps({name: list(map(str, own)) for name, own in settings.items()}))
     names = [f"{run}-{step}" for run in ("base", "memtrain") for step in (0, 2, 4, 8, 16, 32, 64)]
     names += [f"{run}-label-{label}" for run in ("base", "memtrain") for label in (4, 16, 64)]
     names += [f"{run}-{step}" for run in ("end_to_end", "decoupled", "shuffled_rewards") for step in (0, 16)]
@@ -68,8 +73,11 @@ def measured(tmp_path):
                 rows += [{"chunks": chunks, "memory": "empty", "scores": [0.0] * len(scores)}]
             (out / str(seed) / "qa" / f"{name}.json").write_text(json.dumps(rows))
         for run in ("base", "memtrain", "end_to_end", "decoupled", "shuffled_rewards"):
-            own = {"recall": {"1": [1.0, 0.0], "2": [0.0, 0.0]}, "unchanged": [True, False]}
-            rows = [{"chunks": chunks} | own for chunks in (4, 16)]
+            recalled = {str(n): [1.0, 0.0] if n < 3 else [0.0, 0.0] for n in range(1, 16)}
+            rows = [
+                {"chunks": 4, "recall": dict(list(recalled.items())[:3]), "unchanged": [True, False]},
+                {"chunks": 16, "recall": recalled, "unchanged": [True, seed > 0]},
+            ]
             (out / str(seed) / "habits" / f"{run}.json").write_text(json.dumps(rows))
         for run, steps in (("memtrain", 10), ("base-task", 64), ("memtrain-task", 64)):
             line = json.dumps({"seconds_rollout": 4.0, "seconds_update": 2.0, "reward": 9.0}) + "\n"
@@ -107,7 +115,11 @@ def test_tables_say_what_was_measured(measured, monkeypatch, tmp_path):
     assert found["low"] < np.average(by_seed, weights=[20, 21, 22]) < found["high"]
     assert results["minutes"]["base"] == pytest.approx([n / 10 for n in steps])
     assert results["minutes"]["MemTrain"] == pytest.approx([1 + n / 10 for n in steps])
-    assert "0.50 [0.19, 0.81]" in text and "0.00 [0.00, 0.39]" in text  # recall at distances 1 and 2: 3 and 0 of 6
+    unchanged, means = "0.50 ± 0.00", [0.5, 1.0, 1.0]
+    shown = f"{np.mean(means):.2f} ± {4.303 * np.std(means, ddof=1) / 3**0.5:.2f}"
+    assert f"| base | {unchanged} | {shown} | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.00 ± 0.00 |" in text  # at distances 1, 2, 3-4
+    # MemTrain alone takes a minute, as 8 steps of the base do; with 2 steps 1.2, and the base has 8 done by then.
+    assert "MemTrain and 0 steps (1.0 minutes) minus the base's 8 (0.8), 8 chunks" in text
 
 
 def test_a_difference_that_never_varies_has_no_interval(measured, monkeypatch, tmp_path):
@@ -118,19 +130,17 @@ def test_a_difference_that_never_varies_has_no_interval(measured, monkeypatch, t
         rows = [row | {"scores": [score + 0.25 for score in row["scores"]]} for row in rows]
         (out / f"{seed}/qa/memtrain-16.json").write_text(json.dumps(rows))
     run_tables(monkeypatch, out, tmp_path)
-    found = json.loads((out / "results.json").read_text())["MemTrain, full at 16"]
+    found = json.loads((out / "results.json").read_text())["MemTrain, full minus base at 16"]
     assert [found[name] for name in ("mean", "low", "high", "seeds_low", "seeds_high")] == pytest.approx([0.25] * 5)
 
 
-def test_tables_wait_for_all_seeds(measured, monkeypatch, tmp_path, capsys):
+def test_tables_wait_for_all_seeds(measured, monkeypatch, tmp_path):
     """One missing file is named, and nothing is written."""
     out, _ = measured
     (out / "1/qa/decoupled-16.json").unlink()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="1/qa/decoupled-16.json is missing"):
         run_tables(monkeypatch, out, tmp_path)
-    assert "1/qa/decoupled-16.json is missing" in capsys.readouterr().err and not (out / "results.json").exists()
-    with pytest.raises(SystemExit, match="2"):
-        run_tables(monkeypatch, out)
+    assert not (out / "results.json").exists()
 
 
 def test_figures_are_drawn(measured, monkeypatch, tmp_path):
@@ -140,6 +150,39 @@ def test_figures_are_drawn(measured, monkeypatch, tmp_path):
     for name in ("curves", "labels", "ablations", "distance"):
         picture = pyplot.imread(tmp_path / f"{name}.png")
         assert picture.shape[0] > 200 and picture.std() > 0.05
+
+
+def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_path):
+    """Of the tiny default's questions: shares of the test part, nested labels, subjects apart."""
+    parts = begin.parts_of(begin.QUESTIONS, ["0", "1", "2"], ["4", "16"])
+    tested = [parts[f"test-{seed}"] for seed in range(3)]
+    assert sorted(sum(tested, [])) == sorted(parts["test"]) and len(set(parts["test"])) == len(parts["test"]) > 200
+    for seed in range(3):
+        assert len(parts[f"train-16-{seed}"]) == 16 and set(parts[f"train-4-{seed}"]) < set(parts[f"train-16-{seed}"])
+        assert set(parts[f"train-16-{seed}"]) < set(parts["train"])
+    assert parts["train-16-0"] != parts["train-16-1"]
+    about = {}
+    for name in ("train", "dev", "test"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(f"{line}\n" for line in parts[name]))
+        about[name] = {subject(question) for question in load_questions(file)}
+    assert not about["train"] & about["test"] and not about["dev"] & (about["test"] | about["train"])
+
+
+def test_other_settings_are_refused(tmp_path, monkeypatch):
+    """A folder that was begun with other seeds says so, and keeps its questions."""
+    begun = ["begin.py", str(tmp_path / "out"), "seeds=0 1", "labels=4"]
+    for arguments in (begun, begun):
+        monkeypatch.setattr(sys, "argv", arguments)
+        begin.main()
+    before = (tmp_path / "out/test-0.jsonl").read_text()
+    monkeypatch.setattr(sys, "argv", [*begun[:2], "seeds=0 1 2", "labels=4"])
+    with pytest.raises(UserError, match="begun with other seeds"):
+        begin.main()
+    assert (tmp_path / "out/test-0.jsonl").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "a b"), "seeds=0", "labels=4"])
+    with pytest.raises(UserError, match="white space"):
+        begin.main()
 
 
 SHIM = """#!{python}
@@ -155,7 +198,7 @@ if "--out" in arguments:  # how many are at work at once
     with open("{log}-at-once", "a") as file:
         print(len(list(at_work.parent.glob("log.*"))), os.environ["OMP_NUM_THREADS"], file=file)
     at_work.unlink()
-if arguments[0] != "-":
+if arguments[0] != "recipes/begin.py":
     with open("{log}", "a") as file:
         print(*arguments, file=file)
     if "{stops_at}" in " ".join(arguments):
@@ -200,4 +243,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
     assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
     assert {threads for _, threads in at_once} == {"1"}
+    habits = [call for call in calls if call[0] == "recipes/habits.py"]
+    assert len({(call[call.index("--out") + 1], call[call.index("--seed") + 1]) for call in habits}) == 2 * 5
+    assert all(call[call.index("--out") + 1].split("/")[-3] == call[call.index("--seed") + 1] for call in habits)
     assert len(trained) == 2 * (4 + 2 + 3 + 6) and sum("/qa/base-" in out for out in set(outs)) == 2 * (1 + 6 + 3)
