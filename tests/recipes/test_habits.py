@@ -10,13 +10,15 @@ from recipes.habits import Habits, habits_of, main
 from rollout import Limits, Turn
 from text.matching import TARGET
 
-NAMES = ["Ulm", "Bern", "Princeton", "Oslo"]
+TOLD = {
+    "Ulm": "Ulm lies on the Danube.", "Bern": "Bern lies on the Aare.", "Oslo": "Oslo lies on a fjord.",
+    "Basel": "Basel lies on the Rhine.",
+}
 
 
 @pytest.fixture
 def documents():
-    chunks = [f"{name} is a city of the document." for name in NAMES]
-    return [Document(n, "A", "Who?", ["B"], chunks, [[name] for name in NAMES]) for n in range(3)]
+    return [Document(n, "A", "Who?", ["B"], list(TOLD.values()), [[name] for name in TOLD]) for n in range(3)]
 
 
 def reader(prompts, new_tokens, done=None):
@@ -26,21 +28,21 @@ def reader(prompts, new_tokens, done=None):
         memory = prompt.split("<memory>\n")[1].split("\n</memory>")[0]
         text = prompt.split("<section>\n")[1].split("\n</section>")[0] if "<section>" in prompt else "\\boxed{B}"
         if TARGET in text:
-            (name,) = [name for name in NAMES if mask(f"{name} is a city of the document.", name, TARGET) == text]
+            (name,) = [name for name, sentence in TOLD.items() if mask(sentence, name, TARGET) == text]
             text = f"\\boxed{{{name if name in memory else 'no'}}}"
         turns.append(Turn([1], [1], True, text))
     return turns
 
 
 def test_habits_of_a_reader_that_forgets_at_once(documents):
-    """Its memory changes with each section, and no distance of one or more is recalled; one that keeps all recalls all."""
+    """Its memory changes with each section, and nothing is recalled at any distance; one that keeps all recalls all."""
     limits, config = Limits(64, 16, 0, 0, lambda text, tokens: text), Habits(questions_a_document=40)
     recalled, unchanged = habits_of(reader, documents, config, limits)
     assert unchanged == [False] * 9 and sorted(recalled) == [1, 2, 3]
     assert not any(sum(hits) for hits in recalled.values()) and sum(map(len, recalled.values())) == 120
 
     def keeper(prompts, new_tokens, done=None):
-        everything = "\n".join(f"{name} is a city." for name in NAMES)
+        everything = " ".join(TOLD.values())
         turns = reader([prompt.replace("(empty)", everything) for prompt in prompts], new_tokens)
         return [turn if turn.text.startswith("\\boxed") else Turn([1], [1], True, everything) for turn in turns]
 
