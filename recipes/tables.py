@@ -137,6 +137,8 @@ def draw_curves(pyplot, file: Path, steps: list[int], curves: dict[str, list[Sco
             if height == 0:
                 axes.set_xscale("symlog", linthresh=2)
                 axes.set_xticks(steps, labels=map(str, steps))
+                axes.set_xticks([], minor=True)
+                axes.set_xlim(-0.3, 1.2 * steps[-1])
             axes.legend(fontsize="small")
     save(pyplot, file)
 
