@@ -97,7 +97,7 @@ class Config:
     shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
 
     # Training: the update
-    lr: float = option(4e-4, "peak learning rate of AdamW (paper: 1e-6)")
+    lr: float = option(2e-4, "peak learning rate of AdamW (paper: 1e-6)")
     lr_warmup: int = option(2, "steps of linear warm-up")
     lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
