@@ -44,6 +44,9 @@ class Evaluation(Config):
         default_factory=list,
         metadata={"help": "further models, on the same questions: differences with a paired bootstrap"},
     )
+    report: str | None = field(
+        default=None, metadata={"help": "folder of a run: write a page to look at, report.html, and evaluate nothing"}
+    )
     plot: str | None = field(
         default=None, metadata={"help": "where to write a plot of accuracy by length (needs matplotlib)"}
     )
@@ -117,6 +120,8 @@ def heldout_documents(corpus: Corpus, config: Config, chunks: int) -> list[Docum
 
 
 def main(evaluation: Evaluation) -> None:
+    if evaluation.report:
+        return report.write_page(evaluation.report)
     questions.check(evaluation)
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))

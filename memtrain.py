@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 import rollout
-from engine import models, packing, parallel, sampling
+from engine import models, packing, parallel, report, sampling
 from engine.config import Config, run_script
 from engine.optimizer import MasterAdamW
 from engine.run import Run
@@ -63,8 +63,6 @@ def main(config: Config) -> None:
     source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
     if not config.plain:
         packing.enable(policy, reference)
-    if config.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer, config.shard_optimizer)
     budget = sampling.Budget(config.rollout_tokens)  # of one batch; running out of memory halves it
     generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
@@ -105,15 +103,17 @@ def main(config: Config) -> None:
             store_reference_logprobs(reference, turns, config, run.device)
             run.lap("reference")
         lr = learning_rate(config, step)
+        if config.explain:
+            values = trajectories_DG, targets_DG, recalls_DG, em_DG, rewards_DG, recall_rewards_DG
+            return explain_step(run, policy, optimizer, groups, turns, lr, config, *values)
         stats = update(policy, optimizer, turns, lr, config, run.guard)
         run.lap("update")
         # 6. Log and save
-        rows = step_rows(trajectories_DG, targets_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
+        rows = report.step_rows(trajectories_DG, targets_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
         run.log(step, rows, stats, {"lr": lr, "left_out": left_out.total()})
-        run.show(step, sample_text(trajectories_DG[0], recalls_DG[0], rewards_DG[0]), documents_D[0].chunks)
+        run.show(step, trajectories_DG, targets_DG, recalls_DG, rewards_DG, recall_rewards_DG)
         run.save_if_due(step, stats["bad_updates"])
-    if not run.stopped:  # by SIGTERM or Ctrl-C
-        run.evaluate("after", evaluation)
+    run.evaluate("after", evaluation)  # not where SIGTERM or Ctrl-C has stopped the run
     run.finish()
 
 
@@ -235,48 +235,24 @@ def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor,
     )
 
 
+def explain_step(run: Run, policy, optimizer, groups: list[Group], turns, lr, config: Config, *values) -> None:
+    """--explain: print a step from inside, with its update, and save nothing."""
+    store = partial(store_logprobs, policy, turns, config=config)
+    loss = partial(whole_loss, policy, turns, config)
+    run.explain(groups, turns, values, store, loss, learn=partial(update, policy, optimizer, turns, lr, config))
+
+
+@torch.no_grad()
+def whole_loss(policy, turns: list[Turn], config: Config) -> float:
+    """The loss of Eq. 4 over all turns, as one update would have it."""
+    set_weights(turns)
+    batches = packing.micro_batches(policy, turns, config.train_tokens)
+    return sum(batch_loss(policy, batch, config)[0].item() for batch in batches)
+
+
 def pad_rows(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Rows (completion,) as one (turns, longest). None for rows that were not stored; all are, or none."""
     return None if rows[0] is None else pad_sequence(rows, batch_first=True)
-
-
-# ---- metrics, and a sample to read -----------------------------------------------------------------------
-
-
-def step_rows(
-    trajectories: list[Trajectory], targets: list[Recall | None], recalls: list[list[Turn]], groups: list[Group],
-    em: list[float], rewards: list[float], recall_rewards: list[list[float]],
-) -> dict[str, list]:
-    """The values of which the metrics are means or sums: one per sample, turn, group or document."""
-    documents = list({id(t.document): t.document for t in trajectories}.values())  # each once
-    all_turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    all_turns += [turn for answers in recalls for turn in answers]
-    return {
-        "correct": em,
-        "reward": rewards,
-        "recalled": [reward for answers in recall_rewards for reward in answers],
-        "degenerate": [group.degenerate for group in groups],
-        "leaks": [document.leaks for document in documents],
-        "draws": [1 + document.redraws for document in documents],
-        "answers": [str(document.answers[0]) for document in documents],
-        "recall_leaky": [target.leaky for target in targets if target],
-        "truncated": [not turn.ended for turn in all_turns],
-        "unboxed": [trajectory.prediction is None for trajectory in trajectories],
-        "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
-        "prompt_tokens": [len(turn.prompt_ids) for turn in all_turns],
-        "completion_tokens": [len(turn.completion_ids) for turn in all_turns],
-        "padding": [turn.padding for turn in all_turns],
-    }
-
-
-def sample_text(trajectory: Trajectory, recalls: list[Turn], reward: float) -> str:
-    """One trajectory in words: its memories, its answer and two answers of recall."""
-    document = trajectory.document
-    outcome = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
-    lines = [f"{document.question} y = {document.answers}, {outcome}"]
-    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
-    lines += [f"  recall: {turn.text.strip()}" for turn in recalls[:2]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

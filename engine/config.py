@@ -30,6 +30,8 @@ class Config:
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
 
+    explain: bool = option(False, "show one training step from inside, and save nothing")
+
     # The task
     task: str = option(
         "memtrain", "memtrain (masked documents), longqa (questions in long texts) or searchqa",

@@ -81,17 +81,17 @@ def load_policy(config, device: str):
             f"--model {config.model}: is an adapter; go on with it by --lora {lora.rank_of(config.model)}, or merge it "
             f"by `python -m engine.lora {config.model} FOLDER` and train all weights of that"
         )
-    if not config.lora:
-        return load_model(config.model, device, config.dtype)
-    if config.offload_reference:
+    if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
     model, tokenizer = load_model(base or config.model, device, config.dtype)
-    if not base:
+    if config.lora and not base:
         lora.attach(model, config.lora, config.seed)
-    elif (rank := lora.rank_of(config.model)) != config.lora:
+    elif config.lora and (rank := lora.rank_of(config.model)) != config.lora:
         raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
-    else:
+    elif config.lora:
         lora.attach_saved(model, config.model, [lora.START, "default"])  # the first stays as it is
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     return model, tokenizer
 
 

@@ -145,6 +145,13 @@ def plot(rows: list[dict], file: str) -> None:
     figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
+def write_page(folder: str) -> None:
+    """The run in a folder as a page to look at. Raises UserError where it holds no run."""
+    from engine.page import write  # which formats its numbers as this file does
+
+    print(f"look at {write(folder)}")
+
+
 # ---- a step --------------------------------------------------------------------------------------------
 
 
@@ -172,7 +179,67 @@ def step_metrics(rows: dict[str, list], sums: dict[str, float], seconds: dict[st
     } | {f"seconds_{name}": value for name, value in seconds.items()}
 
 
+def step_rows(
+    trajectories: list, targets: list, recalls: list[list], groups: list, em: list[float], rewards: list[float],
+    recall_rewards: list[list[float]],
+) -> dict[str, list]:
+    """The values of which the metrics are means or sums: one per sample, turn, group or document."""
+    documents = list({id(t.document): t.document for t in trajectories}.values())  # each once
+    all_turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    all_turns += [turn for answers in recalls for turn in answers]
+    return {
+        "correct": em,
+        "reward": rewards,
+        "recalled": [reward for answers in recall_rewards for reward in answers],
+        "degenerate": [group.degenerate for group in groups],
+        "leaks": [document.leaks for document in documents],
+        "draws": [1 + document.redraws for document in documents],
+        "answers": [str(document.answers[0]) for document in documents],
+        "recall_leaky": [target.leaky for target in targets if target],
+        "truncated": [not turn.ended for turn in all_turns],
+        "unboxed": [trajectory.prediction is None for trajectory in trajectories],
+        "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
+        "prompt_tokens": [len(turn.prompt_ids) for turn in all_turns],
+        "completion_tokens": [len(turn.completion_ids) for turn in all_turns],
+        "padding": [turn.padding for turn in all_turns],
+    }
+
+
 def json_line(values: dict) -> str:
     """A line of JSON; numbers that are not finite, which JSON lacks, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite) + "\n"
+
+
+# ---- samples to read -----------------------------------------------------------------------------------
+
+
+def sample_rows(trajectories: list, targets: list, recalls: list[list], rewards: list, recall_rewards: list) -> dict:
+    """The trajectories of one document as a line of samples.jsonl, for the page of `eval.py --report`."""
+    document, rows = trajectories[0].document, []
+    for trajectory, target, turns, reward, own in zip(
+        trajectories, targets, recalls, rewards, recall_rewards, strict=True
+    ):
+        asked = target and {
+            "k": target.memory_step, "l": target.chunk, "entity": target.entity, "section": target.section,
+            "answers": [
+                {"text": turn.text.strip(), "reward": value, "advantage": turn.advantage}
+                for turn, value in zip(turns, own, strict=True)
+            ],
+        }
+        rows.append({
+            "memories": trajectory.memories, "searches": trajectory.searches, "prediction": trajectory.prediction,
+            "reward": reward, "advantage": trajectory.turns[0].advantage, "recall": asked,
+        })
+    about = {"question": document.question, "answers": document.answers, "document": document.chunks}
+    return about | {"trajectories": rows}
+
+
+def sample_text(trajectory, recalls: list, reward: float) -> str:
+    """One trajectory in words: its memories, its answer and two answers of recall."""
+    document = trajectory.document
+    outcome = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
+    lines = [f"{document.question} y = {document.answers}, {outcome}"]
+    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
+    lines += [f"  recall: {turn.text.strip()}" for turn in recalls[:2]]
+    return "\n".join(lines)

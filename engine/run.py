@@ -16,23 +16,28 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tqdm import tqdm
 
-from engine import checkpoints, parallel
+from engine import checkpoints, explain, parallel
 from engine.errors import UserError
 from engine.files import replace_text
 from engine.parallel import first_error, gather
-from engine.report import json_line, step_metrics, table
+from engine.report import json_line, sample_rows, sample_text, step_metrics, table
 
 
 class Run:
     """One run of memtrain.py. All processes call all of it; process 0 alone writes. It raises UserError."""
 
     def __init__(self, config):
+        if config.explain:  # one step, in a folder that goes with this process
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            self.scratch = TemporaryDirectory(dir=Path(config.out).parent, prefix=".explained-")
+            config = replace(config, out=self.scratch.name, eval_documents=0, steps=1)
         self.config, self.out, self.settings = config, Path(config.out), asdict(config)
         if Path(config.model).is_dir():
             # runs/X/checkpoint leads elsewhere when X goes on
@@ -41,6 +46,8 @@ class Run:
         if config.g1 < 2 or (config.g2 < 2 and config.recalls):
             raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
         self.rank, self.processes, self.device = parallel.start()
+        if config.explain and self.processes > 1:
+            raise UserError("--explain: shows the step of one process; leave torchrun out")
         if config.documents < self.processes:
             raise UserError(
                 f"--documents {config.documents}: each of the {self.processes} processes needs at least one"
@@ -94,7 +101,7 @@ class Run:
         """Rows of `measure(when)` into eval.json, and the table of all rows to the terminal."""
         file = self.out / "eval.json"
         rows = json.loads(file.read_text()) if file.exists() else []
-        if not self.config.eval_documents or any(row["when"] == when for row in rows):
+        if not self.config.eval_documents or self.stopped or any(row["when"] == when for row in rows):
             return
         rows = [row for row in rows if row["when"] == "before"] + measure(when)
         if self.rank == 0:
@@ -189,12 +196,14 @@ class Run:
         shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
         self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
-    def show(self, step: int, text: str, chunks: list[str]) -> None:
-        """Every so many steps, one trajectory in words, to the terminal and to samples.jsonl."""
+    def show(self, step: int, trajectories: list, targets: list, recalls: list, rewards: list, own: list) -> None:
+        """Every so many steps, the first document's trajectories into samples.jsonl, one of them to the terminal."""
         if self.rank == 0 and step % self.config.sample_every == 0:
-            tqdm.write(f"step {step + 1}: {text}")
+            tqdm.write(f"step {step + 1}: {sample_text(trajectories[0], recalls[0], rewards[0])}")
+            first = slice(self.config.g1)
+            sample = sample_rows(trajectories[first], targets[first], recalls[first], rewards[first], own[first])
             with (self.out / "samples.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step + 1, "document": chunks, "text": text}) + "\n")
+                file.write(json_line({"step": step + 1} | sample))
 
     def save_if_due(self, step: int, bad_updates: int) -> None:
         """A checkpoint every so many steps, at the end, and before a stop. UserError after too many bad steps."""
@@ -230,6 +239,14 @@ class Run:
         checkpoints.save(self.out, self.state, self.policy, self.tokenizer, card, self.config.keep, tensors)
 
     # ---- after the last step
+
+    def explain(self, groups: list, turns: list, values: tuple, store, loss, learn) -> None:
+        """Print the step from inside, and end without a trace."""
+        self.bar.close()
+        explain.rollout(self.tokenizer, self.config.g1, groups, *values)
+        explain.update(self.tokenizer, self.config, groups, turns, store, loss, learn)
+        self.scratch.cleanup()
+        parallel.stop()
 
     @property
     def stopped(self) -> bool:

@@ -31,5 +31,5 @@ for rate in ("5e-5", "1e-4", "2e-4", "4e-4"):
     for seed in (100, 101):
         files = [Path(f"runs/choose-rate/{rate}-{seed}-{step}.json") for step in (16, 32, 64)]
         rows = [[r for r in json.loads(file.read_text()) if r["chunks"] == 8 and r["memory"] == "kept"] for file in files]
-        print("|", rate, "|", seed, "|", " | ".join(f"{r[0]['mean']:.2f}" for r in rows), "|")
+        print("|", rate, "|", seed, "|", " | ".join(f"{r[0]['accuracy']:.2f}" for r in rows), "|")
 END

@@ -30,9 +30,9 @@ from engine.config import Config, option, run_script  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.models import check_new, load_policy, save_new  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
-from engine.report import share  # noqa: E402
+from engine.report import sample_text, share  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
-from memtrain import learning_rate, sample_text, set_weights  # noqa: E402
+from memtrain import learning_rate, set_weights  # noqa: E402
 from rewards import answer_reward, boxed, recall_reward  # noqa: E402
 from rollout import (  # noqa: E402
     ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Limits, Turn, encode_prompt, fill, limits_of, read, recall,
@@ -181,8 +181,6 @@ def main(config: ColdStart) -> None:
     _, _, device = parallel.start()
     policy, tokenizer = load_policy(config, device)
     packing.enable(policy)
-    if config.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
     corpus = load_corpus(config, policy, tokenizer, out.parent / ".entities")
     limits = limits_of(config, tokenizer)
     generate = partial(sampling.generate, budget=sampling.Budget(config.rollout_tokens))

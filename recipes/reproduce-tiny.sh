@@ -11,9 +11,10 @@ seeds=${SEEDS:-0 1 2 3 4}
 export steps="2 4 8 16 32 64" # of task RL, where it is measured
 budget=16                     # steps of task RL with few labels, and after an ablation
 labels="4 16 64"              # questions to learn from, besides all
-lengths="2 8 32"              # 1, 4 and 16 times the length of a task's training texts
-rate=${TASK_RATE:-1e-4}       # of task RL, by the rule in docs/results-tiny.md
-task="--lr $rate --lr-schedule constant"
+chunks=2                      # of a training text, of MemTrain and of the task alike
+lengths="2 8 32"              # 1, 4 and 16 times that
+shorter="2 8"                 # with few labels, and after an ablation
+rate=${TASK_RATE:-5e-5}       # of task RL, by the rule in docs/results-tiny.md
 
 # A core for each part: so small a model makes poor use of two. Counted first, as nproc counts by this variable.
 cores=$(nproc)
@@ -56,41 +57,43 @@ export -f train curve measure habits
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
 
 python recipes/begin.py "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
-longqa="--task longqa --chunks 2"
+longqa="--task longqa --chunks $chunks"
 
 for seed in $seeds; do
-    echo train $seed/memtrain --seed $seed
-    for run in end_to_end decoupled shuffled_rewards; do echo train $seed/$run --seed $seed --ablation $run; done
+    echo train $seed/memtrain --seed $seed --chunks $chunks
+    for run in end_to_end decoupled shuffled_rewards; do
+        echo train $seed/$run --seed $seed --chunks $chunks --ablation $run
+    done
 done | all
 for seed in $seeds; do
-    learn="$longqa --seed $seed $task --questions $out/train.jsonl"
+    task="$longqa --seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl" # those are not asked
+    learn="$task --questions $out/train.jsonl"
     echo curve $seed/base-task $learn
     echo curve $seed/memtrain-task $learn --model $out/$seed/memtrain/checkpoint
     for run in end_to_end decoupled shuffled_rewards; do
         echo train $seed/$run-task $learn --steps $budget --model $out/$seed/$run/checkpoint
     done
     for label in $labels; do
-        few="$longqa --seed $seed $task --questions $out/train-$label-$seed.jsonl --steps $budget"
+        few="$task --questions $out/train-$label-$seed.jsonl --steps $budget"
         echo train $seed/base-task-$label $few
         echo train $seed/memtrain-task-$label $few --model $out/$seed/memtrain/checkpoint
     done
 done | all
 for seed in $seeds; do
-    ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths $lengths"
-    echo measure $seed/qa/base-0 tiny/model $ask
-    for run in memtrain end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/qa/$run-0 $out/$seed/$run/checkpoint $ask
-    done
+    ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths"
+    echo measure $seed/qa/base-0 tiny/model $ask $lengths
+    echo measure $seed/qa/memtrain-0 $out/$seed/memtrain/checkpoint $ask $lengths
     for run in base memtrain; do
         for step in $steps; do
-            echo measure $seed/qa/$run-$step $out/$seed/$run-task/checkpoints/step-$(printf %06d $step) $ask
+            echo measure $seed/qa/$run-$step $out/$seed/$run-task/checkpoints/step-$(printf %06d $step) $ask $lengths
         done
         for label in $labels; do
-            echo measure $seed/qa/$run-label-$label $out/$seed/$run-task-$label/checkpoint $ask
+            echo measure $seed/qa/$run-label-$label $out/$seed/$run-task-$label/checkpoint $ask $shorter
         done
     done
     for run in end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/qa/$run-$budget $out/$seed/$run-task/checkpoint $ask
+        echo measure $seed/qa/$run-0 $out/$seed/$run/checkpoint $ask $shorter
+        echo measure $seed/qa/$run-$budget $out/$seed/$run-task/checkpoint $ask $shorter
     done
     echo habits $seed/habits/base tiny/model --seed $seed
     for run in memtrain end_to_end decoupled shuffled_rewards; do

@@ -71,8 +71,8 @@ class Runs:
 # ---- numbers ---------------------------------------------------------------------------------------------
 
 
-def flat(seeds: list[list[float]]) -> list[float]:
-    return [score for seed in seeds for score in seed]
+def flat(lists) -> list:
+    return [item for items in lists for item in items]
 
 
 def over_seeds(means: list[float]) -> float:
@@ -112,6 +112,12 @@ def line(name: str, found: dict) -> str:
 def mean_over(parts: list[list[list[float]]]) -> list[list[float]]:
     """Each question's mean over several measurements of it, seed by seed."""
     return [np.mean(same_seed, axis=0).tolist() for same_seed in zip(*parts, strict=True)]
+
+
+def lengths_of(points) -> list[int]:
+    """The lengths at which all of these were measured."""
+    first, *others = points
+    return [length for length in first if all(length in other for other in others)]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -168,15 +174,14 @@ def draw(folder: Path, runs: Runs, results: dict) -> None:
         print("no plot: matplotlib is not installed (`pip install matplotlib`)")
         return
     draw_curves(pyplot, folder / "curves.png", runs.steps, results["curves"], results["minutes"])
-    lengths = list(results["curves"]["base"][0])
-    panels = []
+    lengths, panels = lengths_of(flat(results["labels"].values())), []
     for n in lengths:
         lines = {
             f"from {name}": [seed_means(scores[n]) for scores in points] for name, points in results["labels"].items()
         }
         panels.append((f"{n // lengths[0]} x the length", [*runs.labels, "all"], lines))
     draw_lines(pyplot, folder / "labels.png", panels, f"labelled questions, {runs.budget} steps of task RL")
-    panels = []
+    lengths, panels = lengths_of(flat(by_step.values() for by_step in results["ablations"].values())), []
     for step in (0, runs.budget):
         lines = {
             name: [seed_means(by_step[step][n]) for n in lengths] for name, by_step in results["ablations"].items()
@@ -232,7 +237,7 @@ def few_labels(runs: Runs, results: dict) -> list[str]:
         name: [*(runs.scores(f"{run}-label-{label}") for label in runs.labels), runs.scores(f"{run}-{runs.budget}")]
         for name, run in STARTS.items()
     }
-    lengths, places = list(found["base"][0]), [*map(str, runs.labels), "all"]
+    lengths, places = lengths_of(flat(found.values())), [*map(str, runs.labels), "all"]
     rows = [
         [f"{name}, {length} chunks", *(cell(scores[length]) for scores in points)]
         for length in lengths for name, points in found.items()
@@ -249,7 +254,7 @@ def few_labels(runs: Runs, results: dict) -> list[str]:
 def ablations(runs: Runs, results: dict) -> list[str]:
     steps = (0, runs.budget)
     found = {name: {step: runs.scores(f"{run}-{step}") for step in steps} for name, run in MODELS.items()}
-    lengths = list(found["base"][0])
+    lengths = lengths_of(flat(by_step.values() for by_step in found.values()))
     text = ["", "**Ablations**, and the control whose rewards are dealt out at random:", ""]
     text += ["![accuracy by what MemTrain was made of](ablations.png)", ""]
     head = ["", *(f"{length} chunks, {step} steps" for step in steps for length in lengths)]

@@ -72,6 +72,13 @@ def test_the_rooms_stay_below_the_lesson():
             assert imported & lesson <= allowed, file
 
 
+def test_the_worked_changes_stay_short():
+    """Each of the five in tests/test_change_it.py has at most 25 lines, its check included."""
+    tree = ast.parse((ROOT / "tests/test_change_it.py").read_text())
+    changes = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert len(changes) == 5 and max(node.end_lineno - node.lineno + 1 for node in changes) <= 25
+
+
 def test_importing_the_lesson_changes_nothing_elsewhere():
     """transformers' attention functions and masks are the same objects after the import as before."""
     code = (

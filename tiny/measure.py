@@ -18,10 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config  # noqa: E402
 from engine.models import load_model  # noqa: E402
-from engine.report import share  # noqa: E402
+from engine.report import sample_text, share  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
-from memtrain import sample_text  # noqa: E402
 from rewards import exact_match, recall_reward  # noqa: E402
 from rollout import limits_of, read, recall, sampler  # noqa: E402
 from tasks.longqa import Pool, long_documents  # noqa: E402

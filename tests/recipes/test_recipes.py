@@ -117,7 +117,7 @@ def test_tables_say_what_was_measured(measured, monkeypatch, tmp_path):
     assert results["minutes"]["MemTrain"] == pytest.approx([1 + n / 10 for n in steps])
     unchanged, means = "0.50 ± 0.00", [0.5, 1.0, 1.0]
     shown = f"{np.mean(means):.2f} ± {4.303 * np.std(means, ddof=1) / 3**0.5:.2f}"
-    assert f"| base | {unchanged} | {shown} | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.00 ± 0.00 |" in text  # at distances 1, 2, 3-4
+    assert f"| base | {unchanged} | {shown} | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.00 ± 0.00 |" in text  # at 1, 2, 3-4
     # MemTrain alone takes a minute, as 8 steps of the base do; with 2 steps 1.2, and the base has 8 done by then.
     assert "MemTrain and 0 steps (1.0 minutes) minus the base's 8 (0.8), 8 chunks" in text
 

@@ -1,0 +1,227 @@
+"""A run as one page of HTML to look at: curves, accuracy by length, and trajectories to step through.
+
+    python eval.py --report runs/X        # writes runs/X/report.html
+
+The page needs nothing else, no network either. Texts of a corpus or a model are escaped, and the page's policy lets no
+script run but its own, which it names by a hash.
+"""
+
+import base64
+import difflib
+import hashlib
+import html
+import json
+import math
+import re
+from pathlib import Path
+from string import Template
+
+from engine.errors import UserError
+from engine.report import share
+from text.matching import MASK, TARGET
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 44, 26  # of a chart, and the room for its labels
+CURVES = {  # titles, and the metrics of a step that are drawn together
+    "success while sampling": ("end_to_end", "recall"), "reward R^E": ("reward", "reward_std"),
+    "entropy, nats a token": ("entropy",), "groups without a signal": ("degenerate",),
+    "cut off, and without an answer": ("truncated", "unboxed"), "tokens of a memory": ("memory_tokens",),
+    "gradient norm": ("grad_norm",), "KL to the reference": ("kl",),
+}
+COLOURS = 4  # classes c0 to c3 of page.html
+Point = tuple[float, float, float, float]  # x, y, and the ends of y's interval
+
+
+def write(folder: str) -> Path:
+    """Write the page of a run's folder -> its file. Raises UserError where the folder holds no run."""
+    run = Path(folder)
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"--report {run}: holds no metrics.jsonl; give the folder of a run, its --out")
+    metrics, samples = rows_of(run / "metrics.jsonl"), rows_of(run / "samples.jsonl")
+    settings, rows = object_of(run / "config.json", {}), object_of(run / "eval.json", [])
+    script = (Path(__file__).parent / "page.js").read_text()
+    page = Template((Path(__file__).parent / "page.html").read_text()).substitute(
+        title=escape(f"{run.resolve().name}: {len(metrics)} steps"), about=about(settings),
+        hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), script=script,
+        curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
+    )
+    file = run / "report.html"
+    file.write_text(page, encoding="utf-8", errors="replace")
+    return file
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def object_of(file: Path, otherwise):
+    return json.loads(file.read_text()) if file.is_file() else otherwise
+
+
+def escape(text) -> str:
+    return html.escape(str(text))
+
+
+def about(settings: dict) -> str:
+    shown = ("task", "model", "steps", "documents", "g1", "g2", "chunks", "chunk_tokens", "memory_tokens", "lr", "seed")
+    return escape(", ".join(f"{name} {settings[name]}" for name in shown if name in settings))
+
+
+# ---- charts ----------------------------------------------------------------------------------------------
+
+
+def curves(metrics: list[dict]) -> str:
+    """A chart for each of CURVES that has numbers."""
+    figures = []
+    for title, names in CURVES.items():
+        lines = {}
+        for name in names:
+            own = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+            if any(y for _, y in own):
+                lines[name] = [(x, y, y, y) for x, y in own]
+        if lines:
+            figures.append(figure(title, lines))
+    return "".join(figures)
+
+
+def accuracy(rows: list[dict]) -> str:
+    """A chart for each task of an evaluation, with 95 % intervals, and all rows as a table."""
+    if not rows:
+        return '<p class="soft">This run was not evaluated.</p>'
+    charts, body = [], ""
+    lengths = sorted({row["chunks"] for row in rows})
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines: dict[str, list[Point]] = {}
+        for when, memory in dict.fromkeys((row["when"], row["memory"]) for row in rows if row["task"] == task):
+            own = {r["chunks"]: r for r in rows if (r["task"], r["when"], r["memory"]) == (task, when, memory)}
+            name = when if memory == "kept" else f"{when}, {memory} memory"
+            lines[name] = [(n, own[n]["accuracy"], own[n]["low"], own[n]["high"]) for n in sorted(own)]
+            cells = [share(sum(own[n]["scores"]), own[n]["n"]) if n in own else "" for n in lengths]
+            cells = [task, name, next(iter(own.values()))["n"], *cells]
+            body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        charts.append(figure(f"{task}, by chunks", lines, powers=True, highest=1.0))
+    head = "".join(f"<th>{name}</th>" for name in ("", "", "n", *(f"{n} chunks" for n in lengths)))
+    return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def ceiling(value: float) -> float:
+    """The next number of the kind 1, 2, 4, 8 times a power of ten, so that its quarters are short."""
+    power = 10 ** math.floor(math.log10(value or 1.0))
+    return next(n * power for n in (1, 2, 4, 8, 10) if n * power >= value)
+
+
+def figure(title: str, lines: dict[str, list[Point]], powers: bool = False, highest: float | None = None) -> str:
+    """Lines with intervals as a figure, from 0 up to `highest` or the highest point; with `powers` x doubles evenly."""
+    place = math.log2 if powers else float
+    xs = sorted({x for points in lines.values() for x, *_ in points})
+    top = highest or ceiling(max(high for points in lines.values() for *_, high in points))
+    span = place(xs[-1]) - place(xs[0]) or 1.0
+
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - 10) * (place(x) - place(xs[0])) / span
+
+    def down(y: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * y / top
+
+    drawn = []
+    for n in range(5):
+        y = top * n / 4
+        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    for x in xs if powers else sorted({xs[0], xs[len(xs) // 2], xs[-1]}):
+        drawn.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
+    for n, (name, points) in enumerate(lines.items()):
+        colour = f"c{n % COLOURS}"
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, *_ in sorted(points))
+        drawn.append(f'<polyline class="line {colour}" points="{path}"><title>{escape(name)}</title></polyline>')
+        for x, _, low, high in points:
+            if low < high:
+                ends = f'y1="{down(low):.1f}" y2="{down(high):.1f}"'
+                drawn.append(f'<line class="line {colour}" x1="{across(x):.1f}" x2="{across(x):.1f}" {ends}/>')
+    legend = "".join(
+        f'<span class="name"><i class="c{n % COLOURS}"></i>{escape(name)}</span>' for n, name in enumerate(lines)
+    )
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
+    return f"<figure>{svg}<figcaption><b>{escape(title)}</b>{legend}</figcaption></figure>"
+
+
+# ---- trajectories ----------------------------------------------------------------------------------------
+
+
+def trajectories(samples: list[dict]) -> str:
+    """Choosers, and a panel for each turn of each trajectory; without scripts all panels stand below each other."""
+    samples = [sample for sample in samples if "trajectories" in sample]  # older runs lack them
+    if not samples:
+        return '<p class="soft">This run has no samples to step through.</p>'
+    choices, panels = [], []
+    for s, sample in enumerate(samples):
+        choices.append(f'<option value="{s}">step {sample["step"]}</option>')
+        for t, trajectory in enumerate(sample["trajectories"]):
+            name = f"trajectory {t + 1}: R^E {trajectory['reward']:.2f}, A {trajectory['advantage']:+.2f}"
+            data = f'data-sample="{s}" data-trajectory="{t}" data-name="{escape(name)}"'
+            for title, body in turns(sample, trajectory):
+                head = f"<h3>{escape(title)}</h3>"
+                panels.append(f'<div class="panel" {data}>{head}{body}</div>')
+    choosers = f'<select id="sample" aria-label="step">{"".join(choices)}</select>'
+    choosers += '<select id="trajectory" aria-label="trajectory"></select><button id="back">back</button>'
+    choosers += '<button id="on">on</button><span id="place" class="soft"></span>'
+    return f"<nav>{choosers}</nav>{''.join(panels)}"
+
+
+def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
+    """(title, HTML) of each turn: the sections beside the memories, the answer, and recall."""
+    found, before, recall = [], "", trajectory["recall"]
+    answers = [answer for answer in sample["answers"] if isinstance(answer, str)]
+    searches = trajectory["searches"]
+    for k, memory in enumerate(trajectory["memories"], 1):
+        if k <= len(sample["document"]):
+            targets = [recall["entity"]] if recall and recall["l"] == k else []
+            left = text_box(f"section {k}", marked(sample["document"][k - 1], [MASK, *answers], targets))
+        else:
+            left = text_box("searched for", escape(searches[k - 1] if k <= len(searches) else ""))
+        right = text_box(f"memory m_{k}, beside m_{k - 1}" if k > 1 else "memory m_1", difference(before, memory))
+        found.append((f"Turn {k}: {sample['question']}", f'<div class="columns">{left}{right}</div>'))
+        before = memory
+    said = "no box" if trajectory["prediction"] is None else trajectory["prediction"].strip()
+    outcome = f"answered: {said}\nwanted: {sample['answers']}\n"
+    outcome += f"R^E {trajectory['reward']:.2f}, advantage {trajectory['advantage']:+.3f}"
+    body = text_box("the last memory", marked(before, [MASK, *answers], [])) + text_box("the answer", escape(outcome))
+    found.append(("The answer, from the memory alone", f'<div class="columns">{body}</div>'))
+    if recall:
+        k = recall["k"]
+        left = text_box(f"section {recall['l']}, {recall['entity']} masked", marked(recall["section"], [], [TARGET]))
+        right = text_box(f"memory m_{k}", marked(trajectory["memories"][k - 1], [], [recall["entity"]]))
+        lines = [f"{a['text']}   R^I {a['reward']:.0f}, advantage {a['advantage']:+.3f}" for a in recall["answers"]]
+        right += text_box("recall answers", escape("\n".join(lines)))
+        found.append((f"Recall, from m_{k}: what is [TARGET]?", f'<div class="columns">{left}<div>{right}</div></div>'))
+    return found
+
+
+def text_box(title: str, body: str) -> str:
+    return f'<div><span class="soft">{escape(title)}</span><div class="text">{body}</div></div>'
+
+
+def marked(text: str, answers: list[str], targets: list[str]) -> str:
+    """The text, escaped, with the whole words of some names marked."""
+    classes = {name.casefold(): "y" for name in answers} | {name.casefold(): "target" for name in targets}
+    names = sorted((name for name in classes if name.strip()), key=len, reverse=True)
+    if not names:
+        return escape(text)
+    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
+    pieces = pattern.split(text)  # every second piece is a name
+    return "".join(
+        f'<mark class="{classes.get(piece.casefold(), "y")}">{escape(piece)}</mark>' if n % 2 else escape(piece)
+        for n, piece in enumerate(pieces)
+    )
+
+
+def difference(before: str, after: str) -> str:
+    """A memory, escaped, with the words that were added to the one before it, and those that were lost, marked."""
+    old, new = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (before, after))
+    pieces = []
+    for kind, i, j, m, n in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(escape("".join(new[m:n])))
+            continue
+        lost, added = escape("".join(old[i:j])), escape("".join(new[m:n]))
+        pieces.append(f"<del>{lost}</del>" * bool(lost.strip()) + f"<ins>{added}</ins>" * bool(added))
+    return "".join(pieces)

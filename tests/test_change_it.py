@@ -1,0 +1,130 @@
+"""Five worked changes, to copy from: each shows what a fork would write, runs it, and looks at what it changed."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from torch import Tensor
+
+import grpo
+import memtrain
+import rollout
+from command import command
+from engine.config import Config
+from engine.models import load_model
+from grpo import Group
+from masking import Corpus, Document
+from rewards import boxed, f1_score
+from rollout import Completion, Turn, limits_of, read, sampler, until_end
+from text.corpus import Passage
+
+SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--chunks", 2, "--steps", 1, "--eval_documents", 0]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(Config().model, "cpu")
+
+
+def test_another_corpus(tmp_path):
+    """A folder of Markdown notes becomes passages: a JSON line with a title and a text for each."""
+    for n in range(30):
+        (tmp_path / f"note{n}.md").write_text(f"# Lake {n}\nLake {n} lies in Finland. Fishing is what Lake {n} is for.")
+
+    with (tmp_path / "notes.jsonl").open("w") as file:
+        for note in sorted(tmp_path.glob("*.md")):
+            heading, text = note.read_text().split("\n", 1)
+            file.write(json.dumps({"title": heading.removeprefix("# "), "text": text}) + "\n")
+
+    done = command(*SMALL, "--corpus", tmp_path / "notes.jsonl", "--keep_leaky", "True", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    sample = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])
+    assert "lies in" in "".join(sample["document"]) and "[MASK]" in "".join(sample["document"])
+
+
+def test_another_entity_finder(tiny):
+    """Anything that sets passage.entities to spans will do: here every number, by a regular expression."""
+    texts = [f"Peak {n} is {1000 + 7 * n} m high, first climbed in {1800 + n}." for n in range(40)]
+    passages = [Passage(f"Peak {n}", text) for n, text in enumerate(texts)]
+    for passage in passages:
+        passage.entities = [match.span() for match in re.finditer(r"\b\d{4}\b", passage.text)]
+
+    corpus = Corpus(passages, tiny[1], seed=0, chunk_tokens=64, n_chunks=2)
+    documents = [corpus.document(n) for n in range(10)]
+    assert all(document.answers[0].isdigit() and len(document.answers[0]) == 4 for document in documents)
+    assert all("[MASK]" in "".join(document.chunks) for document in documents)
+
+
+def test_a_new_proxy_reward(monkeypatch, tmp_path):
+    """Recall with partial credit: the F1 of the words instead of an exact match (Eq. 1)."""
+
+    def recall_reward(completion: str, entity: str) -> float:
+        return f1_score(boxed(completion), [entity])
+
+    monkeypatch.setattr(memtrain, "recall_reward", recall_reward)
+    assert recall_reward("\\boxed{Albert Einstein}", "Einstein") == pytest.approx(2 / 3)
+    done = command(*SMALL, "--g1", 8, "--g2", 8, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (sample,) = map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+    for asked in (trajectory["recall"] for trajectory in sample["trajectories"]):
+        for answer in asked["answers"]:
+            said, entity = set(answer["text"][8:-1].lower().split()), set(asked["entity"].lower().split())
+            assert (answer["reward"] > 0) == bool(said & entity)
+
+
+def test_another_advantage(monkeypatch):
+    """RLOO (arXiv 2402.14740): a sample against the mean of the others of its group, and no group is left out."""
+
+    def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+        others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (groups, size)
+        return rewards - others, torch.zeros(len(rewards), dtype=torch.bool)
+
+    monkeypatch.setattr(grpo, "group_advantages", group_advantages)
+    turns = [Turn([5], [6], True, "") for _ in range(4)]
+    kept = grpo.assign_advantages([Group(0, [[turn] for turn in turns], [1.0, 0.0, 0.0, 0.5])], "rloo")
+    assert kept == turns
+    assert [turn.advantage for turn in turns] == pytest.approx([1 - 0.5 / 3, -0.5, -0.5, 0.5 - 1 / 3])
+
+
+class Server(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server, as vLLM's is with return_token_ids; it completes with the tiny model, greedily."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/completions" and asked["temperature"] == 0.0
+        made = rollout.generate(*self.server.model, asked["prompt"], asked["max_tokens"], greedy=True)
+        answer = json.dumps({"choices": [{"index": n, "token_ids": c.ids} for n, c in enumerate(made)]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_another_sampler(tiny):
+    """A server samples, by token ids. To train with it, it needs fresh weights at every step."""
+
+    def generate(url, tokenizer, prompts, new_tokens, done=None, greedy=False):
+        how = {"max_tokens": new_tokens, "temperature": 0.0 if greedy else 1.0, "return_token_ids": True}
+        body = json.dumps({"model": "policy", "prompt": prompts} | how).encode()
+        with urlopen(Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})) as answer:
+            choices = sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
+        cut = [until_end(choice["token_ids"], [tokenizer.eos_token_id], tokenizer, done) for choice in choices]
+        return [Completion(*own, padding=0) for own in cut]
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    server.model = tiny
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    documents = [Document(0, "", "What is Ulm known for?", ["x"], ["Ulm stands in Germany."] * 2, [[], []])]
+    remote_sample = sampler(generate, f"http://127.0.0.1:{server.server_port}", tiny[1], greedy=True)
+    local_sample = sampler(rollout.generate, *tiny, greedy=True)
+    limits = limits_of(Config(), tiny[1])
+    (remote,), (local,) = read(remote_sample, documents, limits), read(local_sample, documents, limits)
+    server.shutdown()
+    assert remote.memories == local.memories and remote.prediction == local.prediction
+    assert [turn.completion_ids for turn in remote.turns] == [turn.completion_ids for turn in local.turns]
