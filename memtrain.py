@@ -19,8 +19,8 @@ Where this differs from the paper:
     DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them.
   - The paper drops groups whose rewards are all 0 or all 1. R^E takes other values, too, so here every group of equal
     rewards is dropped.
-  - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity. README lists
-    what was chosen.
+  - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity.
+    docs/decisions.md lists what was chosen.
   - An answer is stopped where its box closes, so it has no EOS; a memory ends with its EOS, which is trained.
   - 20 % of the titles are held out: their passages are never pivots in training, and their names never masked. Other
     documents may contain their text.

@@ -156,7 +156,7 @@ def write_page(folder: str) -> None:
 
 
 def step_metrics(rows: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
-    """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); README says what each means."""
+    """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); docs/metrics.md explains each."""
     numbers = {name: values for name, values in rows.items() if name != "answers"}
     mean = {name: float(np.mean(values)) if values else None for name, values in numbers.items()}
     std = {name: float(np.std(values)) if values else None for name, values in numbers.items()}

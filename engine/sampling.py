@@ -154,7 +154,7 @@ def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
     if rows == 1:
         raise UserError(
             f"out of memory for a single prompt of {prompt_tokens} tokens: make --chunk-tokens smaller, leave out "
-            "--controls full, or see README on what can be held in CPU memory"
+            "--controls full, or see docs/performance.md on what can be held in CPU memory"
         )
     torch.cuda.empty_cache()
     budget.tokens = min(budget.tokens, held) // 2  # the batch may have been far smaller than the budget

