@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rollout import Trajectory, Turn
 
-# The smallest real difference of two rewards is lambda / G2, about 0.06; rounding of equal sums is far below this.
+# Real differences are at least lambda / G2, in the paper 0.06. What rounding leaves of equal sums is far below this.
 EQUAL_REWARDS = 1e-6
 
 
@@ -41,7 +41,7 @@ EQUAL_REWARDS = 1e-6
 class Group:
     """Samples that are compared with each other."""
 
-    document: int  # place of their document in the step
+    place: int  # of their document in the step
     samples: list[list[Turn]]  # the turns of each sample
     rewards: list[float]  # of each sample
     degenerate: bool = False  # all rewards are equal: no signal
@@ -75,7 +75,7 @@ def shuffle_rewards(groups: list[Group], rng) -> None:
 
 
 def assign_advantages(groups: list[Group], mode: str) -> list[Turn]:
-    """Set document and advantage of every turn (Eq. 3), and group.degenerate -> the turns of the other groups."""
+    """Set place and advantage of every turn (Eq. 3), and group.degenerate -> the turns of the other groups."""
     kept = []
     for _, same_size in groupby(groups, key=lambda group: len(group.rewards)):  # as one tensor
         batch = list(same_size)
@@ -85,7 +85,7 @@ def assign_advantages(groups: list[Group], mode: str) -> list[Turn]:
             group.degenerate = equal
             for turns, advantage in zip(group.samples, own_advantages, strict=True):
                 for turn in turns:
-                    turn.document, turn.advantage = group.document, advantage
+                    turn.place, turn.advantage = group.place, advantage
                 if not equal:
                     kept += turns
     return kept

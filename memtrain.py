@@ -135,7 +135,7 @@ def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> l
 def control_rewards(groups: list[Group], config: Config, step: int) -> None:
     """In the control shuffled_rewards, deal out each group's rewards at random before they become advantages."""
     if config.ablation == "shuffled_rewards":
-        stream = [config.seed, step, parallel.rank(), 1]  # four numbers: draw_targets has streams of three
+        stream = [config.seed, step, parallel.rank(), 1]  # the last one keeps it apart from draw_targets'
         shuffle_rewards(groups, np.random.default_rng(stream))
 
 
@@ -190,7 +190,7 @@ def update(
     totals = Counter(loss=0.0, used_tokens=0, padded_tokens=0)
     norms = []
     for start in starts:
-        own = [turn for turn in turns if start <= turn.document < start + documents_per_update]
+        own = [turn for turn in turns if start <= turn.place < start + documents_per_update]
         documents = set_weights(own)
         if documents == 0:  # no process has a turn, so all skip this update
             continue
@@ -210,7 +210,7 @@ def update(
 
 def set_weights(turns: list[Turn]) -> int:
     """Set turn.weight for an update's turns -> the number of documents with a turn, over all processes."""
-    documents = [turn.document for turn in turns]
+    documents = [turn.place for turn in turns]
     kept = len(set(documents))
     kept_everywhere = sum(parallel.gather(kept))
     if kept_everywhere:

@@ -91,7 +91,7 @@ class Turn:
     text: str  # of the completion
     padding: int = 0  # tokens beside the prompt in its batch; only for the metrics
     # Training sets these.
-    document: int = -1  # place of its document in the step
+    place: int = -1  # of its document in the step
     advantage: float = 0.0
     weight: float = 0.0  # in Eq. 4: 1 / (kept documents of the update, of all processes * kept turns of its document)
     old_logprobs: torch.Tensor | None = None  # (completion,), before the first of several updates

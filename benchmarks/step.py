@@ -109,7 +109,7 @@ def step(
     rewards = torch.tensor([len(set(c.ids)) / len(c.ids) for c in completions]).view(-1, 8)  # shared prompts or not
     advantages = group_advantages(rewards, "mean")[0].flatten().tolist()
     turns = [
-        Turn(prompt, c.ids, c.ended, "", document=n // 8, advantage=advantages[n])
+        Turn(prompt, c.ids, c.ended, "", place=n // 8, advantage=advantages[n])
         for n, (prompt, c) in enumerate(zip(asked, completions, strict=True))
     ]
     store_reference_logprobs(reference, turns, config, model.device.type)
@@ -205,7 +205,7 @@ def measure_chunks(chunks: int, number: int, device: str) -> list[float]:
         for n, (trajectory, recalled) in enumerate(zip(trajectories, answers, strict=True)):
             signs = [(-1.0) ** n] * len(trajectory.turns) + [(-1.0) ** k for k in range(len(recalled))]
             for turn, sign in zip(trajectory.turns + recalled, signs, strict=True):
-                turn.document, turn.advantage = n // config.g1, sign
+                turn.place, turn.advantage = n // config.g1, sign
                 turns.append(turn)
         update(model, optimizer, turns, config.lr, config)
         clock.lap("update")

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ ROOM = {
     "rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference",
     "shard_optimizer", "plain",
 }
-FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps"} | ROOM
+FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps", "explain"} | ROOM
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -61,6 +62,15 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
     if (out / "finished").exists():
         raise UserError(f"--out {out}: this run is finished; {advice}")
     return True
+
+
+def scratch(out: Path) -> TemporaryDirectory:
+    """A folder beside `out` that goes with this process. Raises UserError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(dir=out.parent, prefix=".explained-")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: {error.filename}; name another folder") from None
 
 
 def counts(path: Path) -> bool:

@@ -6,13 +6,21 @@ The loss by hand is Eq. 4 in Python's own numbers, one token after the other, fr
 import math
 from collections.abc import Callable
 
-WIDEST = 1500  # characters of a text before its middle is left out
+LONGEST = 1500  # characters of a text before its middle is left out
+CELL = 60  # characters of a text in a table
 TOKENS = 12  # rows of the table of tokens
 
 
 def shortened(text: str) -> str:
-    half = WIDEST // 2
-    return text if len(text) <= WIDEST else f"{text[:half]}\n[... {len(text) - WIDEST} characters ...]\n{text[-half:]}"
+    half = LONGEST // 2
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:half]}\n[... {len(text) - LONGEST} characters ...]\n{text[-half:]}"
+
+
+def one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= CELL else f"{line[:CELL]} ..."
 
 
 def show(title: str, text: str) -> None:
@@ -30,7 +38,7 @@ def show_table(head: list[str], rows: list[list]) -> None:
         print("   ", first.ljust(widths[0]), *right, sep="  ")
 
 
-def rollout(
+def print_rollout(
     tokenizer, g1: int, groups: list, trajectories: list, targets: list, recalls: list, em: list, rewards: list,
     recall_rewards: list,
 ) -> None:
@@ -40,36 +48,41 @@ def rollout(
     mine = slice(number * g1, (number + 1) * g1)
     lists = (trajectories, targets, recalls, em, rewards, recall_rewards)
     trajectories, targets, recalls, em, rewards, recall_rewards = (values[mine] for values in lists)
+    dealt = groups[number].rewards  # those of R^E, but where a control has dealt them out anew
     first, document = trajectories[0], trajectories[0].document
     text = "\n".join(f"--- chunk {n} ---\n{chunk.strip()}" for n, chunk in enumerate(document.chunks, 1))
-    show(f"1. A document. Asked: {document.question} The answer, y: {document.answers[0]}", text)
+    answer = document.answers[0] if len(document.answers) == 1 else document.answers
+    show(f"1. A document. Asked: {document.question} The answer, y: {answer}", text or "no text: this agent searches")
     turn = first.turns[min(1, len(first.turns) - 1)]
     show(f"2. A prompt as the model sees it: {len(turn.prompt_ids)} tokens", tokenizer.decode(turn.prompt_ids))
-    best = max(range(len(trajectories)), key=lambda n: rewards[n])
-    worst = min(range(len(trajectories)), key=lambda n: rewards[n])
-    for n, name in ((best, "best"), (worst, "worst")):
+    best = max(range(len(trajectories)), key=lambda n: dealt[n])
+    worst = min(range(len(trajectories)), key=lambda n: dealt[n])
+    for n, name in {worst: "worst", best: "best"}.items():
         memories = "\n".join(f"m_{k}: {memory}" for k, memory in enumerate(trajectories[n].memories, 1))
         show(f"3. The memories of trajectory {n + 1}, the {name} rewarded", memories)
     # Where its answers differ, recall has a signal of its own.
-    asked = next((n for n, own in enumerate(recall_rewards) if len(set(own)) > 1), best)
-    if target := targets[asked]:
+    order = sorted(range(len(targets)), key=lambda n: (len(set(recall_rewards[n])) < 2, targets[n] is None, n != best))
+    if target := targets[asked := order[0]]:
         k, chunk = target.memory_step, target.chunk
         show(
             f"4. Recall, of trajectory {asked + 1}: chunk {chunk} with {target.entity} as [TARGET], asked from m_{k}",
             f"{target.section.strip()}\n\nm_{k}: {trajectories[asked].memories[k - 1]}",
         )
         answers = zip(recalls[asked], recall_rewards[asked], strict=True)
-        rows = [[f"{j}: {turn.text.strip()}", own, turn.advantage] for j, (turn, own) in enumerate(answers, 1)]
+        rows = [[f"{j}: {one_line(turn.text)}", own, turn.advantage] for j, (turn, own) in enumerate(answers, 1)]
         show_table(["answer", "R^I", "A"], rows)
     print("\n5. The group: each trajectory of this document, with its rewards and its advantage (Eq. 1 to 3)")
     rows = []
     for n, trajectory in enumerate(trajectories):
-        recalled = rewards[n] - em[n]
-        rows.append([f"{n + 1}: {trajectory.prediction}", em[n], recalled, rewards[n], trajectory.turns[0].advantage])
-    show_table(["trajectory and its answer", "EM", "lambda x recall", "R^E", "A"], rows)
+        name = f"{n + 1}: {one_line(str(trajectory.prediction))}"
+        rows.append([name, em[n], rewards[n] - em[n], rewards[n], dealt[n], trajectory.turns[0].advantage])
+    columns = ["trajectory and its answer", "EM", "lambda x recall", "R^E", "dealt out", "A"]
+    if dealt == rewards:  # no control
+        rows, columns = [row[:4] + row[5:] for row in rows], columns[:4] + columns[5:]
+    show_table(columns, rows)
 
 
-def update(
+def print_update(
     tokenizer, config, groups: list, turns: list, store: Callable, loss: Callable, learn: Callable
 ) -> None:
     """The groups, the tokens of a turn, and the loss by hand beside that by code, before and after the update.
@@ -124,6 +137,6 @@ def loss_by_hand(turns: list, old: list[list[float]], new: list[list[float]], co
                 d = float(turn.reference_logprobs[place]) - now
                 value -= config.kl * (math.exp(d) - d - 1)
             values.append(value)
-        by_document.setdefault(turn.document, []).append(sum(values) / len(values))
+        by_document.setdefault(turn.place, []).append(sum(values) / len(values))
     means = [sum(values) / len(values) for values in by_document.values()]
     return -sum(means) / len(means)

@@ -22,7 +22,7 @@ if (sample) {
   sample.onchange = fill;
   trajectory.onchange = show;
   document.getElementById("back").onclick = () => { turn -= 1; show(); };
-  document.getElementById("on").onclick = () => { turn += 1; show(); };
+  document.getElementById("next").onclick = () => { turn += 1; show(); };
   document.onkeydown = event => {
     if (["SELECT", "INPUT"].includes(event.target.tagName)) return;
     if (event.key === "ArrowLeft") { turn -= 1; show(); }

@@ -18,7 +18,7 @@ from string import Template
 
 from engine.errors import UserError
 from engine.report import share
-from text.matching import MASK, TARGET
+from text.matching import MASK, TARGET, occurrences
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 44, 26  # of a chart, and the room for its labels
 CURVES = {  # titles, and the metrics of a step that are drawn together
@@ -45,12 +45,17 @@ def write(folder: str) -> Path:
         curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
     )
     file = run / "report.html"
-    file.write_text(page, encoding="utf-8", errors="replace")
+    try:
+        file.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--report {run}: {error.strerror} for {file.name}; mend that, or copy the run") from None
     return file
 
 
 def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """The lines of a log. A last one that a kill, or a run that still goes on, left without its end is left out."""
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def object_of(file: Path, otherwise):
@@ -89,6 +94,7 @@ def accuracy(rows: list[dict]) -> str:
         return '<p class="soft">This run was not evaluated.</p>'
     charts, body = [], ""
     lengths = sorted({row["chunks"] for row in rows})
+    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
     for task in dict.fromkeys(row["task"] for row in rows):
         lines: dict[str, list[Point]] = {}
         for when, memory in dict.fromkeys((row["when"], row["memory"]) for row in rows if row["task"] == task):
@@ -96,10 +102,12 @@ def accuracy(rows: list[dict]) -> str:
             name = when if memory == "kept" else f"{when}, {memory} memory"
             lines[name] = [(n, own[n]["accuracy"], own[n]["low"], own[n]["high"]) for n in sorted(own)]
             cells = [share(sum(own[n]["scores"]), own[n]["n"]) if n in own else "" for n in lengths]
-            cells = [task, name, next(iter(own.values()))["n"], *cells]
+            counts = sorted({row["n"] for row in own.values()})
+            least_and_most = counts[:: max(1, len(counts) - 1)]
+            cells = [task, name, "-".join(map(str, least_and_most)), *cells]
             body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        charts.append(figure(f"{task}, by chunks", lines, powers=True, highest=1.0))
-    head = "".join(f"<th>{name}</th>" for name in ("", "", "n", *(f"{n} chunks" for n in lengths)))
+        charts.append(figure(f"{task}, by {unit}", lines, powers=True, highest=1.0))
+    head = "".join(f"<th>{name}</th>" for name in ("", "", "n", *(f"{n} {unit}" for n in lengths)))
     return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -159,11 +167,11 @@ def trajectories(samples: list[dict]) -> str:
             name = f"trajectory {t + 1}: R^E {trajectory['reward']:.2f}, A {trajectory['advantage']:+.2f}"
             data = f'data-sample="{s}" data-trajectory="{t}" data-name="{escape(name)}"'
             for title, body in turns(sample, trajectory):
-                head = f"<h3>{escape(title)}</h3>"
+                head = f'<p class="soft">step {sample["step"]}, {escape(name)}</p><h3>{escape(title)}</h3>'
                 panels.append(f'<div class="panel" {data}>{head}{body}</div>')
     choosers = f'<select id="sample" aria-label="step">{"".join(choices)}</select>'
     choosers += '<select id="trajectory" aria-label="trajectory"></select><button id="back">back</button>'
-    choosers += '<button id="on">on</button><span id="place" class="soft"></span>'
+    choosers += '<button id="next">next</button><span id="place" class="soft"></span>'
     return f"<nav>{choosers}</nav>{''.join(panels)}"
 
 
@@ -178,7 +186,7 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
             left = text_box(f"section {k}", marked(sample["document"][k - 1], [MASK, *answers], targets))
         else:
             left = text_box("searched for", escape(searches[k - 1] if k <= len(searches) else ""))
-        right = text_box(f"memory m_{k}, beside m_{k - 1}" if k > 1 else "memory m_1", difference(before, memory))
+        right = text_box(f"memory m_{k}, changes from m_{k - 1}" if k > 1 else "memory m_1", difference(before, memory))
         found.append((f"Turn {k}: {sample['question']}", f'<div class="columns">{left}{right}</div>'))
         before = memory
     said = "no box" if trajectory["prediction"] is None else trajectory["prediction"].strip()
@@ -201,17 +209,17 @@ def text_box(title: str, body: str) -> str:
 
 
 def marked(text: str, answers: list[str], targets: list[str]) -> str:
-    """The text, escaped, with the whole words of some names marked."""
-    classes = {name.casefold(): "y" for name in answers} | {name.casefold(): "target" for name in targets}
-    names = sorted((name for name in classes if name.strip()), key=len, reverse=True)
-    if not names:
-        return escape(text)
-    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
-    pieces = pattern.split(text)  # every second piece is a name
-    return "".join(
-        f'<mark class="{classes.get(piece.casefold(), "y")}">{escape(piece)}</mark>' if n % 2 else escape(piece)
-        for n, piece in enumerate(pieces)
-    )
+    """The text, escaped, with every form of some names marked; of forms that overlap the longest."""
+    found = [(*span, "y") for name in answers for span in occurrences(text, name)]
+    found += [(*span, "target") for name in targets for span in occurrences(text, name)]
+    pieces, copied, taken = [], 0, []
+    for start, end, kind in sorted(found, key=lambda form: form[0] - form[1]):
+        if all(end <= other_start or other_end <= start for other_start, other_end, _ in taken):
+            taken.append((start, end, kind))
+    for start, end, kind in sorted(taken):
+        pieces += [escape(text[copied:start]), f'<mark class="{kind}">{escape(text[start:end])}</mark>']
+        copied = end
+    return "".join([*pieces, escape(text[copied:])])
 
 
 def difference(before: str, after: str) -> str:

@@ -147,7 +147,7 @@ def plot(rows: list[dict], file: str) -> None:
 
 def write_page(folder: str) -> None:
     """The run in a folder as a page to look at. Raises UserError where it holds no run."""
-    from engine.page import write  # which formats its numbers as this file does
+    from engine.page import write  # here, since page.py imports this file
 
     print(f"look at {write(folder)}")
 
@@ -156,7 +156,7 @@ def write_page(folder: str) -> None:
 
 
 def step_metrics(rows: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
-    """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); docs/metrics.md explains each."""
+    """A line of metrics.jsonl, of all processes' samples (`rows`) and updates (`sums`); see docs/metrics.md."""
     numbers = {name: values for name, values in rows.items() if name != "answers"}
     mean = {name: float(np.mean(values)) if values else None for name, values in numbers.items()}
     std = {name: float(np.std(values)) if values else None for name, values in numbers.items()}

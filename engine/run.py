@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from tqdm import tqdm
@@ -35,8 +34,7 @@ class Run:
 
     def __init__(self, config):
         if config.explain:  # one step, in a folder that goes with this process
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            self.scratch = TemporaryDirectory(dir=Path(config.out).parent, prefix=".explained-")
+            self.scratch = checkpoints.scratch(Path(config.out))
             config = replace(config, out=self.scratch.name, eval_documents=0, steps=1)
         self.config, self.out, self.settings = config, Path(config.out), asdict(config)
         if Path(config.model).is_dir():
@@ -73,7 +71,7 @@ class Run:
     # ---- before the first step
 
     def open(self, policy, tokenizer, optimizer, budget) -> None:
-        """Make the folder, lock it until this process ends, and take what a checkpoint holds."""
+        """Make the folder, lock it until this process ends, and keep what checkpoints save."""
         self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
         self.say(f"{self.config.task} on {self.processes} x {self.device}")
         if self.rank == 0:
@@ -81,7 +79,8 @@ class Run:
             self.lock = checkpoints.lock(self.out)
             if checkpoints.unfinished(self.out, self.settings, self.config.resume) != self.resuming:
                 raise UserError(f"--out {self.out}: another run came and went meanwhile; run the same command again")
-            self.check_disk()
+            if not self.config.explain:
+                self.check_disk()
             checkpoints.write_config(self.out, self.settings)
 
     def check_disk(self) -> None:
@@ -241,10 +240,10 @@ class Run:
     # ---- after the last step
 
     def explain(self, groups: list, turns: list, values: tuple, store, loss, learn) -> None:
-        """Print the step from inside, and end without a trace."""
+        """Print the step from inside, and end; the folder goes."""
         self.bar.close()
-        explain.rollout(self.tokenizer, self.config.g1, groups, *values)
-        explain.update(self.tokenizer, self.config, groups, turns, store, loss, learn)
+        explain.print_rollout(self.tokenizer, self.config.g1, groups, *values)
+        explain.print_update(self.tokenizer, self.config, groups, turns, store, loss, learn)
         self.scratch.cleanup()
         parallel.stop()
 

@@ -41,6 +41,8 @@ def settings_of(arguments: list[str]) -> dict:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        raise UserError("give a folder and settings; recipes/reproduce-tiny.sh does")
     out, settings = Path(sys.argv[1]), settings_of(sys.argv[2:])
     if any(letter.isspace() for letter in str(out)):
         raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")

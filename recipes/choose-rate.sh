@@ -7,21 +7,24 @@ export out=runs/choose-rate
 cores=$(nproc)
 export OMP_NUM_THREADS=1
 
-rate() { # RATE SEED: exact match at 2 and 8 chunks after 0, 16, 32 and 64 steps
-    [ -e "$out/$1-$2/finished" ] ||
-        python memtrain.py --task longqa --chunks 2 --lr "$1" --lr-schedule constant --steps 64 --seed "$2" --save-every 16 \
-            --keep 4 --eval-documents 0 --sample-every 100 --out "$out/$1-$2" > "$out/$1-$2.log" 2>&1
+learn() { # RATE SEED: exact match at 2 and 8 chunks after 16, 32 and 64 steps
+    name="$out/$1-$2"
+    [ -e "$name/finished" ] ||
+        python memtrain.py --task longqa --chunks 2 --lr "$1" --lr-schedule constant --steps 64 --seed "$2" \
+            --save-every 16 --keep 4 --eval-documents 0 --sample-every 100 --out "$name" >> "$name.log" 2>&1
+    [ -e "$name/finished" ] || { tail -n 3 "$name.log" >&2 && return 255; } # on which xargs begins nothing more
     for step in 16 32 64; do
-        [ -e "$out/$1-$2-$step.json" ] ||
-            python eval.py --model "$out/$1-$2/checkpoints/step-0000$step" --eval-split dev --eval-documents 64 \
-                --lengths 2 8 --seed "$2" --out "$out/$1-$2-$step.json" > "$out/$1-$2-$step.log" 2>&1
+        [ -e "$name-$step.json" ] && continue
+        python eval.py --model "$name/checkpoints/step-0000$step" --eval-split dev --eval-documents 64 --lengths 2 8 \
+            --seed "$2" --out "$name-$step.part" >> "$name.log" 2>&1 || { tail -n 3 "$name.log" >&2 && return 255; }
+        mv "$name-$step.part" "$name-$step.json"
     done
     echo "$(date +%H:%M) $1, seed $2"
 }
-export -f rate
+export -f learn
 mkdir -p "$out"
 for rate in 5e-5 1e-4 2e-4 4e-4; do for seed in 100 101; do echo "$rate $seed"; done; done |
-    xargs -P "$cores" -L 1 bash -euc 'rate "$@"' part
+    xargs -P "$cores" -L 1 bash -uc 'learn "$@"' part
 python - << 'END'
 import json
 from pathlib import Path
@@ -30,6 +33,7 @@ print("| rate | seed | 16 steps | 32 steps | 64 steps |\n|---|---|---|---|---|")
 for rate in ("5e-5", "1e-4", "2e-4", "4e-4"):
     for seed in (100, 101):
         files = [Path(f"runs/choose-rate/{rate}-{seed}-{step}.json") for step in (16, 32, 64)]
-        rows = [[r for r in json.loads(file.read_text()) if r["chunks"] == 8 and r["memory"] == "kept"] for file in files]
-        print("|", rate, "|", seed, "|", " | ".join(f"{r[0]['accuracy']:.2f}" for r in rows), "|")
+        rows = [row for file in files for row in json.loads(file.read_text())]
+        exact = [row["accuracy"] for row in rows if row["chunks"] == 8 and row["memory"] == "kept"]
+        print("|", rate, "|", seed, "|", " | ".join(f"{value:.2f}" for value in exact), "|")
 END

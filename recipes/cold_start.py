@@ -119,7 +119,7 @@ def box(name: str) -> str:
 def turn_of(document: Document, prompt: str, completion: str, tokenizer) -> Turn:
     ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     prompt_ids = encode_prompt(tokenizer, prompt)
-    return Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, document=document.place)
+    return Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, place=document.place)
 
 
 # ---- learning ----------------------------------------------------------------------------------------------

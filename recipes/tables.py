@@ -24,7 +24,7 @@ MODELS = {
     "base": "base", "MemTrain, full": "memtrain", "decoupled": "decoupled", "end-to-end": "end_to_end",
     "shuffled rewards": "shuffled_rewards",
 }
-DISTANCES = {"1": (1, 1), "2": (2, 2), "3-4": (3, 4), "5-8": (5, 8), "9-15": (9, 15)}  # k - l, in bins that fill
+DISTANCES = {"1": (1, 1), "2": (2, 2), "3-4": (3, 4), "5-8": (5, 8), "9-15": (9, 15)}  # k - l, in bins
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by the number of seeds
 BEGIN, END = "<!-- recipes/tables.py writes what follows -->", "<!-- recipes/tables.py wrote what stands before -->"
 Scores = dict[int, list[list[float]]]  # by chunks, one list for each seed, of its questions
@@ -62,7 +62,10 @@ class Runs:
         """Training minutes of a run up to a step, or whole, the mean over seeds."""
         total = []
         for seed in self.seeds:
-            lines = (self.folder / seed / run / "metrics.jsonl").read_text().splitlines()[:steps]
+            file = self.folder / seed / run / "metrics.jsonl"
+            if not file.is_file():
+                raise UserError(f"{file} is missing; recipes/reproduce-tiny.sh makes it")
+            lines = file.read_text().splitlines()[:steps]
             rows = [json.loads(line) for line in lines]
             total.append(sum(row[name] for row in rows for name in row if name.startswith("seconds_")) / 60)
         return float(np.mean(total))
@@ -274,7 +277,7 @@ def ablations(runs: Runs, results: dict) -> list[str]:
 
 
 def habits(runs: Runs, results: dict) -> list[str]:
-    """By model and chunks, each a list by seed: recall at each distance, and the share of unchanged updates."""
+    """Recall at each distance and the share of unchanged updates; results: by model and chunks, each a list by seed."""
     found: dict[str, dict[int, dict]] = {}
     for name, run in MODELS.items():
         for seed in runs.seeds:

@@ -105,12 +105,12 @@ def test_groups_are_a_documents_trajectories_and_a_trajectorys_recalls():
     recalls = [[Turn([1], [2], True, "") for _ in range(2)] if n != 1 else [] for n in range(4)]
     groups = trajectory_groups(trajectories, [1.0, 0.0, 0.5, 0.5], 2)
     groups += recall_groups(trajectories, recalls, [[1.0, 0.0], [], [0.0, 0.0], [0.0, 1.0]])
-    assert [(g.document, len(g.samples)) for g in groups] == [(4, 2), (7, 2), (4, 2), (7, 2), (7, 2)]
+    assert [(g.place, len(g.samples)) for g in groups] == [(4, 2), (7, 2), (4, 2), (7, 2), (7, 2)]
     kept = assign_advantages(groups, "mean")
     expected = [(t, 4, 0.5) for t in trajectories[0].turns] + [(t, 4, -0.5) for t in trajectories[1].turns]
     expected += [(recalls[0][0], 4, 0.5), (recalls[0][1], 4, -0.5), (recalls[3][0], 7, -0.5), (recalls[3][1], 7, 0.5)]
     assert len(kept) == len(expected)
-    assert all(a is b and (a.document, a.advantage) == (d, A) for a, (b, d, A) in zip(kept, expected, strict=True))
+    assert all(a is b and (a.place, a.advantage) == (d, A) for a, (b, d, A) in zip(kept, expected, strict=True))
     assert [group.degenerate for group in groups] == [False, True, False, True, False]
 
 

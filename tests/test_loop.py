@@ -183,7 +183,7 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
         for n in range(count):
             made = turn(rng)
             made.prompt_ids = prompt if n < 2 else made.prompt_ids
-            made.document, made.advantage = document, float(rng.normal()) * 3
+            made.place, made.advantage = document, float(rng.normal()) * 3
             turns.append(made)
     config = Config(
         documents=3, update_batch=1, eps_low=0.02, eps_high=0.03, kl=kl, grad_clip=0.5, train_tokens=30,

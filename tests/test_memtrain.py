@@ -174,8 +174,8 @@ def test_a_positive_advantage_raises_the_probability(tmp_path):
     )).eval()
     assert enable_packing(model)
     turns = [
-        Turn([1, 2, 3], [4, 5, 6], True, "", document=0, advantage=1.0),
-        Turn([1, 2, 3], [7, 8], True, "", document=0, advantage=-1.0),
+        Turn([1, 2, 3], [4, 5, 6], True, "", place=0, advantage=1.0),
+        Turn([1, 2, 3], [7, 8], True, "", place=0, advantage=-1.0),
     ]
     before = token_logprobs(model, turns)[0].sum(1)
     stats = update(model, MasterAdamW(model, 1e-3), turns, 1e-3, Config())

@@ -184,8 +184,8 @@ class Demonstrations:
     def notes(self, reader: Reader, memory: list[str], section: str, trail: list[str]) -> list[str]:
         """The next memory: whole paragraphs of the old one and of the section, each in the order in which they stand.
 
-        Named is what holds the first name of the `trail`, and its second name once a paragraph joins the two. What
-        the problem names goes first where not all fits, and then what stands first.
+        A paragraph is named if it holds the first name of the `trail`, or the second once some paragraph holds both.
+        Where not all fits, named paragraphs go first, and then what stands first.
         """
         new = [re.sub(r"^Document \d+: .*\n", "", paragraph) for paragraph in section.strip().split("\n\n")]
         paragraphs = [p for p in dict.fromkeys(memory + new) if p]

@@ -1,7 +1,8 @@
 """What the base model must be able to do before anything is built on it, each skill measured greedily by itself.
 
-A memory holds what was read, whole and once; an answer holds what the memory says. But for [MASK] and known subjects,
-worlds are held out: subjects that no demonstration names, and newly invented ones.
+A memory holds what was read, whole and once; an answer holds what the memory says. [MASK] is asked about known
+subjects, and noting is measured on known ones, too. All else is held out: subjects that no demonstration is about, and
+newly invented ones. Searching is not measured.
 """
 
 import re
@@ -40,7 +41,7 @@ def slot(prompt: str, name: str) -> str:
 
 
 class Skills:
-    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, at least `n` of each.
+    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools: `n` of each, but one for each sentence.
 
     `generate` is rollout.generate or its fast twin. Each call asks the same; another `seed` asks something else.
     """

@@ -168,9 +168,9 @@ def sentences(subject: dict, rng) -> list[tuple[str, str]]:
 
 
 def questions(world: list[dict]) -> list[dict]:
-    """Every question of one and two hops: `{"question", "answer", "hops": [(title, value), ...]}`.
+    """Every question of one and two hops: `{"question", "answer", "hops": [(title, attribute), ...]}`.
 
-    A hop is a fact that the answer rests on: the sentence of `title` that holds `value`.
+    A hop is a fact that the answer rests on: this attribute of the subject `title`.
     """
     by_title = {subject["title"]: subject for subject in world}
     found = []

@@ -127,8 +127,8 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ("memtrain", "--keep 0", "--keep 0: must be a number of at least 1"),
     (
         "memtrain", "--ablation both",
-        "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled'); --help lists "
-        "what can be given",
+        "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled', "
+        "'shuffled_rewards'); --help lists what can be given",
     ),
     (
         "memtrain", "--task chess",

@@ -1,4 +1,4 @@
-"""`memtrain.py --explain`: what it shows is what training does, and nothing stays behind."""
+"""`memtrain.py --explain`: what it shows is what training does, and the run's folder goes."""
 
 import re
 
@@ -7,6 +7,10 @@ import torch
 
 from command import command
 from engine import parallel
+from engine.config import Config
+from engine.explain import loss_by_hand
+from grpo import conversation_weights, grpo_loss
+from rollout import Turn
 
 SMALL = ["--documents", 4, "--g1", 4, "--g2", 3, "--seed", 3]
 
@@ -37,9 +41,42 @@ def test_every_part_of_a_step_is_shown(tmp_path):
     group = torch.tensor([[float(value) for value in row] for row in group])  # (samples, EM, lambda x recall, R^E, A)
     assert len(group) == 4 and torch.allclose(group[:, 0] + group[:, 1], group[:, 2])
     assert torch.allclose(group[:, 3], group[:, 2] - group[:, 2].mean(), atol=1e-4) and group[:, 3].any()
-    for token in re.findall(r"^ +'.*' +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE):
+    tokens = re.findall(r"^ +'.*' +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE)
+    assert 0 < len(tokens) <= 12
+    for token in tokens:
         before, after, ratio = map(float, token)
         assert ratio == pytest.approx(torch.tensor(after - before).exp().item(), abs=2e-4)
+
+
+def test_the_loss_by_hand_clips():
+    """On random turns of three documents, ratios far from 1, with a KL: that of grpo_loss; many are clipped."""
+    torch.manual_seed(0)
+    turns = [Turn([1], [2] * n, True, "", place=n % 3, advantage=(-1.0) ** n * n) for n in (1, 2, 3, 4, 5, 6, 7)]
+    rows = [[torch.randn(7, dtype=torch.float64) - 2 for _ in turns] for _ in range(3)]
+    old, new, reference = (torch.stack(own) for own in rows)  # each (turns, 7)
+    for turn, own in zip(turns, reference, strict=True):
+        turn.reference_logprobs = own
+    lengths = torch.tensor([len(turn.completion_ids) for turn in turns])
+    mask = torch.arange(7) < lengths[:, None]
+    advantages = torch.tensor([turn.advantage for turn in turns], dtype=torch.float64)
+    weights = conversation_weights([turn.place for turn in turns]).double()
+    loss, stats = grpo_loss(new, old, reference, mask, advantages, weights, 0.2, 0.3, 0.1)
+    cut = [[row[:n].tolist() for row, n in zip(own, lengths.tolist(), strict=True)] for own in (old, new)]
+    assert loss_by_hand(turns, *cut, Config(eps_low=0.2, eps_high=0.3, kl=0.1)) == pytest.approx(loss.item(), abs=1e-6)
+    assert stats["clipped"] > 5
+
+
+def test_a_step_without_a_document_or_a_difference(tmp_path):
+    """Search has no text to show and several answers; equal rewards have neither a best nor a worst."""
+    done = command("--explain", "--task", "searchqa", "--documents", 2, "--g1", 2, "--out", tmp_path / "run")
+    assert done.returncode == 0 and "no text" in done.stdout and "[[" in done.stdout, done.stderr
+    assert done.stdout.count("3. The memories") in (1, 2)
+
+
+def test_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command("--explain", "--out", tmp_path / "file/a/b")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--out" in done.stderr
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

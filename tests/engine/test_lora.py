@@ -1,5 +1,6 @@
 """engine/lora.py: an adapter against the full weights that it stands for, its reference, and its checkpoints."""
 
+import copy
 import json
 import shutil
 import sys
@@ -36,12 +37,17 @@ def written() -> list[tuple[list[int], list[int]]]:
 
 def turns() -> list[Turn]:
     pairs = enumerate(written())
-    return [Turn(prompt, ids, True, "", document=0, advantage=(-1.0) ** n) for n, (prompt, ids) in pairs]
+    return [Turn(prompt, ids, True, "", place=0, advantage=(-1.0) ** n) for n, (prompt, ids) in pairs]
 
 
 def logprobs(model, some: list[Turn]) -> torch.Tensor:
     with torch.no_grad():
         return packing.token_logprobs(model, some)[0]
+
+
+def exact_logprobs(model) -> torch.Tensor:
+    """In float64, so that what differs is the weights."""
+    return logprobs(copy.deepcopy(model).double(), turns())
 
 
 def trained(config: Config, steps: int = 3):
@@ -76,9 +82,9 @@ def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
     """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do lora.merged,
     load_model and plain transformers. An adapter that did nothing would be told from it."""
     folder, policy = adapter
-    wanted, tensors = logprobs(policy, turns()), load_file(folder / lora.WEIGHTS)
+    wanted, tensors = exact_logprobs(policy), load_file(folder / lora.WEIGHTS)
     full = AutoModelForCausalLM.from_pretrained(Config().model, dtype=torch.float32)
-    base = logprobs(full, turns())
+    base = exact_logprobs(full)
     with torch.no_grad():
         for name, b in tensors.items():
             if "lora_B" in name:
@@ -89,7 +95,7 @@ def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     for model in (full, loaded, merged, plain):
-        torch.testing.assert_close(logprobs(model, turns()), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(exact_logprobs(model), wanted, atol=1e-5, rtol=0)
     assert (base - wanted).abs().max() > 0.01
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 4.5 * sum(
         tensor.numel() for tensor in tensors.values()
@@ -192,7 +198,7 @@ def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lora", str(folder), str(tmp_path / "merged")])
     lora.main()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(logprobs(merged, turns()), logprobs(policy, turns()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(exact_logprobs(merged), exact_logprobs(policy), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="merged: is there already"):
         lora.main()
     monkeypatch.setattr(sys, "argv", ["lora", Config().model, str(tmp_path / "other")])

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from command import command
-from engine.page import difference, figure, marked, write
+from engine.page import ceiling, difference, figure, marked, write
 from engine.report import row
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"y\""
@@ -66,6 +66,8 @@ def test_no_text_becomes_an_element(run):
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert not [name for name in page.attributes if name.startswith("on") or name in ("src", "href")]
     assert page.texts.count(HOSTILE) >= 4 and "".join(page.texts).count("document.title") >= 10
+    assert page.tags.count("figure") == 3 and page.tags.count("tr") == 2  # two curves, one task; a head and one row
+    assert any(text.startswith("model </script>") or "task memtrain" in text for text in page.texts)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -98,6 +100,17 @@ def test_names_are_marked_as_whole_words():
     assert marked("a < b", [], []) == "a &lt; b"
 
 
+def test_a_log_without_its_end(run):
+    """The last line of a run that still goes on is left out."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "end_to')
+    assert "3 steps" in write(run).read_text()
+
+
+def test_the_top_of_a_chart_is_short():
+    assert [ceiling(value) for value in (0.03, 0.11, 1, 3, 7, 9, 49)] == pytest.approx([0.04, 0.2, 1, 4, 8, 10, 80])
+
+
 def test_a_chart_places_its_points():
     """Half of the highest stands in the middle, doublings of x are equally far apart, an interval has its ends."""
     drawn = figure("t", {"a": [(1, 0.0, 0, 0), (2, 0.5, 0.25, 1.0), (4, 1.0, 1, 1)]}, powers=True, highest=1.0)
@@ -111,11 +124,25 @@ def test_a_chart_places_its_points():
 @pytest.mark.skipif(not chromium, reason="no Chromium is installed")
 def test_the_page_works_in_a_browser(run):
     """Its own script runs and shows one panel of all; no other does, not even one that the page let in unescaped."""
-    file = write(run)
-    file.write_text(file.read_text().replace("</body>", "<script>document.title='owned'</script></body>"))
-    opened = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom", file],
-        capture_output=True, text=True, timeout=60,
-    ).stdout
-    assert f'data-ready="{PANELS}"' in opened and opened.count('class="panel on"') == 1
-    assert "1 of 4" in opened and "<title>owned" not in opened and opened.count("<option") == 3
+    page = write(run).read_text()
+    dom = opened(run / "let_in.html", page.replace("</body>", "<script>document.title='owned'</script></body>"))
+    assert f'data-ready="{PANELS}"' in dom and dom.count('class="panel on"') == 1
+    assert "1 of 4" in dom and "<title>owned" not in dom and dom.count("<option") == 3
+    key = "document.onkeydown({key: 'ArrowRight', target: document.body});"
+    dom = opened(run / "key.html", without_policy(page, f"document.getElementById('next').click(); {key}"))
+    assert "3 of 4" in dom and "The answer" in dom.split('class="panel on"')[1].split("</h3>")[0]
+    other = "trajectory.value = '1'; trajectory.onchange();"
+    assert "1 of 1" in opened(run / "other.html", without_policy(page, other))
+
+
+def without_policy(page: str, script: str) -> str:
+    """The page as if its policy let `script` run, too."""
+    page = re.sub("<meta http-equiv[^>]*>", "", page)
+    return page.replace("</body>", f"<script>{script}</script></body>")
+
+
+def opened(file, page: str) -> str:
+    """What a browser has made of the page."""
+    file.write_text(page)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    return subprocess.run([chromium, *flags, file], capture_output=True, text=True, timeout=60).stdout

@@ -39,7 +39,7 @@ def step_turns(kept) -> list[Turn]:
             ids = torch.randint(0, 50, (9 + n,), generator=generator).tolist()
             advantage = torch.randn((), generator=generator).item()
             prompt = turns[-1].prompt_ids if n == 1 else ids[:5]  # two of a document share theirs
-            turns.append(Turn(prompt, ids[5:], True, "", document=document, advantage=advantage))
+            turns.append(Turn(prompt, ids[5:], True, "", place=document, advantage=advantage))
     return turns
 
 
@@ -65,7 +65,7 @@ def five_steps(rank: int, processes: int) -> dict:
     capture = Capture(policy)
     for optimizer in (capture, MasterAdamW(policy, 1e-3)):
         for kept in KEPT:
-            mine = [turn for turn in step_turns(kept) if turn.document % processes == rank]
+            mine = [turn for turn in step_turns(kept) if turn.place % processes == rank]
             store_reference_logprobs(reference, mine, config, "cpu")
             update(policy, optimizer, mine, 1e-3, config)
     return {

@@ -78,7 +78,7 @@ TASKS = {
     "memtrain": ["--kl", "1e-3", "--update_batch", 1, "--lr_schedule", "constant"],
     "bfloat16": ["--dtype", "bfloat16", "--offload_optimizer", "True", "--kl", "1e-3", "--offload_reference", "True"],
     "longqa": ["--task", "longqa", "--chunk_tokens", 64, "--memory_tokens", 40],
-    "searchqa": ["--task", "searchqa", "--searches", 2, "--g1", 3],
+    "searchqa": ["--task", "searchqa", "--searches", 2, "--objectives", 1, "--g1", 6],
 }
 
 

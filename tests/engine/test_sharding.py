@@ -27,7 +27,7 @@ def updates(dtype: str, shard: bool, rank: int = 0, processes: int = 1) -> tuple
     optimizer = MasterAdamW(policy, 1e-3, shard=shard)
     packing.enable(policy)
     for n, kept in enumerate(KEPT):
-        mine = [turn for turn in step_turns(kept) if turn.document % processes == rank]
+        mine = [turn for turn in step_turns(kept) if turn.place % processes == rank]
         update(policy, optimizer, mine, 1e-3, config)
         if n == 2:
             parts, weights = parallel.gather(optimizer.tensors()), policy.state_dict()

@@ -83,7 +83,7 @@ def test_learning_is_the_gradient_of_the_likelihood(tiny):
     twin = AutoModelForCausalLM.from_pretrained(SMALL.model, dtype=torch.float64)
     loss = 0.0
     for place in (0, 1):
-        own = [turn for turn in turns if turn.document == place]
+        own = [turn for turn in turns if turn.place == place]
         for turn in own:
             logits = twin(torch.tensor([turn.prompt_ids + turn.completion_ids])).logits[0].log_softmax(-1)
             places = range(len(turn.prompt_ids) - 1, len(turn.prompt_ids) + len(turn.completion_ids) - 1)

@@ -62,7 +62,7 @@ def sampled(model, tokenizer, tokens: int = 24) -> list[Turn]:
     asked = prompts(tokenizer)
     written = sampling.generate(model, tokenizer, asked, tokens, budget=sampling.Budget())
     pairs = enumerate(zip(asked, written, strict=True))
-    return [Turn(p, c.ids, c.ended, "", document=0, advantage=(-1.0) ** n) for n, (p, c) in pairs]
+    return [Turn(p, c.ids, c.ended, "", place=0, advantage=(-1.0) ** n) for n, (p, c) in pairs]
 
 
 def sampler_logprobs(model, turn: Turn) -> torch.Tensor:

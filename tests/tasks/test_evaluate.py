@@ -32,7 +32,7 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     assert len(metrics) == 2 and all(m["recall"] is None and 0 <= m["end_to_end"] <= 1 for m in metrics)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert {(r["when"], r["chunks"], r["memory"]) for r in rows} == {
-        (w, c, m) for w in ("before", "after") for c in (2, 4, 8, 16) for m in ("kept", "empty")
+        (w, c, m) for w in ("before", "after") for c in (1, 2, 4, 8, 16) for m in ("kept", "empty")
     }
     controls = ["--controls", "empty", "full", "oracle", "--lengths", 4, "--eval_documents", 3]
     models = ["--model", tmp_path / "run/checkpoint", "--against", ROOT / "tiny/model"]
