@@ -5,8 +5,7 @@
                   ones, the entity masked in all of them, cut into chunks
     draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
 
-A form of an entity: the same whole words in any case, Unicode-normalised. Two names are akin if one may be a part or
-an alias of the other.
+A form of an entity: its whole words in any case. Two names are akin if one may be part of the other, or its alias.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def slot(prompt: str, name: str) -> str:
 
 
 class Skills:
-    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools: `n` of each, but one for each sentence.
+    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, `n` of each.
 
     `generate` is rollout.generate or its fast twin. Each call asks the same; another `seed` asks something else.
     """
