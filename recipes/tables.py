@@ -225,9 +225,10 @@ def claim(runs: Runs, results: dict) -> list[str]:
     }
     for n, step in enumerate(runs.steps):  # the base at the last measured step that takes no longer
         equal = max((m for m, time in enumerate(times["base"]) if time <= times["MemTrain"][n]), default=0)
-        found = difference(curves["base"][equal][lengths[1]], curves["MemTrain"][n][lengths[1]])
         names = f"MemTrain and {step} steps ({times['MemTrain'][n]:.1f} minutes) minus the base's {runs.steps[equal]}"
-        text.append(line(f"{names} ({times['base'][equal]:.1f}), {lengths[1]} chunks", found))
+        for length in lengths[:2]:
+            found = difference(curves["base"][equal][length], curves["MemTrain"][n][length])
+            text.append(line(f"{names} ({times['base'][equal]:.1f}), {length} chunks", found))
     closed = flat(runs.scores(f"memtrain-{last}", "empty")[lengths[0]])
     text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times['base'][-1]:.1f}."]
     text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(closed), len(closed))}.")
@@ -249,8 +250,9 @@ def few_labels(runs: Runs, results: dict) -> list[str]:
     text = ["", f"**Labels**, {runs.budget} steps of task RL:", "", "![accuracy by labels](labels.png)", ""]
     text += markdown(["labelled questions", *places], rows) + [""]
     for place, first, second in zip(places, found["base"], found["MemTrain"], strict=True):
-        name = f"from MemTrain minus from the base, {place} labels, {lengths[1]} chunks"
-        text.append(line(name, difference(first[lengths[1]], second[lengths[1]])))
+        for length in lengths[:2]:
+            name = f"from MemTrain minus from the base, {place} labels, {length} chunks"
+            text.append(line(name, difference(first[length], second[length])))
     return text
 
 
@@ -268,10 +270,10 @@ def ablations(runs: Runs, results: dict) -> list[str]:
     text += markdown(head, rows) + [""]
     full, *others = ["MemTrain, full", "base", "decoupled", "end-to-end", "shuffled rewards"]
     for first, second in [*((other, full) for other in others), ("base", "shuffled rewards")]:
-        for step in steps:
-            one = difference(found[first][step][lengths[1]], found[second][step][lengths[1]])
-            results[f"{second} minus {first} at {step}"] = one
-            text.append(line(f"{second} minus {first}, {lengths[1]} chunks, {step} steps of task RL", one))
+        for step, length in ((step, length) for step in steps for length in lengths[:2]):
+            one = difference(found[first][step][length], found[second][step][length])
+            results[f"{second} minus {first} at {step}, {length} chunks"] = one
+            text.append(line(f"{second} minus {first}, {length} chunks, {step} steps of task RL", one))
     results["ablations"] = found
     return text
 

@@ -1,4 +1,4 @@
-"""recipes/lengths.py: several runs' evaluations as one."""
+"""recipes/lengths.py: several runs' evaluations as one; recipes/positions.py: where the gold paragraph stands."""
 
 import json
 
@@ -7,6 +7,8 @@ import pytest
 from engine.errors import UserError
 from engine.report import row
 from recipes.lengths import together
+from recipes.positions import chunk_of_gold
+from tasks.longqa import LongDocument
 
 
 def test_runs_count_by_their_documents(tmp_path):
@@ -20,3 +22,12 @@ def test_runs_count_by_their_documents(tmp_path):
     assert figures == {("after", 2): (6, 4 / 6), ("after", 4): (6, 4 / 6), ("before", 2): (2, 0.0)}
     with pytest.raises(UserError, match="c/eval.json"):
         together([str(tmp_path / "a"), str(tmp_path / "c")])
+
+
+def test_the_chunk_of_the_gold_paragraph():
+    """The first chunk with a whole line of it; a heading is no line; cut through, it is in none."""
+    gold = "Ulm\nUlm lies on the Danube.\n\nDanube\nThe Danube flows to the sea."
+    chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies on the Danube."]
+    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold=gold)) == 2
+    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks[::2], [], gold=gold)) == 2
+    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], ["Ulm lies", " on the Danube."], [], gold=gold)) == 0

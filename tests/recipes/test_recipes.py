@@ -130,7 +130,7 @@ def test_a_difference_that_never_varies_has_no_interval(measured, monkeypatch, t
         rows = [row | {"scores": [score + 0.25 for score in row["scores"]]} for row in rows]
         (out / f"{seed}/qa/memtrain-16.json").write_text(json.dumps(rows))
     run_tables(monkeypatch, out, tmp_path)
-    found = json.loads((out / "results.json").read_text())["MemTrain, full minus base at 16"]
+    found = json.loads((out / "results.json").read_text())["MemTrain, full minus base at 16, 8 chunks"]
     assert [found[name] for name in ("mean", "low", "high", "seeds_low", "seeds_high")] == pytest.approx([0.25] * 5)
 
 
