@@ -43,6 +43,10 @@ def sampled(name: str, hits: list[bool]) -> None:
     print(f"| {name} | {share(int(sum(hits)), len(hits))} | {len(hits)} |")
 
 
+def in_words(trajectories: list, recalls: list[list], right: list[bool]) -> list[str]:
+    return [sample_text(*parts) for parts in zip(trajectories, recalls, map(float, right), strict=True)]
+
+
 def main() -> None:
     config = Config(*sys.argv[1:2])
     torch.manual_seed(0)
@@ -58,20 +62,22 @@ def main() -> None:
     print("\n| sampled at temperature 1 | success | n |\n|---|---|---|")
     documents = [corpus.document(i) for i in range(DOCUMENTS)]
     trajectories = read(sample, documents, limits, samples=SAMPLES, progress="end-to-end")
-    sampled("end-to-end", [exact_match(t.prediction, t.document.answers) for t in trajectories])
+    right = [exact_match(t.prediction, t.document.answers) for t in trajectories]
+    sampled("end-to-end", right)
     rng = np.random.default_rng(0)
     targets = [draw_recall(t.document, rng) for t in trajectories]
     recalls = recall(sample, trajectories, targets, limits)
     answers = zip(targets, recalls, strict=True)
     sampled("recall", [recall_reward(turn.text, target.entity) == 1 for target, turns in answers for turn in turns])
-    shown = [sample_text(t, turns, 0.0) for t, turns in zip(trajectories, recalls, strict=True)][:: 6 * SAMPLES]
+    shown = in_words(trajectories, recalls, right)[:: 6 * SAMPLES]
     for hops in (1, 2):
         documents = question_documents(tokenizer, config, hops)
         for name, empty in (("", False), (", empty memory", True)):
             trajectories = read(sample, documents, limits, SAMPLES, empty_memory=empty, progress="questions")
             hits = [exact_match(t.prediction, t.document.answers) for t in trajectories]
             sampled(f"question of {hops} hop{'s' * (hops > 1)}{name}", hits)
-        shown += [sample_text(t, [], 0.0) for t in trajectories[:: 20 * SAMPLES]] if not empty else []
+            if not empty:
+                shown += in_words(trajectories, [[]] * len(hits), hits)[:: 20 * SAMPLES]
     print("", *shown, sep="\n")
 
 
