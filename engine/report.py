@@ -138,10 +138,14 @@ def plot(rows: list[dict], file: str) -> None:
         x, y = [row["chunks"] for row in mine], [row["accuracy"] for row in mine]
         spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
         style = "-" if key[2] == "kept" else "--"
-        axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=" ".join(key), linestyle=style)
-    axes.set(xscale="log", ylim=(0, 1), xlabel="chunks", ylabel="accuracy, greedy")
-    axes.set_xticks(x, labels=map(str, x))
-    axes.legend(fontsize="small")
+        label = f"{key[1]}, {key[0]}" + ("" if key[2] == "kept" else f", {key[2]} memory")
+        axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=label, linestyle=style)
+    axes.set_xscale("log", base=2)
+    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+    axes.set(ylim=(-0.02, 1), xlabel=unit, ylabel="accuracy, greedy")
+    lengths = sorted({row["chunks"] for row in rows})
+    axes.set_xticks(lengths, labels=map(str, lengths))
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150, bbox_inches="tight")
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_the_worked_changes_stay_short():
     tree = ast.parse((ROOT / "tests/test_change_it.py").read_text())
     changes = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     assert len(changes) == 5 and max(node.end_lineno - node.lineno + 1 for node in changes) <= 25
+
+
+def test_readme_is_a_page_and_no_link_is_dead():
+    """At most 1,300 words; every relative link of README and docs/ leads to a file, and each docs page is linked."""
+    assert len((ROOT / "README.md").read_text().split()) <= 1300
+    linked = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
+            linked.add((page.parent / link).resolve())
+    assert {page.resolve() for page in (ROOT / "docs").iterdir()} <= linked
 
 
 def test_importing_the_lesson_changes_nothing_elsewhere():
