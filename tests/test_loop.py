@@ -61,7 +61,7 @@ class Script:
 
     def update(self, policy, optimizer, turns, lr, config, guard):
         references = [t.reference_logprobs for t in turns]
-        trained = {id(t): (t.document, t.advantage) for t in turns}
+        trained = {id(t): (t.place, t.advantage) for t in turns}
         self.steps[-1] |= {"lr": lr, "references": references, "trained": trained}
         assert len(turns) == len(self.steps[-1]["trained"])  # none comes twice
         return {"loss": 0.0, "used_tokens": 1, "padded_tokens": 1, "grad_norm": 0.0, "updates": 1, "bad_updates": 0}
@@ -198,7 +198,7 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
 
     descent, clipped, tokens = Descent(plain), 0, 0
     for document in range(3):
-        mine = [i for i, t in enumerate(turns) if t.document == document]
+        mine = [i for i, t in enumerate(turns) if t.place == document]
         losses = []
         for i in mine:
             now, A = plain_logprobs(plain, turns[i]), turns[i].advantage
