@@ -92,7 +92,7 @@ def print_update(
     equal = sum(group.degenerate for group in groups)
     print(f"\n6. {equal} of {len(groups)} groups have equal rewards: left out. {len(turns)} turns are trained")
     if not turns:
-        print("   Nothing is trained in this step. Another --seed draws other documents.")
+        print("   Nothing is trained. Try another --seed or shorter documents, or recipes/cold_start.py first.")
         return
     store("old_logprobs")
     old = [turn.old_logprobs for turn in turns]
