@@ -1,5 +1,6 @@
 """Processes of their own for the tests, forked from a server that has all imports behind it: a second and not six."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ def start(function, *arguments, ranks: int = 1) -> list:
 def begin(environment: dict, function, arguments: tuple) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(100, file=sys.__stderr__)  # so a process that waits for ever says where
     function(*arguments)
 
 
