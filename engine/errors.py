@@ -14,8 +14,14 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def run_script(main) -> None:
-    """Call `main`, a script's. Exits with 2 for a UserError, for a GPU that is too small and for a full disk."""
+def run_script(main, help: str = "") -> None:
+    """Call `main`, a script's. Exits with 2 for a UserError, for a GPU that is too small and for a full disk.
+
+    `help` is what --help prints, of a script that has no flags.
+    """
+    if help and {"-h", "--help"} & set(sys.argv[1:]):
+        print(help.strip())
+        return
     try:
         main()
     except UserError as error:

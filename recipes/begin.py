@@ -41,8 +41,8 @@ def settings_of(arguments: list[str]) -> dict:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise UserError("give a folder and settings; recipes/reproduce-tiny.sh does")
+    if len(sys.argv) < 2 or not {"seeds", "labels"} <= {argument.partition("=")[0] for argument in sys.argv[2:]}:
+        raise UserError("give a folder, seeds=... and labels=...; recipes/reproduce-tiny.sh does")
     out, settings = Path(sys.argv[1]), settings_of(sys.argv[2:])
     if any(letter.isspace() for letter in str(out)):
         raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config  # noqa: E402
+from engine.errors import run_script  # noqa: E402
 from engine.models import load_model  # noqa: E402
 from engine.report import sample_text, share  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__)
