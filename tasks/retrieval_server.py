@@ -1,8 +1,6 @@
 """A server of Search-R1's protocol over a corpus: POST /retrieve {"queries", "topk", "return_scores"}.
 
     python -m tasks.retrieval_server --corpus passages.jsonl [--retriever dense --model NAME] [--port 8000]
-
-It was `python retrieval.py serve` before.
 """
 
 import argparse
