@@ -237,7 +237,7 @@ def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor,
 
 def explain_step(run: Run, policy, optimizer, groups: list[Group], turns, lr, config: Config, *values) -> None:
     """--explain: print a step from inside, with its update, and save nothing."""
-    store = partial(store_logprobs, policy, turns, config=config)
+    store = partial(store_logprobs, policy, turns, "old_logprobs", config)
     loss = partial(whole_loss, policy, turns, config)
     run.explain(groups, turns, values, store, loss, learn=partial(update, policy, optimizer, turns, lr, config))
 

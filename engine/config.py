@@ -29,7 +29,6 @@ class Config:
     lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft)")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
-
     explain: bool = option(False, "show one training step from inside, and save nothing")
 
     # The task

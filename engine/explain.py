@@ -87,18 +87,18 @@ def print_update(
 ) -> None:
     """The groups, the tokens of a turn, and the loss by hand beside that by code, before and after the update.
 
-    `store(field)` sets that field of each turn to its log-probs, `loss()` is Eq. 4 over all turns, `learn()` updates.
+    `store()` sets the turns' old_logprobs to those of now, `loss()` is Eq. 4 over all turns, `learn()` updates.
     """
     equal = sum(group.degenerate for group in groups)
     print(f"\n6. {equal} of {len(groups)} groups have equal rewards: left out. {len(turns)} turns are trained")
     if not turns:
         print("   Nothing is trained. Try another --seed or shorter documents, or recipes/cold_start.py first.")
         return
-    store("old_logprobs")
+    store()
     old = [turn.old_logprobs for turn in turns]
     by_code = [loss()]
     learn()
-    store("old_logprobs")
+    store()
     new = [turn.old_logprobs for turn in turns]
     for turn, logprobs in zip(turns, old, strict=True):
         turn.old_logprobs = logprobs

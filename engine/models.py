@@ -84,12 +84,12 @@ def load_policy(config, device: str):
     if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
     model, tokenizer = load_model(base or config.model, device, config.dtype)
-    if config.lora and not base:
-        lora.attach(model, config.lora, config.seed)
-    elif config.lora and (rank := lora.rank_of(config.model)) != config.lora:
-        raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
-    elif config.lora:
+    if config.lora and base:
+        if (rank := lora.rank_of(config.model)) != config.lora:
+            raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
         lora.attach_saved(model, config.model, [lora.START, "default"])  # the first stays as it is
+    elif config.lora:
+        lora.attach(model, config.lora, config.seed)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer

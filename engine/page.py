@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from engine.errors import UserError
-from engine.report import share
+from engine.report import cell, count_of, unit_of
 from text.matching import MASK, TARGET, occurrences
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 44, 26  # of a chart, and the room for its labels
@@ -94,18 +94,16 @@ def accuracy(rows: list[dict]) -> str:
         return '<p class="soft">This run was not evaluated.</p>'
     charts, body = [], ""
     lengths = sorted({row["chunks"] for row in rows})
-    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+    unit = unit_of(rows)
     for task in dict.fromkeys(row["task"] for row in rows):
         lines: dict[str, list[Point]] = {}
         for when, memory in dict.fromkeys((row["when"], row["memory"]) for row in rows if row["task"] == task):
             own = {r["chunks"]: r for r in rows if (r["task"], r["when"], r["memory"]) == (task, when, memory)}
             name = when if memory == "kept" else f"{when}, {memory} memory"
             lines[name] = [(n, own[n]["accuracy"], own[n]["low"], own[n]["high"]) for n in sorted(own)]
-            cells = [share(sum(own[n]["scores"]), own[n]["n"]) if n in own else "" for n in lengths]
-            counts = sorted({row["n"] for row in own.values()})
-            least_and_most = counts[:: max(1, len(counts) - 1)]
-            cells = [task, name, "-".join(map(str, least_and_most)), *cells]
-            body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+            cells = [cell(own[n], "accuracy") if n in own else "" for n in lengths]
+            cells = [task, name, count_of(own.values()), *cells]
+            body += "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in cells) + "</tr>"
         charts.append(figure(f"{task}, by {unit}", lines, powers=True, highest=1.0))
     head = "".join(f"<th>{name}</th>" for name in ("", "", "n", *(f"{n} {unit}" for n in lengths)))
     return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

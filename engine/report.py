@@ -66,19 +66,29 @@ def table(rows: list[dict]) -> str:
     lengths = sorted({row["chunks"] for row in rows})
     if not rows:
         return "no document could be built, so nothing was evaluated"
-    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+    unit = unit_of(rows)
     heads = " | ".join(f"{length} {unit}" for length in lengths)
     lines = [f"| | memory | n | {heads} |", "|---|---|---|" + "---|" * len(lengths)]
     for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
         task, when, memory = key
         mine = {row["chunks"]: row for row in rows if (row["task"], row["when"], row["memory"]) == key}
-        counts = sorted({row["n"] for row in mine.values()})
-        n = "-".join(map(str, counts[:: max(1, len(counts) - 1)]))  # the least and the most
+        n = count_of(mine.values())
         for measure, name in (("accuracy", ""), ("f1", ", F1"), ("substring", ", substring")):
             if measure in next(iter(mine.values())):
                 cells = " | ".join(cell(mine.get(length), measure) for length in lengths)
                 lines.append(f"| {task}, {when}{name} | {memory} | {n} | {cells} |")
     return "\n".join(lines)
+
+
+def unit_of(rows: list[dict]) -> str:
+    """What the lengths of these rows count."""
+    return "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+
+
+def count_of(rows) -> str:
+    """How many documents the rows stand on: "64", or the least and the most, "60-64"."""
+    counts = sorted({row["n"] for row in rows})
+    return "-".join(map(str, counts[:: max(1, len(counts) - 1)]))
 
 
 def cell(row: dict | None, measure: str) -> str:
@@ -141,8 +151,7 @@ def plot(rows: list[dict], file: str) -> None:
         label = f"{key[1]}, {key[0]}" + ("" if key[2] == "kept" else f", {key[2]} memory")
         axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=label, linestyle=style)
     axes.set_xscale("log", base=2)
-    unit = "objectives" if rows[0]["task"] == "searchqa" else "chunks"
-    axes.set(ylim=(-0.02, 1), xlabel=unit, ylabel="accuracy, greedy")
+    axes.set(ylim=(-0.02, 1), xlabel=unit_of(rows), ylabel="accuracy, greedy")
     lengths = sorted({row["chunks"] for row in rows})
     axes.set_xticks(lengths, labels=map(str, lengths))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

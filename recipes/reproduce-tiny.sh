@@ -38,22 +38,15 @@ curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other chec
     done
 }
 
-measure() { # NAME MODEL ARGUMENTS: rows in $out/NAME.json
+measure() { # NAME SCRIPT MODEL ARGUMENTS: what the script measures, in $out/NAME.json
     [ -e "$out/$1.json" ] && return
     mkdir -p "$out/${1%/*}"
-    python eval.py --model "$2" --out "$out/$1.part" --eval-documents 48 "${@:3}" > "$out/$1.log" 2>&1 &&
+    python "$2" --model "$3" --out "$out/$1.part" "${@:4}" > "$out/$1.log" 2>&1 &&
         mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
     tail -n 3 "$out/$1.log" >&2 && return 255
 }
 
-habits() { # NAME MODEL ARGUMENTS: how a model keeps its memory, in $out/NAME.json
-    [ -e "$out/$1.json" ] && return
-    mkdir -p "$out/${1%/*}"
-    python recipes/habits.py --model "$2" --out "$out/$1.part" --eval-documents 64 --lengths 4 16 "${@:3}" > "$out/$1.log" 2>&1 &&
-        mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
-    tail -n 3 "$out/$1.log" >&2 && return 255
-}
-export -f train curve measure habits
+export -f train curve measure
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
 
 python recipes/begin.py "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
@@ -80,24 +73,25 @@ for seed in $seeds; do
     done
 done | all
 for seed in $seeds; do
-    ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --lengths"
-    echo measure $seed/qa/base-0 tiny/model $ask $lengths
-    echo measure $seed/qa/memtrain-0 $out/$seed/memtrain/checkpoint $ask $lengths
+    ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --eval-documents 48 --lengths"
+    echo measure $seed/qa/base-0 eval.py tiny/model $ask $lengths
+    echo measure $seed/qa/memtrain-0 eval.py $out/$seed/memtrain/checkpoint $ask $lengths
     for run in base memtrain; do
         for step in $steps; do
-            echo measure $seed/qa/$run-$step $out/$seed/$run-task/checkpoints/step-$(printf %06d $step) $ask $lengths
+            echo measure $seed/qa/$run-$step eval.py $out/$seed/$run-task/checkpoints/step-$(printf %06d $step) $ask $lengths
         done
         for label in $labels; do
-            echo measure $seed/qa/$run-label-$label $out/$seed/$run-task-$label/checkpoint $ask $shorter
+            echo measure $seed/qa/$run-label-$label eval.py $out/$seed/$run-task-$label/checkpoint $ask $shorter
         done
     done
     for run in end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/qa/$run-0 $out/$seed/$run/checkpoint $ask $shorter
-        echo measure $seed/qa/$run-$budget $out/$seed/$run-task/checkpoint $ask $shorter
+        echo measure $seed/qa/$run-0 eval.py $out/$seed/$run/checkpoint $ask $shorter
+        echo measure $seed/qa/$run-$budget eval.py $out/$seed/$run-task/checkpoint $ask $shorter
     done
-    echo habits $seed/habits/base tiny/model --seed $seed
+    own="--seed $seed --eval-documents 64 --lengths 4 16"
+    echo measure $seed/habits/base recipes/habits.py tiny/model $own
     for run in memtrain end_to_end decoupled shuffled_rewards; do
-        echo habits $seed/habits/$run $out/$seed/$run/checkpoint --seed $seed
+        echo measure $seed/habits/$run recipes/habits.py $out/$seed/$run/checkpoint $own
     done
 done | all
 python recipes/tables.py "$out" "$docs"
