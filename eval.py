@@ -17,12 +17,12 @@ import torch
 
 import rollout
 from engine import models, parallel, report, sampling
-from engine.config import Config, run_script
+from engine.config import Config, run_with_flags
 from engine.errors import UserError
 from masking import Corpus, Document, Recall, draw_recall
 from rewards import answer_reward, recall_reward
 from rollout import Limits, limits_of, read, recall, sampler
-from tasks import evaluate as questions
+from tasks import evaluate as task_evaluation
 from tasks.sources import load_task
 
 
@@ -68,7 +68,7 @@ def measure(
     """
     if config.task == "memtrain":
         return evaluate(sample, source, limits, config, lengths, when)
-    return questions.evaluate_questions(sample, agent, source, limits, config, lengths, when, **more)
+    return task_evaluation.evaluate_questions(sample, agent, source, limits, config, lengths, when, **more)
 
 
 def evaluate(
@@ -85,11 +85,12 @@ def evaluate(
     kept = read(sample, documents, limits, progress=progress)
     empty = read(sample, documents, limits, empty_memory=True)
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for memory, readings in (("kept", kept), ("empty", empty)):
+    for memory, trajectories in (("kept", kept), ("empty", empty)):
         recalls = recall(sample, kept, targets, limits, empty_memory=memory == "empty")
-        for reading, answers, target in zip(readings, recalls, targets, strict=True):
-            document, chunks = reading.document, len(reading.document.chunks)
-            scores["end_to_end", chunks, memory][document.index] = answer_reward(reading.prediction, document.answers)
+        for trajectory, answers, target in zip(trajectories, recalls, targets, strict=True):
+            document, chunks = trajectory.document, len(trajectory.document.chunks)
+            correct = answer_reward(trajectory.prediction, document.answers)
+            scores["end_to_end", chunks, memory][document.index] = correct
             for turn in answers:
                 scores["recall", chunks, memory][document.index] = recall_reward(turn.text, target.entity)
     all_scores: dict[tuple, dict[int, float]] = defaultdict(dict)
@@ -122,7 +123,7 @@ def heldout_documents(corpus: Corpus, config: Config, chunks: int) -> list[Docum
 def main(evaluation: Evaluation) -> None:
     if evaluation.report:
         return report.write_page(evaluation.report)
-    questions.check(evaluation)
+    task_evaluation.check(evaluation)
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))
     report.check_files(out, evaluation.plot)
@@ -138,20 +139,25 @@ def main(evaluation: Evaluation) -> None:
 
 def evaluate_model(name: str, evaluation: Evaluation, task: tuple | None, cache: Path) -> tuple[tuple, list[dict]]:
     """Rows of one model -> (task, rows). The first model's `task`, source and agent, is handed to the others."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = models.load_model(name, device, evaluation.dtype, given="--against" if task else "--model")
+    model, tokenizer, sample = load_greedy(name, evaluation, given="--against" if task else "--model")
     source, agent = task = load_task(evaluation, model, tokenizer, cache, loaded=task)
-    budget = sampling.Budget(evaluation.rollout_tokens)
-    generate = rollout.generate if evaluation.plain else partial(sampling.generate, budget=budget)
-    sample = sampler(generate, model, tokenizer, greedy=True)
     limits = limits_of(evaluation, tokenizer)
     lengths = sorted(set(evaluation.lengths or default_lengths(evaluation.chunks)))
     more = {}
     if evaluation.task != "memtrain":
-        more = {"controls": evaluation.controls, "full": partial(questions.full_text, model, tokenizer, limits)}
+        more = {"controls": evaluation.controls, "full": partial(task_evaluation.full_text, model, tokenizer, limits)}
     when = name if evaluation.against else "now"
     return task, measure(sample, agent, source, limits, evaluation, lengths, when, **more)
 
 
+def load_greedy(name: str, config: Config, given: str = "--model") -> tuple:
+    """(model, tokenizer, greedy sample) of a model folder or hub name, `given` by this flag. Raises UserError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = models.load_model(name, device, config.dtype, given)
+    budget = sampling.Budget(config.rollout_tokens)
+    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
+    return model, tokenizer, sampler(generate, model, tokenizer, greedy=True)
+
+
 if __name__ == "__main__":
-    run_script(main, Evaluation, follow_model=True)  # by default the settings of the run that wrote --model
+    run_with_flags(main, Evaluation, follow_model=True)  # by default the settings of the run that wrote --model

@@ -48,7 +48,7 @@ class Document:
 class Recall:
     """A recall question: name the entity at [TARGET] in chunk l from the memory m_k."""
 
-    memory_step: int  # k, counted from 1
+    memory_turn: int  # k, counted from 1
     chunk: int  # l < k
     entity: str
     section: str  # chunk l, with the entity as [TARGET]
@@ -141,7 +141,7 @@ class Corpus:
         if not any(numbers for split in self.pivots.values() for numbers in split.values()):
             raise UserError("the corpus has no passage with an entity to mask: bring other text, or another --ner")
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
-        self.lengths: dict[int, int] = {}  # passage -> its tokens, of those counted so far
+        self.passage_tokens: dict[int, int] = {}  # passage -> its tokens, of those counted so far
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
@@ -276,15 +276,15 @@ class Corpus:
         for taken, n in enumerate(pool.tolist()):
             if used >= n_chunks * self.chunk_tokens:
                 return taken
-            if n not in self.lengths:
-                self._count([m for m in pool[taken : taken + 256].tolist() if m not in self.lengths])
-            used += self.lengths[n]
+            if n not in self.passage_tokens:
+                self._count([m for m in pool[taken : taken + 256].tolist() if m not in self.passage_tokens])
+            used += self.passage_tokens[n]
         return len(pool)
 
     def _count(self, numbers: list[int]) -> None:
         texts = [self.passages[n].text for n in numbers]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        self.lengths |= {n: len(ids) for n, ids in zip(numbers, encoded, strict=True)}
+        self.passage_tokens |= {n: len(ids) for n, ids in zip(numbers, encoded, strict=True)}
 
     def _join(self, order: np.ndarray, pivot: int, answer: str) -> tuple[str, list[Span], list[Span], Span]:
         """-> the masked text, its masks, the entities it still has, the pivot's span."""

@@ -1,33 +1,33 @@
 """MemTrain: train a language model to keep a good memory while it reads, without labels (arXiv 2606.03197).
 
-    python memtrain.py                                         # tiny default: no download, CPU, minutes
-    python memtrain.py --config recipes/qwen3-4b-80gb.args     # a real model on a GPU
+    python memtrain.py                                                         # tiny default: no download, CPU, minutes
+    python memtrain.py --config recipes/qwen3-4b-lora-24gb.args               # a real model on one GPU
     python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # then, from there: training on a task
-    torchrun --nproc_per_node 8 memtrain.py --config ...       # one process per GPU; each reads its share of documents
+    torchrun --nproc_per_node 8 memtrain.py --config ...        # one process per GPU; each reads its share of documents
 
 One step, in the paper's letters:
   - D documents of T - 1 chunks. In each, every occurrence of one entity, y, reads [MASK].
-  - The model reads each document G1 times. A reading is T turns: after chunk k the model writes the memory m_k, which
-    is all that it sees of chunks 1..k from then on; the last turn names y from m_{T-1} alone.
-  - Of each reading, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers.
-  - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a reading, EM of y plus lambda times its mean R^I
-    (Eq. 2). Advantages compare the G1 readings of a document, and the G2 answers of a reading (Eq. 3). The update is
-    GRPO over all their turns (Eq. 4), so the reward of recall also trains the turns that wrote the memory.
+  - The model reads each document G1 times: G1 trajectories of T turns. After chunk k the model writes the memory m_k,
+    which is all that it sees of chunks 1..k from then on. The last turn names y from m_{T-1} alone.
+  - Of each trajectory, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers.
+  - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a trajectory, EM of y plus lambda times its mean R^I
+    (Eq. 2). Advantages compare the G1 trajectories of a document, and the G2 answers of a trajectory (Eq. 3). The
+    update is GRPO over all their turns (Eq. 4), so the reward of recall also trains the turns that wrote the memory.
 
 Where this differs from the paper:
   - The defaults are `--advantage group_norm --kl 0`: advantages divided by the group's standard deviation (GRPO as
     DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them.
   - The paper drops groups whose rewards are all 0 or all 1. R^E takes other values, too, so here every group of equal
-    rewards is dropped.
+    rewards is dropped, before the means of Eq. 4 are taken.
   - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity.
     docs/decisions.md lists what was chosen.
   - An answer is stopped where its box closes, so it has no EOS; a memory ends with its EOS, which is trained.
-  - 20 % of the titles are held out: their passages are never pivots in training, and their names never masked. Other
-    documents may contain their text.
+  - 20 % of the titles are held out, by a hash: their passages are never pivots in training, and their names never
+    masked. Other documents may contain their text.
 
 `--plain True` samples with rollout.generate and trains with grpo.token_logprobs: short reference code that gives what
-engine/sampling.py and engine/packing.py give, only slower. A name that ends in _D or _DG is a list with an item per
-document of this process, or per trajectory, document by document.
+engine/sampling.py and engine/packing.py give, only slower. A name that ends in _D is a list with an item per document
+of this process, one that ends in _DG with an item per trajectory, document by document.
 """
 
 import math
@@ -42,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 import grpo
 import rollout
 from engine import models, packing, parallel, report, sampling
-from engine.config import Config, run_script
+from engine.config import Config, run_with_flags
 from engine.optimizer import MasterAdamW
 from engine.run import Run
 from eval import default_lengths, measure
@@ -104,8 +104,8 @@ def main(config: Config) -> None:
             run.lap("reference")
         lr = learning_rate(config, step)
         if config.explain:
-            values = trajectories_DG, targets_DG, recalls_DG, em_DG, rewards_DG, recall_rewards_DG
-            return explain_step(run, policy, optimizer, groups, turns, lr, config, *values)
+            sampled = trajectories_DG, targets_DG, recalls_DG, em_DG, rewards_DG, recall_rewards_DG
+            return explain_step(run, policy, optimizer, sampled, groups, turns, lr, config)
         stats = update(policy, optimizer, turns, lr, config, run.guard)
         run.lap("update")
         # 6. Log and save
@@ -235,11 +235,11 @@ def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor,
     )
 
 
-def explain_step(run: Run, policy, optimizer, groups: list[Group], turns, lr, config: Config, *values) -> None:
-    """--explain: print a step from inside, with its update, and save nothing."""
+def explain_step(run: Run, policy, optimizer, sampled: tuple, groups: list[Group], turns, lr, config: Config) -> None:
+    """--explain: print a step from inside, with its update. `sampled` are the step's six lists by trajectory."""
     store = partial(store_logprobs, policy, turns, "old_logprobs", config)
     loss = partial(whole_loss, policy, turns, config)
-    run.explain(groups, turns, values, store, loss, learn=partial(update, policy, optimizer, turns, lr, config))
+    run.explain(sampled, groups, turns, store, loss, learn=partial(update, policy, optimizer, turns, lr, config))
 
 
 @torch.no_grad()
@@ -256,4 +256,4 @@ def pad_rows(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_with_flags(main, Config)

@@ -289,7 +289,7 @@ def recall(
     prompts = []
     for trajectory, target in zip(trajectories, targets, strict=True):
         if target is not None:
-            memory = EMPTY_MEMORY if empty_memory else trajectory.memories[target.memory_step - 1]  # k counts from 1
+            memory = EMPTY_MEMORY if empty_memory else trajectory.memories[target.memory_turn - 1]  # k counts from 1
             prompts += [fill(RECALL_PROMPT, memory=memory, section=target.section)] * samples
     turns = sample(prompts, limits.answer_tokens, answered)
     recalls, taken = [], 0

@@ -4,7 +4,8 @@
     packed_sdpa       training: completions that are packed behind their prompt, each blind to the others
     enable_packing    switches a model to packed_sdpa; importing this file changes nothing
 
-A model that can't share prompts computes every row by itself: can_share_prompts, is_plain and packs tell which can.
+A model that can't share prompts computes every row by itself. can_share_prompts, takes_shared_prompts and packs tell
+which can.
 """
 
 import inspect
@@ -27,7 +28,8 @@ PACKED = "packed_sdpa"
 class RoomyLayer(DynamicLayer):
     """A cache layer with room ahead: the plain one copies itself for every new token."""
 
-    room, buffers = 64, (None, None)  # tokens that a new buffer can take; its owner may know how many will come
+    room = 64  # tokens that a new buffer has beyond those it is made for; its owner may know how many will come
+    buffers = (None, None)  # of keys and of values, which are the filled parts
 
     def append(self, buffer: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`held` and then `new`, both (batch, heads, tokens, head size), in one buffer: in `buffer` if it has room."""
@@ -93,7 +95,7 @@ class SharedPrompts:
         self.arrange(prompt_of)
 
     def arrange(self, prompt_of: Tensor) -> None:
-        """Lay the rows of each prompt side by side, as many for each prompt: row 0 fills up, and is not looked at."""
+        """Lay the rows of each prompt side by side; `members` is filled up with row 0, which by_row drops again."""
         self.prompt_of = prompt_of
         counts = prompt_of.bincount(minlength=len(self.hidden))  # (prompts,)
         order = prompt_of.argsort(stable=True)  # (rows,)
@@ -190,7 +192,7 @@ def can_share_prompts(model) -> bool:
     return takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def is_plain(model) -> bool:
+def takes_shared_prompts(model) -> bool:
     """Whether SharedPrompts can stand in for the model's attention. The model must pass can_share_prompts."""
     return implementation(model) in ("sdpa", PACKED) and model.config.get_text_config().model_type in PLAIN_ATTENTION
 

@@ -1,8 +1,9 @@
 """Checkpoints that a kill can't spoil, and what a run needs to go on from one as if it had never stopped.
 
-`runs/NAME/checkpoints/step-000100/` is a model folder that AutoModelForCausalLM and AutoTokenizer load, with two files
-more: `training.safetensors` (optimizer and random states) and `training.json` (where the run was). It is written under
-another name, flushed and renamed, so it is there whole or not at all. `runs/NAME/checkpoint` points to the newest.
+`runs/NAME/checkpoints/step-000100/` is a model folder that AutoModelForCausalLM and AutoTokenizer load, with three
+files more: README.md, `training.safetensors` (optimizer and random states) and `training.json` (where the run was). It
+is written under another name, flushed and renamed, so it is there whole or not at all. `runs/NAME/checkpoint` points to
+the newest.
 """
 
 import fcntl
@@ -24,19 +25,19 @@ from engine import lora
 from engine.errors import UserError
 from engine.files import flush, replace_text
 
-# These settings may differ between the parts of a run: ROOM, which changes rounding and draws but not the method, for a
-# run that met its limits; and those of what is written.
+# They change memory, speed and rounding, and so the draws, but not the method.
 ROOM = {
     "rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference",
     "shard_optimizer", "plain",
 }
+# All that may differ when a run goes on.
 FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps", "explain"} | ROOM
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def unfinished(out: Path, config: dict, resume: str) -> bool:
     """Whether `out` holds a run of this very `config` to go on with. Raises UserError where it holds something else."""
-    if not out.exists() or out.is_dir() and not any(map(counts, out.iterdir())):
+    if not out.exists() or out.is_dir() and not any(map(belongs_to_a_run, out.iterdir())):
         above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             why = "can't" if above.is_dir() else "is a file, so it can't"
@@ -50,22 +51,28 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
         saved = dict(json.loads((out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{held} or other files; {advice}") from None
+    if (out / "finished").exists():
+        raise UserError(f"--out {out}: the run in this folder is finished; {advice}")
     names = (config.keys() | saved.keys()) - FREE
-    saved.setdefault("lora", 0)  # a run that is older than this setting
     differing = sorted(name for name in names if saved.get(name) != config.get(name))
     if differing:
-        flags = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in differing[:5])
+        flags = ", ".join(
+            f"without {flag(name)}" if saved.get(name) is None else f"with {flag(name)} {saved[name]}"
+            for name in differing[:5]
+        )
         more = " ..." if differing[5:] else ""
-        raise UserError(f"{held}, with {flags}{more}; {advice}, or give its settings to go on with it")
+        raise UserError(f"{held}, {flags}{more}; {advice}, or give its settings to go on with it")
     if resume == "never":
         raise UserError(f"{held}; {advice}, or go on with it by --resume auto")
-    if (out / "finished").exists():
-        raise UserError(f"--out {out}: this run is finished; {advice}")
     return True
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def scratch(out: Path) -> TemporaryDirectory:
-    """A folder beside `out` that goes with this process. Raises UserError."""
+    """A folder beside `out` that is deleted when this process ends. Raises UserError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return TemporaryDirectory(dir=out.parent, prefix=".explained-")
@@ -73,19 +80,19 @@ def scratch(out: Path) -> TemporaryDirectory:
         raise UserError(f"--out {out}: {error.strerror}: {error.filename}; name another folder") from None
 
 
-def counts(path: Path) -> bool:
-    """Whether a file of a run's folder is part of a run, and not a lock or half-written."""
+def belongs_to_a_run(path: Path) -> bool:
+    """Whether a path in a run's folder is neither a lock nor half-written."""
     return not path.name.startswith(".") and path.suffix != ".new"
 
 
 def write_config(out: Path, config: dict) -> None:
-    """Write config.json; over that of a run with other batch sizes, say so."""
+    """Write config.json; where the run goes on with other settings of ROOM, name them."""
     file = out / "config.json"
     saved = json.loads(file.read_text()) if file.exists() else config
-    if any(saved.get(name, config[name]) != config[name] for name in ROOM):
+    if other := [flag(name) for name in sorted(ROOM) if saved[name] != config[name]]:
         print(
-            f"--out {out}: going on with other batch sizes, so rounding and samples will not be those of a run that "
-            "never stopped"
+            f"--out {out}: going on with another {', '.join(other)}, so rounding and samples will not be those of a "
+            "run that never stopped"
         )
     replace_text(file, json.dumps(config, indent=1))
 
@@ -125,14 +132,14 @@ def release_signals() -> None:
 
 
 def command(processes: int) -> str:
-    """What was typed to start this run, as far as a process can know."""
+    """The command line that started this run, as far as a process can know it."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     start = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(local)]
     return shlex.join(start + sys.argv) + (" on every machine, as before" if local < processes else "")
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """Of this process: what sampling draws from."""
+    """The states of this process that sampling draws from."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -190,7 +197,7 @@ def point(out: Path, folder: Path, keep: int) -> None:
 
 
 def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
-    """Bring model, optimizer and this process' random state to where `folder` has them; its training.json."""
+    """Bring model, optimizer and this process' random state to where `folder` has them -> its training.json."""
     state = json.loads((folder / "training.json").read_text())
     # Into the tensors that are there: fresh ones may be aligned otherwise, and some kernels then round otherwise.
     if (folder / lora.CONFIG).exists():

@@ -55,8 +55,8 @@ class Config:
     # The text
     corpus: str | None = option(
         None,
-        "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set (default: tiny/passages.jsonl, "
-        "to search in tiny/passages_all.jsonl)",
+        "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set; searchqa: one file, lines of "
+        "{title, text} or {contents} (default: tiny/passages.jsonl, for searchqa tiny/passages_all.jsonl)",
     )
     corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
     corpus_split: str = option("train", "split of a hub data set")
@@ -84,7 +84,7 @@ class Config:
 
     # Training: the rollout and its rewards
     out: str = option("runs/tiny", "folder of this run; it must not hold another")
-    steps: int = option(22, "steps: one rollout of every document, then its updates (paper: 300)")
+    steps: int = option(22, "training steps; each samples documents, then updates (paper: 300)")
     documents: int = option(8, "documents a step (paper: 32)")
     g1: int = option(8, "trajectories a document, a group")
     g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
@@ -122,7 +122,7 @@ class Config:
     save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
     keep: int = option(2, "checkpoints to keep")
     resume: str = option(
-        "auto", "auto goes on with an unfinished run of the same settings in --out; never refuses",
+        "auto", "auto goes on with an unfinished run of the same settings in --out; 'never' is an error there",
         choices=["auto", "never"],
     )
     max_bad_steps: int = option(
@@ -130,7 +130,7 @@ class Config:
     )
 
     @property
-    def text(self) -> str:
+    def corpus_name(self) -> str:
         """--corpus, or else the tiny default that belongs to the task."""
         passages = "passages_all.jsonl" if self.task == "searchqa" else "passages.jsonl"
         return self.corpus or str(ROOT / "tiny" / passages)
@@ -148,17 +148,17 @@ class Config:
 
 # ---- flags ---------------------------------------------------------------------------------------------
 
-# A smaller number is a mistake. Numbers that are not here may be anything.
+# A smaller number is a mistake. Run refuses groups of one, --g1 and --g2.
 LEAST = dict.fromkeys(
     "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
     "max_passages objectives steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
 ) | dict.fromkeys(
-    "seed lora related heldout eval_documents searches recall_weight lr lr_warmup grad_clip "
+    "seed lora related heldout eval_documents searches g2 recall_weight lr lr_warmup grad_clip "
     "eps_low eps_high kl".split(), 0
 )
 
 
-def run_script(main, flags: type, follow_model: bool = False) -> None:
+def run_with_flags(main, flags: type, follow_model: bool = False) -> None:
     """Call `main` with the command line's settings; a user's mistake ends as one line and exit code 2."""
     errors.run_script(lambda: main(parse(flags, follow_model)))
 

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What `error` says, without what follows on further lines; its kind where it says nothing."""
+    """The first line of `error`; the name of its type where it is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -1,6 +1,6 @@
 """One training step, opened up: what memtrain.py --explain prints. Nothing is saved.
 
-The loss by hand is Eq. 4 in Python's own numbers, one token after the other, from the log-probs alone.
+The loss by hand is Eq. 4 in Python's own numbers, one token after the other.
 """
 
 import math
@@ -30,7 +30,7 @@ def show(title: str, text: str) -> None:
 
 
 def show_table(head: list[str], rows: list[list]) -> None:
-    """Columns of equal width, the first to the left."""
+    """A table: the first column aligned left, the others right."""
     cells = [head, *([f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:
@@ -63,7 +63,7 @@ def print_rollout(
     # Where its answers differ, recall has a signal of its own.
     order = sorted(range(len(targets)), key=lambda n: (len(set(recall_rewards[n])) < 2, targets[n] is None, n != best))
     if target := targets[asked := order[0]]:
-        k, chunk = target.memory_step, target.chunk
+        k, chunk = target.memory_turn, target.chunk
         show(
             f"4. Recall, of trajectory {asked + 1}: chunk {chunk} with {target.entity} as [TARGET], asked from m_{k}",
             f"{target.section.strip()}\n\nm_{k}: {trajectories[asked].memories[k - 1]}",
@@ -129,12 +129,12 @@ def loss_by_hand(turns: list, old: list[list[float]], new: list[list[float]], co
     by_document: dict[int, list[float]] = {}
     for turn, old_logprobs, new_logprobs in zip(turns, old, new, strict=True):
         values = []
-        for place, (before, now) in enumerate(zip(old_logprobs, new_logprobs, strict=True)):
+        for t, (before, now) in enumerate(zip(old_logprobs, new_logprobs, strict=True)):
             ratio = math.exp(now - before)
             clipped = min(max(ratio, 1 - config.eps_low), 1 + config.eps_high)
             value = min(ratio * turn.advantage, clipped * turn.advantage)
             if config.kl:
-                d = float(turn.reference_logprobs[place]) - now
+                d = float(turn.reference_logprobs[t]) - now
                 value -= config.kl * (math.exp(d) - d - 1)
             values.append(value)
         by_document.setdefault(turn.place, []).append(sum(values) / len(values))

@@ -1,5 +1,6 @@
 """Files that a kill can't spoil: written under another name, flushed, renamed."""
 
+import hashlib
 import os
 import time
 from contextlib import contextmanager
@@ -46,6 +47,14 @@ def must_write(path: Path) -> bool:
         if waits == 40:
             print(f"process {os.environ['RANK']} waits for process 0 to write {path}", flush=True)
     return False
+
+
+def digest(settings: tuple, texts) -> str:
+    """A name for the file of something that is made of these texts with these settings."""
+    found = hashlib.sha256(repr(settings).encode())
+    for text in texts:
+        found.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:24]
 
 
 def replace_text(path: Path, text: str) -> None:

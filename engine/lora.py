@@ -104,9 +104,7 @@ def as_it_began(model):
 
 
 def merged(model):
-    """`model` with its adapter added to its weights, of the layers' usual kind again; in float32, as bfloat16 would
-    round small changes of its weights away.
-    """
+    """Add the adapter to the model's weights, in place. Give it in float32: bfloat16 would round small changes away."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             module.merge()

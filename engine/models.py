@@ -1,5 +1,6 @@
 """The models of a run: loaded and checked, with an adapter where one is trained, and the reference of the KL."""
 
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
             if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
                 setattr(holder, attribute, 0.0)
     return model.to(device).eval(), tokenizer
+
+
+def window_of(model) -> float:
+    """Tokens that a conversation with the model may have; infinite where its config names no limit."""
+    settings = model.config.get_text_config()
+    window = getattr(settings, "max_position_embeddings", None)
+    rope = getattr(settings, "rope_parameters", None) or {}
+    if window and rope.get("rope_type") in ("longrope", "dynamic"):  # beyond this a row's positions depend on its batch
+        original = getattr(settings, "original_max_position_embeddings", None)
+        window = rope.get("original_max_position_embeddings") or original or window
+    return window or math.inf
 
 
 def check_new(folder: Path) -> None:

@@ -69,8 +69,8 @@ def batch_tokens(model, turns: list) -> tuple[int, int]:
 def micro_batches(model, turns: list, max_tokens: int) -> list[list]:
     """Cut turns into batches of similar length, each of at most max_tokens *with padding*; a longer row stands alone.
 
-    Rows of one completion are kept apart from packed rows, since they need no attention mask. Longest first, so that a
-    run that doesn't fit in memory fails at its first batch. The losses of the batches add up to that of the whole.
+    Rows of one completion are kept apart from packed rows, since they need no attention mask. Longest first in both
+    kinds, so that a run that doesn't fit in memory fails early. The losses of the batches add up to that of the whole.
     """
     rows: list[list] = []
     for same in rows_of(model, turns):
@@ -127,8 +127,8 @@ def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tens
     more = {}  # padding is on the right, where causal attention never looks: without a mask, fast kernels stay in use
     if len(rows) < len(turns):
         # The prompts' last positions are the first that predict a completion's token; before them all is causal.
-        mask = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns) - 1)
-        more = {"attention_mask": mask, "position_ids": padded(positions, 0)}
+        visible = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns) - 1)
+        more = {"attention_mask": visible, "position_ids": padded(positions, 0)}
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # (rows, longest, width)
 
     row, place = torch.tensor([at for places in sources for at in places], dtype=torch.long).reshape(-1, 2).T
@@ -148,7 +148,8 @@ def head_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) ->
     """Log-probs of `targets` (tokens,) after the states `hidden` (tokens, width), and entropies or None, (tokens,).
 
     The head is the widest matrix: 16k tokens by a vocabulary of 151k are 10 GB of float32 logits. So it sees
-    HEAD_TOKENS positions at a time, and backward recomputes their logits. A single chunk is kept: it is the peak.
+    HEAD_TOKENS positions at a time, and backward recomputes their logits. A single chunk is kept: recomputing it would
+    lower no peak.
     """
     chunks = list(zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True))
     head = partial(_head, model, with_entropy=with_entropy)

@@ -12,7 +12,8 @@ function show() {
   place.textContent = `${turn + 1} of ${chosen.length}`;
 }
 function fill() {
-  const own = new Map(panels.filter(p => p.dataset.sample === sample.value).map(p => [p.dataset.trajectory, p.dataset.name]));
+  const mine = panels.filter(p => p.dataset.sample === sample.value);
+  const own = new Map(mine.map(p => [p.dataset.trajectory, p.dataset.name]));
   trajectory.replaceChildren(...[...own].map(([value, name]) => new Option(name, value)));
   turn = 0;
   show();
@@ -30,4 +31,5 @@ if (sample) {
   };
   fill();
 }
+// A test in a browser waits for it.
 document.body.dataset.ready = panels.length;

@@ -36,7 +36,7 @@ def write(folder: str) -> Path:
     run = Path(folder)
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"--report {run}: holds no metrics.jsonl; give the folder of a run, its --out")
-    metrics, samples = rows_of(run / "metrics.jsonl"), rows_of(run / "samples.jsonl")
+    metrics, samples = log_lines(run / "metrics.jsonl"), log_lines(run / "samples.jsonl")
     settings, rows = object_of(run / "config.json", {}), object_of(run / "eval.json", [])
     script = (Path(__file__).parent / "page.js").read_text()
     page = Template((Path(__file__).parent / "page.html").read_text()).substitute(
@@ -52,7 +52,7 @@ def write(folder: str) -> Path:
     return file
 
 
-def rows_of(file: Path) -> list[dict]:
+def log_lines(file: Path) -> list[dict]:
     """The lines of a log. A last one that a kill, or a run that still goes on, left without its end is left out."""
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -75,7 +75,7 @@ def about(settings: dict) -> str:
 
 
 def curves(metrics: list[dict]) -> str:
-    """A chart for each of CURVES that has numbers."""
+    """A chart for each of CURVES that has numbers other than 0."""
     figures = []
     for title, names in CURVES.items():
         lines = {}
@@ -116,7 +116,7 @@ def ceiling(value: float) -> float:
 
 
 def figure(title: str, lines: dict[str, list[Point]], powers: bool = False, highest: float | None = None) -> str:
-    """Lines with intervals as a figure, from 0 up to `highest` or the highest point; with `powers` x doubles evenly."""
+    """Lines with intervals as a figure, from 0 up to `highest` or a round number; with `powers` x doubles evenly."""
     place = math.log2 if powers else float
     xs = sorted({x for points in lines.values() for x, *_ in points})
     top = highest or ceiling(max(high for points in lines.values() for *_, high in points))
@@ -154,8 +154,7 @@ def figure(title: str, lines: dict[str, list[Point]], powers: bool = False, high
 
 
 def trajectories(samples: list[dict]) -> str:
-    """Choosers, and a panel for each turn of each trajectory; without scripts all panels stand below each other."""
-    samples = [sample for sample in samples if "trajectories" in sample]  # older runs lack them
+    """Choosers, and a panel for each turn of each trajectory; without scripts all panels stand one below another."""
     if not samples:
         return '<p class="soft">This run has no samples to step through.</p>'
     choices, panels = [], []
@@ -191,7 +190,7 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
     outcome = f"answered: {said}\nwanted: {sample['answers']}\n"
     outcome += f"R^E {trajectory['reward']:.2f}, advantage {trajectory['advantage']:+.3f}"
     body = text_box("the last memory", marked(before, [MASK, *answers], [])) + text_box("the answer", escape(outcome))
-    found.append(("The answer, from the memory alone", f'<div class="columns">{body}</div>'))
+    found.append(("The answer", f'<div class="columns">{body}</div>'))
     if recall:
         k = recall["k"]
         left = text_box(f"section {recall['l']}, {recall['entity']} masked", marked(recall["section"], [], [TARGET]))
@@ -207,7 +206,7 @@ def text_box(title: str, body: str) -> str:
 
 
 def marked(text: str, answers: list[str], targets: list[str]) -> str:
-    """The text, escaped, with every form of some names marked; of forms that overlap the longest."""
+    """The text, escaped, with every form of some names marked; of overlapping forms, the longest."""
     found = [(*span, "y") for name in answers for span in occurrences(text, name)]
     found += [(*span, "target") for name in targets for span in occurrences(text, name)]
     pieces, copied, taken = [], 0, []

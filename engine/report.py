@@ -55,8 +55,7 @@ def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float]
 
 def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
     """The scores of two rows on the documents that both have."""
-    numbers = [row.get("documents", range(row["n"])) for row in (first, second)]  # older rows lack them
-    one, other = (dict(zip(own, row["scores"], strict=True)) for own, row in zip(numbers, (first, second), strict=True))
+    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
     shared = sorted(one.keys() & other.keys())
     return [one[number] for number in shared], [other[number] for number in shared]
 
@@ -81,7 +80,7 @@ def table(rows: list[dict]) -> str:
 
 
 def unit_of(rows: list[dict]) -> str:
-    """What the lengths of these rows count."""
+    """The unit of the rows' lengths."""
     return "objectives" if rows[0]["task"] == "searchqa" else "chunks"
 
 
@@ -207,7 +206,7 @@ def step_rows(
         "degenerate": [group.degenerate for group in groups],
         "leaks": [document.leaks for document in documents],
         "draws": [1 + document.redraws for document in documents],
-        "answers": [str(document.answers[0]) for document in documents],
+        "answers": [first_answer(document.answers) for document in documents],
         "recall_leaky": [target.leaky for target in targets if target],
         "truncated": [not turn.ended for turn in all_turns],
         "unboxed": [trajectory.prediction is None for trajectory in trajectories],
@@ -216,6 +215,11 @@ def step_rows(
         "completion_tokens": [len(turn.completion_ids) for turn in all_turns],
         "padding": [turn.padding for turn in all_turns],
     }
+
+
+def first_answer(answers: list) -> str:
+    """The first answer; where `answers` holds the answers of several questions (MEM1), the first question's."""
+    return answers[0] if isinstance(answers[0], str) else answers[0][0]
 
 
 def json_line(values: dict) -> str:
@@ -234,7 +238,7 @@ def sample_rows(trajectories: list, targets: list, recalls: list[list], rewards:
         trajectories, targets, recalls, rewards, recall_rewards, strict=True
     ):
         asked = target and {
-            "k": target.memory_step, "l": target.chunk, "entity": target.entity, "section": target.section,
+            "k": target.memory_turn, "l": target.chunk, "entity": target.entity, "section": target.section,
             "answers": [
                 {"text": turn.text.strip(), "reward": value, "advantage": turn.advantage}
                 for turn, value in zip(turns, own, strict=True)

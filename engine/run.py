@@ -33,7 +33,7 @@ class Run:
     """One run of memtrain.py. All processes call all of it; process 0 alone writes. It raises UserError."""
 
     def __init__(self, config):
-        if config.explain:  # one step, in a folder that goes with this process
+        if config.explain:  # one step, in a folder that is deleted afterwards
             self.scratch = checkpoints.scratch(Path(config.out))
             config = replace(config, out=self.scratch.name, eval_documents=0, steps=1)
         self.config, self.out, self.settings = config, Path(config.out), asdict(config)
@@ -130,7 +130,7 @@ class Run:
         for step in self.bar:
             self.seconds, self.lap_began = {}, time.perf_counter()
             self.began = self.lap_began
-            self.random_state, self.updates = checkpoints.random_state(), self.optimizer.updates
+            self.random_state, self.updates_before = checkpoints.random_state(), self.optimizer.updates
             yield step
             if self.stopped:
                 break
@@ -170,7 +170,7 @@ class Run:
         done = self.state["step"]
         if done:
             self.say(f"step {done + 1} failed: {lost}; saving what was learned before it")
-            moved = self.optimizer.updates > self.updates
+            moved = self.optimizer.updates > self.updates_before
             if moved and not (self.out / "checkpoints" / f"step-{done:06d}").exists():
                 self.say(f"this holds the first updates of step {done + 1}, too")
             self.save(self.random_state)
@@ -192,8 +192,8 @@ class Run:
         metrics |= {name: stats[name] for name in ("grad_norm", "updates", "bad_updates")} | more
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json_line(metrics))
-        shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"] or 0.0, "entropy": metrics["entropy"]}
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+        shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"], "entropy": metrics["entropy"]}
+        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
 
     def show(self, step: int, trajectories: list, targets: list, recalls: list, rewards: list, own: list) -> None:
         """Every so many steps, the first document's trajectories into samples.jsonl, one of them to the terminal."""
@@ -239,10 +239,10 @@ class Run:
 
     # ---- after the last step
 
-    def explain(self, groups: list, turns: list, values: tuple, store, loss, learn) -> None:
-        """Print the step from inside, and end; the folder goes."""
+    def explain(self, sampled: tuple, groups: list, turns: list, store, loss, learn) -> None:
+        """Print the step from inside, delete the folder, and end."""
         self.bar.close()
-        explain.print_rollout(self.tokenizer, self.config.g1, groups, *values)
+        explain.print_rollout(self.tokenizer, self.config.g1, groups, *sampled)
         explain.print_update(self.tokenizer, self.config, groups, turns, store, loss, learn)
         self.scratch.cleanup()
         parallel.stop()
@@ -268,7 +268,7 @@ class Run:
 def model_card(config, step: int) -> str:
     return (
         f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.text}`: it reads a text "
-        f"chunk by chunk ({config.chunk_tokens} tokens) and keeps a memory of up to {config.memory_tokens} tokens.\n"
+        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.corpus_name}`: it reads a "
+        f"text in chunks of {config.chunk_tokens} tokens and keeps a memory of up to {config.memory_tokens} tokens.\n"
         "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
     )

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from engine.attention import PromptLayer, SharedPrompts, can_share_prompts, is_plain
+from engine.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
 from engine.errors import UserError
 from engine.packing import by_length, by_prompt
 from rollout import Completion, end_ids, left_padded, pad_id
@@ -43,12 +43,18 @@ class Draw(LogitsProcessor):
     """Draws one token a row from its scores (rows, vocabulary) and leaves that one alone, for an argmax to find.
 
     torch.multinomial takes a random number for every word of the vocabulary, one after the other on a CPU. This takes
-    one a row. Sums in float64, since tokens of 1e-7 count too.
+    one a row. Sums in float64, since tokens of 1e-7 count too. A greedy Draw leaves all to the argmax.
     """
 
     finite = True  # or a tensor, False once a score was nan: looked at only in the end, so that no token waits for it
 
+    def __init__(self, greedy: bool):
+        self.greedy = greedy
+
     def __call__(self, ids, scores):
+        if self.greedy:
+            self.finite = ~scores.amax(-1).isnan().any() & self.finite  # a maximum is nan if one score is
+            return scores
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
         at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
         above = torch.searchsorted(cumulative, at, right=True)  # (rows, 1): the first above `at`
@@ -90,67 +96,68 @@ def generate(
 ) -> list[Completion]:
     """The fast twin of rollout.generate: one completion for each prompt, in the order of `prompts`.
 
-    Running out of memory halves `budget`. UserError where a single prompt doesn't fit, and for logits not finite.
+    `done` is asked after tokens that hold } or > only. Running out of memory halves `budget`. UserError where a single
+    prompt doesn't fit, and for logits that are not finite.
     """
     ends, budget = end_ids(model, tokenizer), budget or Budget()
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id(model, tokenizer))
-    draw = None if greedy else Draw()
-    share = can_share_prompts(model)
-    fill = 0.5 if share else 0.875  # prompts that are computed apart needn't be of similar length to write
+    draw = Draw(greedy)
+    can_share = can_share_prompts(model)
+    fill = 0.5 if can_share else 0.875  # prompts that are computed apart needn't be of similar length to write
     completions: list = [None] * len(prompts)
     while waiting := [i for i, completion in enumerate(completions) if completion is None]:
-        sizes = row_sizes([prompts[i] for i in waiting], new_tokens, share and is_plain(model))
+        sizes = row_sizes([prompts[i] for i in waiting], new_tokens, can_share and takes_shared_prompts(model))
         full = False
         try:
             batches = [[waiting[n] for n in places] for places in by_length(sizes, budget.tokens, fill)]
             while batches:
                 batch = batches.pop(0)
-                held = held_tokens(model, [prompts[i] for i in batch], new_tokens)
+                some = [prompts[i] for i in batch]
+                held = held_tokens(model, some, new_tokens)
                 if held > budget.tokens and len(batch) > 1:  # its groups are of different sizes, so they hold more
                     batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                     continue
-                prefill_tokens = budget.tokens // 8 if share else None
-                texts = [prompts[i] for i in batch]
-                found = generate_batch(model, tokenizer, texts, new_tokens, prefill_tokens, config, draw, done)
+                prefill_tokens = budget.tokens // 8 if can_share else None
+                found = generate_batch(model, tokenizer, some, new_tokens, prefill_tokens, config, draw, done)
                 for i, completion in zip(batch, found, strict=True):
                     completions[i] = completion
         except torch.OutOfMemoryError:
             full = True
         if full:  # here and not above: while an exception is handled, it keeps alive all that its frames hold
             shrink(budget, len(batch), held, len(prompts[batch[0]]))
-    if draw and not draw.finite:
+    if not draw.finite:
         raise UserError(
-            "--model: its logits are not finite, so nothing can be sampled; look at its weights, or try another --dtype"
+            "--model: its logits are not finite, so no token can be chosen; look at its weights, or try another --dtype"
         )
     return completions
 
 
-def row_sizes(prompts: list[list[int]], new_tokens: int, shared: bool) -> list[int]:
-    """Tokens that each row holds of the cache: of a prompt that is `shared` by its rows, each row's share."""
+def row_sizes(prompts: list[list[int]], new_tokens: int, prompts_once: bool) -> list[int]:
+    """Tokens of the cache that each row holds; with `prompts_once` the rows of a prompt divide its tokens."""
     sizes = [len(prompt) + new_tokens for prompt in prompts]
-    for group in by_prompt(prompts) if shared else []:
+    for group in by_prompt(prompts) if prompts_once else []:
         for n in group:
             sizes[n] = ceil(len(prompts[n]) / len(group)) + new_tokens
     return sizes
 
 
-def shares(model, groups: list[list[int]]) -> bool:
+def holds_prompts_once(model, groups: list[list[int]]) -> bool:
     """Whether a batch of these groups, of by_prompt, holds each prompt once. `model` must pass can_share_prompts.
 
     Not where one prompt has far more rows than another: the largest group sets the work of all.
     """
-    return is_plain(model) and len(groups) * max(map(len, groups)) <= 2 * sum(map(len, groups))
+    return takes_shared_prompts(model) and len(groups) * max(map(len, groups)) <= 2 * sum(map(len, groups))
 
 
 def held_tokens(model, prompts: list[list[int]], new_tokens: int) -> int:
     """Tokens of the cache that a batch of these prompts fills, padding included."""
     groups = by_prompt(prompts)
-    copies = len(groups) if can_share_prompts(model) and shares(model, groups) else len(prompts)
+    copies = len(groups) if can_share_prompts(model) and holds_prompts_once(model, groups) else len(prompts)
     return copies * max(map(len, prompts)) + len(prompts) * new_tokens
 
 
 def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
-    """After a batch of `rows` rows, of `held` tokens, met the end of the memory. UserError for a single row."""
+    """Halve the budget after a batch of `rows` rows and `held` tokens ran out of memory. UserError for a single row."""
     if rows == 1:
         raise UserError(
             f"out of memory for a single prompt of {prompt_tokens} tokens: make --chunk-tokens smaller, leave out "
@@ -163,7 +170,7 @@ def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
 
 def generate_batch(
     model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int | None,
-    config: GenerationConfig, draw: Draw | None, done=None,
+    config: GenerationConfig, draw: Draw, done=None,
 ) -> list[Completion]:
     """One batch: Hugging Face's generate, called anew with the rows that go on once half of them have ended.
 
@@ -189,7 +196,7 @@ def generate_batch(
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-                    logits_processor=[draw] if draw else [], stopping_criteria=[stop],
+                    logits_processor=[draw], stopping_criteria=[stop],
                 )
             new = ids[:, width:].tolist()
             rows = []  # that go on
@@ -214,18 +221,18 @@ def prefill(
 ) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
     """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
 
-    Returns a cache, where each prompt lies at the right end of its row; the attention that goes with it, or None: with
-    it, each distinct prompt is one row, set aside; and the padding of each prompt in the batch that computed it. Such a
-    batch has at most `max_tokens` tokens, or one prompt.
+    Computed in batches of at most `max_tokens` tokens, or of one prompt -> cache, attention or None, padding of each
+    prompt in its batch. A prompt lies at the right end of its row. With an attention the cache holds each distinct
+    prompt once, set aside.
     """
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
     cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
     cache.layers = [PromptLayer() for _ in cache.layers]
-    copied = len(groups) < len(prompts) and not shares(model, groups)
+    copied = len(groups) < len(prompts) and not holds_prompts_once(model, groups)
     alone = copied or len(groups) == len(prompts)  # each row has a prompt of its own in the cache
-    # For one row a prompt this is faster than torch's attention on a CPU, but would widen bfloat16 at each token.
-    aside = bool(width) and is_plain(model) and not (alone and model.dtype != torch.float32)
+    # For one row a prompt SharedPrompts is faster than torch's attention on a CPU, but would widen bfloat16 each time.
+    aside = bool(width) and takes_shared_prompts(model) and not (alone and model.dtype != torch.float32)
     for layer in cache.layers:
         layer.room = 0 if aside else new_tokens
     for places in by_length(lengths, max_tokens):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import packing, parallel, sampling  # noqa: E402
-from engine.config import Config, option, run_script  # noqa: E402
+from engine.config import Config, option, run_with_flags  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.models import check_new, load_policy, save_new  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
@@ -101,8 +101,8 @@ def demonstrate(document: Document, tokenizer, limits: Limits, rng) -> dict[str,
     prompt = fill(ANSWER_PROMPT, problem=document.question, memory=memories[-1])
     texts["answer"].append((prompt, box(document.answers[0])))
     for target in (draw_recall(document, rng) for _ in range(RECALL_DRAWS)):
-        if target and occurrences(memories[target.memory_step - 1], target.entity):
-            prompt = fill(RECALL_PROMPT, memory=memories[target.memory_step - 1], section=target.section)
+        if target and occurrences(memories[target.memory_turn - 1], target.entity):
+            prompt = fill(RECALL_PROMPT, memory=memories[target.memory_turn - 1], section=target.section)
             texts["recall"].append((prompt, box(target.entity)))
             break
     return {kind: [turn_of(document, *pair, tokenizer) for pair in pairs] for kind, pairs in texts.items()}
@@ -215,4 +215,4 @@ def main(config: ColdStart) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ColdStart)
+    run_with_flags(main, ColdStart)

@@ -9,39 +9,34 @@ lie between the section asked about and the memory that must supply it.
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import option, run_script  # noqa: E402
+from engine.config import Config, option, run_with_flags  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.models import load_model  # noqa: E402
-from engine.sampling import Budget, generate  # noqa: E402
-from eval import Evaluation, heldout_documents  # noqa: E402
+from eval import heldout_documents, load_greedy  # noqa: E402
 from masking import draw_recall  # noqa: E402
 from rewards import recall_reward  # noqa: E402
-from rollout import limits_of, read, recall, sampler  # noqa: E402
+from rollout import limits_of, read, recall  # noqa: E402
 from tasks.sources import load_corpus  # noqa: E402
 
 
 @dataclass
-class Habits(Evaluation):
-    """The settings of an evaluation, and how often a document is asked."""
+class Habits(Config):
+    """The settings of a run, and what is measured."""
 
     out: str = option("habits.json", "where the figures go as JSON")
+    lengths: list[int] | None = option(None, "chunks of a document, several values (default: as trained)")
     questions_a_document: int = option(8, "recall questions about each document")
 
 
 def main(config: Habits) -> None:
     if not config.eval_documents:
         raise UserError("--eval-documents 0: nothing would be read")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(config.model, device, config.dtype)
+    model, tokenizer, sample = load_greedy(config.model, config)
     corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
-    sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer, greedy=True)
     rows = []
     for chunks in config.lengths or [config.chunks]:
         documents = heldout_documents(corpus, config, chunks)
@@ -61,7 +56,7 @@ def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int
     hits: dict[int, list[float]] = {}
     for target, turns in zip(targets, recall(sample, asked, targets, limits), strict=True):
         for turn in turns:
-            hits.setdefault(target.memory_step - target.chunk, []).append(recall_reward(turn.text, target.entity))
+            hits.setdefault(target.memory_turn - target.chunk, []).append(recall_reward(turn.text, target.entity))
     unchanged = [
         after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
     ]
@@ -69,4 +64,4 @@ def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int
 
 
 if __name__ == "__main__":
-    run_script(main, Habits, follow_model=True)
+    run_with_flags(main, Habits, follow_model=True)

@@ -6,23 +6,26 @@ Greedy, on long-text QA. A question of two hops counts where its first gold para
 """
 
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import run_script  # noqa: E402
+from engine.config import Config, option, run_with_flags  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.models import load_model  # noqa: E402
 from engine.report import share  # noqa: E402
-from engine.sampling import Budget, generate  # noqa: E402
-from eval import Evaluation  # noqa: E402
+from eval import load_greedy  # noqa: E402
 from rewards import answer_reward  # noqa: E402
-from rollout import limits_of, sampler  # noqa: E402
+from rollout import limits_of  # noqa: E402
 from tasks.evaluate import documents_by_length  # noqa: E402
 from tasks.longqa import LongDocument  # noqa: E402
 from tasks.sources import load_task  # noqa: E402
+
+
+@dataclass
+class Positions(Config):
+    """The settings of a run, and the lengths to measure at."""
+
+    lengths: list[int] | None = option(None, "chunks of a text, several values (default: as trained)")
 
 
 def chunk_of_gold(document: LongDocument) -> int:
@@ -32,13 +35,11 @@ def chunk_of_gold(document: LongDocument) -> int:
     return min(places, default=0)
 
 
-def main(config: Evaluation) -> None:
+def main(config: Positions) -> None:
     if config.task != "longqa":
         raise UserError("--task: positions are measured in long texts; give --task longqa")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(config.model, device, config.dtype)
+    model, tokenizer, sample = load_greedy(config.model, config)
     source, agent = load_task(config, model, tokenizer, Path(".entities"))
-    sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer, greedy=True)
     for length, documents in documents_by_length(source, config, config.lengths or [config.chunks], True).items():
         hits: dict[int, list[float]] = {}
         for trajectory in agent(sample, documents, limits_of(config, tokenizer), progress="reading"):
@@ -50,4 +51,4 @@ def main(config: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Evaluation, follow_model=True)
+    run_with_flags(main, Positions, follow_model=True)

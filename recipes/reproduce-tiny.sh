@@ -78,7 +78,8 @@ for seed in $seeds; do
     echo measure $seed/qa/memtrain-0 eval.py $out/$seed/memtrain/checkpoint $ask $lengths
     for run in base memtrain; do
         for step in $steps; do
-            echo measure $seed/qa/$run-$step eval.py $out/$seed/$run-task/checkpoints/step-$(printf %06d $step) $ask $lengths
+            model=$out/$seed/$run-task/checkpoints/step-$(printf %06d $step)
+            echo measure $seed/qa/$run-$step eval.py $model $ask $lengths
         done
         for label in $labels; do
             echo measure $seed/qa/$run-label-$label eval.py $out/$seed/$run-task-$label/checkpoint $ask $shorter

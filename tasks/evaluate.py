@@ -5,7 +5,7 @@ from dataclasses import replace
 from engine import parallel
 from engine.config import Config
 from engine.errors import UserError
-from engine.models import check_model
+from engine.models import check_model, window_of
 from engine.report import row
 from rewards import answer_reward, boxed, f1_score, substring_match
 from rollout import EMPTY_MEMORY, Limits, answer
@@ -117,7 +117,6 @@ def control_memory(control: str, document, full) -> str:
 
 def full_text(model, tokenizer, limits: Limits, document) -> str:
     """As much of a document's text as fits the model's window beside the question and the answer."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     question = len(tokenizer(document.question)["input_ids"])
-    room = window - prompt_overhead(tokenizer) - question - limits.answer_tokens
-    return limits.cut("".join(document.chunks), room)
+    room = window_of(model) - prompt_overhead(tokenizer) - question - limits.answer_tokens
+    return limits.cut("".join(document.chunks), min(room, 1 << 30))

@@ -11,7 +11,7 @@ sample of a length. Here each question has places of its own.
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +22,6 @@ from rewards import normalize
 from tasks.questions import Paragraph, Question, draw
 from text.chunking import cut_chunks
 from text.matching import Span
-
-TOLERANCE = 0.05  # of the wanted number of tokens
 
 
 @dataclass
@@ -49,7 +47,7 @@ def key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def measure(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
+def measured(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
     """`paragraphs` with their costs and keys; empty ones are left out."""
     paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
     texts = [numbered_document(1, title, text) for title, text in paragraphs]
@@ -73,7 +71,7 @@ class Pool:
         paragraphs = iter(paragraphs)
         bar = tqdm(desc="pool", unit=" passages", delay=5, mininterval=1)
         while some := list(islice(paragraphs, 4096)):  # token ids of all at once are gigabytes
-            self.passages += measure(some, tokenizer)
+            self.passages += measured(some, tokenizer)
             bar.update(len(some))
         bar.close()
 
@@ -95,9 +93,9 @@ class Draft:
     """
 
     def __init__(self, question: Question, index: int, pool: Pool, seed: int):
-        self.passages = measure(question.gold, pool.tokenizer)
+        self.passages = measured(question.gold, pool.tokenizer)
         self.gold, self.places = len(self.passages), []
-        self.filler = self._filler(measure(question.other, pool.tokenizer), pool, np.random.default_rng([seed, index]))
+        self.filler = self._filler(measured(question.other, pool.tokenizer), pool, np.random.default_rng([seed, index]))
         self.rng = np.random.default_rng([seed, index, 2])
 
     def _filler(self, own: list[Measured], pool: Pool, rng) -> Iterator[Measured]:
@@ -130,38 +128,16 @@ def long_documents(questions: list[Question], pool: Pool, **how) -> list[LongDoc
 
 
 def long_document(
-    question: Question, index: int, pool: Pool, *, seed: int, chunk_tokens: int, target_tokens: int | None = None,
-    documents: int | None = None,
+    question: Question, index: int, pool: Pool, *, seed: int, chunk_tokens: int, documents: int
 ) -> LongDocument:
-    """The gold paragraphs among numbered documents: `documents` of them, or `target_tokens` tokens within 5 %.
-
-    Raises UserError for a pool that is too small and for gold paragraphs that are too long.
-    """
-    if (target_tokens is None) == (documents is None):
-        raise ValueError("give either target_tokens or documents")
+    """The gold paragraphs among so many numbered documents. Raises UserError for a pool that is too small."""
     draft = Draft(question, index, pool, seed)
-    if documents is not None:
-        fits = draft.reach(documents) and documents >= draft.gold
-        taken = list(range(max(draft.gold, min(documents, len(draft.passages)))))
-    else:
-        budget = target_tokens
-        for _ in range(4):  # with most tokenizers the costs add up at once; with the others the sum is put right
-            taken = _fill(draft, budget)
-            length = _count(_numbered(draft.in_order(taken))[0], pool.tokenizer)
-            if fits := abs(length - target_tokens) <= TOLERANCE * target_tokens:
-                break
-            budget += target_tokens - length
-    if not fits:
-        wanted = f"{documents} documents" if documents is not None else f"{target_tokens} tokens"
-        too_small = len(taken) > draft.gold or not draft.reach(draft.gold + 1)
-        remedy = "bring a larger pool" if too_small else "ask for a longer text"
-        tokens = _count(_numbered(draft.in_order(taken))[0], pool.tokenizer)
+    if not draft.reach(documents) or documents < draft.gold:
         raise UserError(
-            f"question {question.id}: {wanted} wanted, but its {draft.gold} gold paragraphs with what fits of "
-            f"{len(pool.passages) + len(question.other)} passages make {len(taken)} documents, {tokens} tokens; "
-            f"{remedy}"
+            f"question {question.id}: {documents} documents wanted, but it has {draft.gold} gold paragraphs, and with "
+            f"the pool {len(draft.passages)} in all; ask for another number, or bring a larger pool"
         )
-    return finished(draft, taken, question, index, pool.tokenizer, chunk_tokens)
+    return finished(draft, range(documents), question, index, pool.tokenizer, chunk_tokens)
 
 
 def finished(
@@ -173,35 +149,6 @@ def finished(
     oracle = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in draft.passages[: draft.gold])
     nothing = [[] for _ in chunks]  # to recall
     return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=oracle)
-
-
-def _count(text: str, tokenizer) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _fill(draft: Draft, budget: float) -> list[int]:
-    """The gold passages and, in order, each further one that still fits, until `budget` tokens are all but used."""
-    draft.reach(draft.gold)
-    taken, left = list(range(draft.gold)), []
-    used = sum(passage.tokens for passage in draft.passages[: draft.gold])
-    for n in count(draft.gold):
-        if used >= 0.99 * budget or len(left) >= 1000 or not draft.reach(n + 1):
-            break
-        cost = draft.passages[n].tokens + len(str(len(taken) + 1)) - 1  # measured with a number of one digit
-        if used + cost <= budget:
-            taken.append(n)
-            used += cost
-        else:
-            left.append(n)
-    if left and used < 0.98 * budget:
-        # A short text can end in a gap that nothing fits: one too many may come nearer, or one in another's place.
-        choices = [(budget - used, taken)]
-        for out in [None, *taken[draft.gold :]]:
-            gap = budget - used + (0 if out is None else draft.passages[out].tokens)
-            best = min(left, key=lambda n: abs(draft.passages[n].tokens - gap))
-            choices.append((abs(draft.passages[best].tokens - gap), [n for n in taken if n != out] + [best]))
-        taken = min(choices, key=lambda choice: choice[0])[1]
-    return taken
 
 
 def _numbered(passages: list[Measured]) -> tuple[str, list[Span]]:
@@ -233,7 +180,7 @@ def predicted_chunks(passages: list[Measured], limit: int) -> int:
 class LongQA:
     """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks).
 
-    A question that brings its text is as long as that is.
+    A question that brings its text keeps that text's length.
     """
 
     def __init__(self, questions: dict[str, list[Question]], pool: Pool, *, seed: int, chunk_tokens: int, chunks: int):
@@ -262,7 +209,7 @@ class LongQA:
         raise last
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
-        """The lengths to evaluate at: those asked for, or one, as the first has it, where the texts are given."""
+        """`asked`. Where questions bring texts, the first one's length: it then labels texts of any length."""
         return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
 
     def _filled(self, question: Question, index: int, chunks: int) -> LongDocument:
@@ -273,7 +220,7 @@ class LongQA:
             return LongDocument(index, question.id, question.question, question.answers, given, [[] for _ in given])
         draft = Draft(question, index, self.pool, self.seed)
         size = self._estimate(draft, chunks)
-        few, many, best = 0, None, None  # numbers of documents that leave a chunk free, and that take one too many
+        few, many, best = 0, None, None  # numbers of documents: too few, too many
         while True:
             document = finished(draft, range(size), question, index, tokenizer, limit)
             made = len(document.chunks)

@@ -166,7 +166,7 @@ def _from_paragraphs(record: dict, where: str) -> tuple[list[Paragraph], list[Pa
 
 
 def subject(question: Question) -> str:
-    """The gold title that the question names, where it begins to look; its id where it names none.
+    """The longest gold title that the question names; its id if it names none.
 
     Not the first supporting fact: facts come in the order of the paragraphs, not in that of the reasoning.
     """

@@ -1,7 +1,7 @@
 """Passages for a query, from three retrievers that answer alike; knows nothing of agents.
 
     retriever = open_retriever("bm25", "passages.jsonl")                                # words, in memory
-    retriever = open_retriever("dense", "passages.jsonl", model="intfloat/e5-base-v2")  # any encoder of the hub
+    retriever = open_retriever("dense", "passages.jsonl", encoder="intfloat/e5-base-v2")  # any encoder of the hub
     retriever = open_retriever("http://127.0.0.1:8000/retrieve")                        # a Search-R1 server
     retriever.search(["who wrote Emma?"], 3)    # -> [[{"title", "text", "score"}, ... best first], ... one a query]
 
@@ -9,7 +9,6 @@ BM25 and Dense are indices over texts, which answer with positions; Local puts t
 a server, such as retrieval_server.py.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError, first_line
-from engine.files import must_write, whole_file
+from engine.files import digest, must_write, whole_file
 from text.bm25 import BM25, best
 from text.rows import read_rows
 
@@ -34,33 +33,36 @@ from text.rows import read_rows
 class Dense:
     """Cosine similarity of embeddings: the mean of an encoder's last hidden states, as E5 pools.
 
-    `model` is a folder or hub name for AutoModel. `prefixes` puts "query: " and "passage: " before the texts, which
-    E5 models need; None: if the model's name says e5. The matrix, (texts, width) of `dtype`, is made once, under a name
-    made of model and texts in the folder `index`, and read from disk as searches need it. Raises UserError.
+    `encoder` is a folder or hub name for AutoModel. `prefixes` puts "query: " and "passage: " before the texts, which
+    E5 models need; None: if the encoder's name says e5. The matrix, (texts, width) of `dtype`, is made once, under a
+    name made of encoder and texts in the folder `index`, and read from disk as searches need it. Raises UserError.
     """
 
-    def __init__(self, texts: list[str], model: str, index: str | Path, prefixes: bool | None = None, dtype="float16"):
+    def __init__(
+        self, texts: list[str], encoder: str, index: str | Path, prefixes: bool | None = None, dtype: str = "float16"
+    ):
         import torch  # here, as whoever searches by words or over HTTP should not wait for them
         from transformers import AutoModel, AutoTokenizer
 
-        e5 = re.search(r"(?<![a-z0-9])e5(?![a-z0-9])", Path(model).name.lower())
+        e5 = re.search(r"(?<![a-z0-9])e5(?![a-z0-9])", Path(encoder).name.lower())
         self.prefixes = bool(e5) if prefixes is None else prefixes
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(self.device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(encoder)
+            self.model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(self.device).eval()
         except Exception as error:  # the name, the network, the files: all the user's to mend
-            raise UserError(f"encoder {model}: not one that AutoModel can load ({first_line(error)})") from None
+            raise UserError(f"--encoder {encoder}: not one that AutoModel can load ({first_line(error)})") from None
         positions = getattr(self.model.config, "max_position_embeddings", 512)
         self.longest = min(512, self.tokenizer.model_max_length, positions)
         shape = (len(texts), self.model.config.hidden_size)
-        # a model folder may be trained further under the same name: its files' sizes and times are part of the name
-        stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*")) if f.is_file()]
-        file = Path(index) / f"dense-{digest((model, stamp, self.prefixes, dtype, self.longest), texts)}.npy"
+        # An encoder may be trained further in its folder: its files' sizes and times are part of the matrix' name.
+        files = [file for file in sorted(Path(encoder).glob("*")) if file.is_file()]
+        stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        file = Path(index) / f"dense-{digest((encoder, stamp, self.prefixes, dtype, self.longest), texts)}.npy"
         if must_write(file):
             with whole_file(file) as fresh:
                 matrix = np.lib.format.open_memmap(fresh, "w+", dtype, shape)
-                self._encode("passage: ", texts, matrix, progress=f"embeddings ({Path(model).name})")
+                self._encode("passage: ", texts, matrix, progress=f"embeddings ({Path(encoder).name})")
                 matrix.flush()
         self.matrix = np.load(file, mmap_mode="r")
 
@@ -141,14 +143,6 @@ def read_passages(file: str | Path) -> list[dict]:
     return passages
 
 
-def digest(settings: tuple, texts) -> str:
-    """A name for what is made of these texts with these settings."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for text in texts:
-        digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:24]
-
-
 class Local:
     """The passages of an index: position n of `index` is passages[n], a dict {"title", "text"}."""
 
@@ -164,24 +158,24 @@ BM25_FORMAT = 1  # raise when BM25 counts words or writes its file differently: 
 
 
 def open_retriever(
-    retriever: str, corpus: str | Path | None = None, model: str | None = None, index: str | Path = "runs/index",
+    retriever: str, corpus: str | Path | None = None, encoder: str | None = None, index: str | Path = "runs/index",
     prefixes: bool | None = None,
 ) -> "Local | Http":
     """`bm25` or `dense` over the .jsonl `corpus`, or the URL of a server. Indices are kept in the folder `index`.
 
-    `model` and `prefixes` are Dense's. Raises UserError.
+    `encoder` and `prefixes` are Dense's. Raises UserError.
     """
     if "://" in retriever:
         return Http(retriever)
     if retriever not in ("bm25", "dense"):
         raise UserError(f"--retriever {retriever}: neither bm25 nor dense, nor the http://... of a server")
-    if not corpus or (retriever == "dense" and not model):
-        encoder = " and an encoder (--model NAME; in memtrain.py and eval.py --encoder NAME)"
-        raise UserError(f"--retriever {retriever} needs --corpus FILE.jsonl{encoder if retriever == 'dense' else ''}")
+    if not corpus or (retriever == "dense" and not encoder):
+        more = " and --encoder NAME" if retriever == "dense" else ""
+        raise UserError(f"--retriever {retriever} needs --corpus FILE.jsonl{more}")
     passages = read_passages(corpus)
     try:
         if retriever == "dense":
-            return Local(Dense([contents(passage) for passage in passages], model, index, prefixes), passages)
+            return Local(Dense([contents(passage) for passage in passages], encoder, index, prefixes), passages)
         file = Path(index) / f"bm25-{digest((BM25_FORMAT,), map(contents, passages))}.npz"
         if not must_write(file):
             return Local(BM25.load(file), passages)
@@ -189,7 +183,7 @@ def open_retriever(
         bm25.save(file)
         return Local(bm25, passages)
     except OSError as error:
-        raise UserError(f"--index {index}: {error.strerror or error}; name a folder that can be written") from None
+        raise UserError(f"{index}, where indices are kept: {error.strerror or error}; it must be writable") from None
 
 
 # ---- over HTTP ------------------------------------------------------------------------------------

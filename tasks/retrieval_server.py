@@ -1,6 +1,6 @@
 """A server of Search-R1's protocol over a corpus: POST /retrieve {"queries", "topk", "return_scores"}.
 
-    python -m tasks.retrieval_server --corpus passages.jsonl [--retriever dense --model NAME] [--port 8000]
+    python -m tasks.retrieval_server --corpus passages.jsonl [--retriever dense --encoder NAME] [--port 8000]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from engine.errors import UserError, run_script
-from tasks.retrieval import contents, open_retriever
+from tasks.retrieval import A_REQUEST, contents, open_retriever
 
 MAX_BODY, MAX_QUERIES, MAX_TOPK = 1 << 20, 1024, 100  # in one request: bytes, queries, passages a query
 MAX_WAITING, MAX_SECONDS = 512, 60  # requests that wait for a search, and how long the last of them may have to
@@ -65,11 +65,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.searching:
                 began, found = time.monotonic(), []
-                for start in range(0, len(queries), 8):
+                for start in range(0, len(queries), A_REQUEST):
                     if self.is_gone():  # nobody waits for this any more
                         self.close_connection = True
                         return
-                    found += self.server.retriever.search(queries[start : start + 8], k)
+                    found += self.server.retriever.search(queries[start : start + A_REQUEST], k)
                 seconds = time.monotonic() - began
         except Exception:
             traceback.print_exc()
@@ -155,20 +155,21 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(a: argparse.Namespace) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """Answer POST /retrieve until SIGINT or SIGTERM. Raises UserError for a bad corpus or a port that is taken."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
-    with Server(a.host, a.port) as server:
+    host, port = arguments.host, arguments.port
+    with Server(host, port) as server:
         try:
             server.server_bind()  # before the corpus is read: a taken port should not cost minutes
-            server.retriever = open_retriever(a.retriever, a.corpus, a.model, a.index, a.prefixes)
+            server.retriever = open_retriever(
+                arguments.retriever, arguments.corpus, arguments.encoder, arguments.index, arguments.prefixes
+            )
             server.server_activate()
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"--host {a.host} --port {a.port}: {why}; stop what runs there, or name another port"
-            ) from None
+            raise UserError(f"--host {host} --port {port}: {why}; stop what runs there, or name another port") from None
         host, port = server.server_address[:2]
         print(f"serving {len(server.retriever.passages)} passages at http://{host}:{port}/retrieve", flush=True)
         try:
@@ -182,7 +183,7 @@ def main() -> None:
     layout = 'lines of {"title", "text"} or {"contents"}'
     parser.add_argument("--corpus", required=True, metavar="FILE.jsonl", help=layout)
     parser.add_argument("--retriever", default="bm25", choices=["bm25", "dense"])
-    parser.add_argument("--model", help="dense: folder or hub name of an encoder, such as intfloat/e5-base-v2")
+    parser.add_argument("--encoder", help="dense: folder or hub name of an encoder, such as intfloat/e5-base-v2")
     prefixes = 'dense: put "query: " and "passage: " before the texts (default: if the name says e5)'
     parser.add_argument("--prefixes", action=argparse.BooleanOptionalAction, help=prefixes)
     parser.add_argument("--index", default="runs/index", help="folder that keeps the indices (%(default)s)")

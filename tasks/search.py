@@ -96,7 +96,7 @@ def search_prompt(trajectory: Trajectory, result: str, left: int) -> str:
 def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str, list[list[str]]]]:
     """Every `n` questions in a row as one, joined by "; ", with the answers to each in that order (MEM1).
 
-    What remains at the end is dropped: objectives([(q1, a1), (q2, a2), (q3, a3)]) is [("q1; q2", [a1, a2])].
+    A remainder is dropped: objectives([(q1, a1), (q2, a2), (q3, a3)]) is [("q1; q2", [a1, a2])].
     """
     groups = [items[start : start + n] for start in range(0, len(items) - n + 1, n)]
     return [("; ".join(question for question, _ in group), [answers for _, answers in group]) for group in groups]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from engine.config import Config
 from engine.errors import UserError
+from engine.models import window_of
 from masking import QUESTION, Corpus
 from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, encode_prompt, fill, read
 from tasks.longqa import LongQA, Pool
-from tasks.questions import load_questions, load_search, split_questions, subject
+from tasks.questions import Question, load_questions, load_search, split_questions, subject
 from tasks.retrieval import open_retriever
 from tasks.search import SEARCH_PROMPT, SearchQA, objectives, search
 from text.corpus import Passage, find_entities, load_passages
@@ -25,9 +26,11 @@ def load_task(
     against the window of this model. Raises UserError.
     """
     if loaded:
-        check_window(config, model, tokenizer)
+        check_window(config, model, tokenizer, longest_question(loaded[0]))
         return loaded
-    retriever = open_retriever(config.retriever, config.text, config.encoder) if config.task == "searchqa" else None
+    retriever = None
+    if config.task == "searchqa":
+        retriever = open_retriever(config.retriever, config.corpus_name, config.encoder)
     # A tokenizer of its own: documents are built in another thread, and encoding changes a tokenizer's settings.
     source = load_source(config, model, copy.deepcopy(tokenizer), cache, left_out)
     return source, partial(search, retriever=retriever) if retriever else read
@@ -41,22 +44,28 @@ def load_source(config: Config, model, tokenizer, cache: Path, left_out: Counter
     other = load(config.eval_questions) if config.eval_questions else None
     if config.task == "longqa":
         questions = split_questions(train, other, subject)
-        asked = [question.question for part in questions.values() for question in part]
         pool = Pool([(passage.title, passage.text) for passage in load_text(config, left_out)], tokenizer)
         source = LongQA(questions, pool, seed=config.seed, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
     else:
         # The split is by question here: a file of FlashRAG's fields doesn't name its subjects.
         questions = split_questions(train, other, lambda item: item[0])
         questions = {name: objectives(items, config.objectives) for name, items in questions.items()}
-        asked = [question for part in questions.values() for question, _ in part]
         source = SearchQA(questions, config.seed)
     for name in ("train", config.eval_split):
         if not source.questions[name]:
             raise UserError(
                 f"--questions {config.questions}: no question is left for {name!r}; bring more, or --eval-questions"
             )
-    check_window(config, model, tokenizer, max(asked, key=len))
+    check_window(config, model, tokenizer, longest_question(source))
     return source
+
+
+def longest_question(source) -> str:
+    """The longest question that a source asks; masked documents all ask the same."""
+    if isinstance(source, Corpus):
+        return QUESTION
+    asked = (item for items in source.questions.values() for item in items)
+    return max((item.question if isinstance(item, Question) else item[0] for item in asked), key=len)
 
 
 def load_corpus(config: Config, model, tokenizer, cache: Path, left_out: Counter | None = None) -> Corpus:
@@ -74,7 +83,7 @@ def load_corpus(config: Config, model, tokenizer, cache: Path, left_out: Counter
 def load_text(config: Config, left_out: Counter | None) -> list[Passage]:
     """The passages of --corpus, as the settings beside it say."""
     return load_passages(
-        config.text, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
+        config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
         max_passages=config.max_passages, left_out=left_out,
     )
 
@@ -95,13 +104,7 @@ def check_window(config: Config, model, tokenizer, question: str = QUESTION) -> 
     else:
         shown, written = "chunk_tokens", max(config.memory_tokens, config.answer_tokens)
     needed = asked + getattr(config, shown) + config.memory_tokens + written
-    settings = model.config.get_text_config()
-    window = getattr(settings, "max_position_embeddings", None)
-    rope = getattr(settings, "rope_parameters", None) or {}
-    if window and rope.get("rope_type") in ("longrope", "dynamic"):  # beyond this a row's positions depend on its batch
-        original = getattr(settings, "original_max_position_embeddings", None)
-        window = rope.get("original_max_position_embeddings") or original or window
-    if window and needed > window:
+    if needed > (window := window_of(model)):
         raise UserError(
             f"--{shown.replace('_', '-')} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and "
             f"--answer-tokens {config.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has "

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from engine import checkpoints
-from engine.config import Config, run_script
+from engine.config import Config, run_with_flags
 
 
 def command(*arguments, script="memtrain"):
@@ -20,7 +20,7 @@ def command(*arguments, script="memtrain"):
     argv = [f"{script}.py", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run_script(module.main, flags, follow_model)
+            run_with_flags(module.main, flags, follow_model)
         except SystemExit as stop:
             code = stop.code or 0
         except Exception:

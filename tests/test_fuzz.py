@@ -135,7 +135,7 @@ def test_odd_but_legal_passages(tmp_path, suffix, capsys):
     (tmp_path / f"x.{suffix}").write_bytes(b'{"title": "x", "text": "caf\xe9"}' if suffix == "jsonl" else b"caf\xe9")
     passages = load_passages(str(tmp_path))
     assert [p.text.strip() for p in passages] == [t.strip() for t in texts[:-1]]
-    assert "not UTF-8 (1)" in capsys.readouterr().err
+    assert "1 not UTF-8" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
         for key, (document, advantage) in kept.items():
             assert step["trained"][key] == (document, pytest.approx(advantage, abs=1e-6))
 
-        draws = [(d.memory_step, d.chunk, d.entity) for d in step["draws"]]
+        draws = [(d.memory_turn, d.chunk, d.entity) for d in step["draws"]]
         if draws:
             per_document = [len(set(draws[d * G1 : (d + 1) * G1])) for d in range(DOCUMENTS)]
             assert per_document == [1] * DOCUMENTS if "--shared_recall_draw" in more else max(per_document) > 1

@@ -168,7 +168,7 @@ def test_recall_draws(tiny_passages, tokenizer):
         document = corpus.document(i)
         for _ in range(10):
             draw = draw_recall(document, rng)
-            pairs.add((draw.memory_step, draw.chunk))
+            pairs.add((draw.memory_turn, draw.chunk))
             assert draw.entity in document.recall[draw.chunk - 1]
             assert TARGET in draw.section and not occurrences(draw.section, draw.entity)
             assert draw.section.replace(TARGET, "").count(MASK) == document.chunks[draw.chunk - 1].count(MASK)
@@ -362,13 +362,13 @@ def test_a_recall_section_by_hand():
     document = Document(0, "t", "q", ["y"], chunks, [["Ada", "Mask"], [], ["Bob"], ["Eve"]])
     rng = np.random.default_rng(0)
     draws = [draw_recall(document, rng) for _ in range(400)]
-    assert {(d.memory_step, d.chunk) for d in draws} == {(2, 1), (3, 1), (4, 1), (4, 3)}
+    assert {(d.memory_turn, d.chunk) for d in draws} == {(2, 1), (3, 1), (4, 1), (4, 3)}
     assert {d.entity: d.section for d in draws} == {
         "Ada": "[TARGET] met [MASK], [TARGET]'s friend. The Mask.",
         "Mask": "Ada met [MASK], ADA's friend. The [TARGET].",
         "Bob": "[TARGET] and [TARGET] in [MASK].",
     }
-    steps = Counter(d.memory_step for d in draws)
+    steps = Counter(d.memory_turn for d in draws)
     assert all(90 < steps[k] < 180 for k in (2, 3, 4))
     assert draw_recall(Document(0, "t", "q", ["y"], ["a"], [["Ada"]]), rng) is None
 

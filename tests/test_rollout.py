@@ -88,7 +88,7 @@ def test_recall_sees_the_memory_after_step_k_and_the_section():
 
     limits = Limits(40, 9, 0, 0, uncut)
     trajectory = rollout.Trajectory(document(3), memories=["first note", "second note", "third note"])
-    target = Recall(memory_step=2, chunk=1, entity="X", section="[TARGET] slept.")
+    target = Recall(memory_turn=2, chunk=1, entity="X", section="[TARGET] slept.")
     answers = recall(sample, [trajectory] * 3, [target, None, target], limits, samples=3)
     assert [[turn.text for turn in group] for group in answers] == [["a0", "a1", "a2"], [], ["a3", "a4", "a5"]]
     assert all("second note" in text and "[TARGET] slept." in text and "first" not in text for text in seen)

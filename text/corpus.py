@@ -1,4 +1,4 @@
-"""Unlabeled text as passages with their named entities: the proxy tasks are made of these (paper 3.2).
+"""Unlabelled text as passages with their named entities: the proxy tasks are made of these (paper 3.2).
 
     load_passages   a corpus as passages: local files or a hub data set
     find_entities   the named entities of each, by spaCy, cached on disk
@@ -7,7 +7,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from spacy.lang.en.stop_words import STOP_WORDS
 from tqdm import tqdm
 
 from engine.errors import UserError, first_line, run_script
-from engine.files import must_write, replace_text
+from engine.files import digest, must_write, replace_text
 from text.matching import MASK, TARGET, Span, occurrences
 from text.rows import read_rows
 
@@ -84,9 +83,9 @@ def load_passages(
                 passages.append(Passage(str(title or text[:40]), text))
         if max_passages and len(passages) >= max_passages:
             break
-    if left_out.total():
-        reasons = ", ".join(f"{why} ({n})" for why, n in left_out.items() if n)
-        print(f"{corpus}: left out passages that are {reasons}", file=sys.stderr)
+    if left_out.total() and os.environ.get("RANK", "0") == "0":
+        reasons = ", ".join(f"{n} {why}" for why, n in left_out.items() if n)
+        print(f"{corpus}: passages left out: {reasons}", file=sys.stderr)
     if not passages:
         raise UserError(f"--corpus {corpus}: holds no passage")
     return passages[:max_passages]
@@ -127,7 +126,7 @@ def _file_rows(file: Path) -> Iterator[tuple[dict, str]]:
 
 
 def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at line ends only: a heading is never alone."""
+    """`text` in pieces of about `words` words, cut at line ends only; a heading that begins one is not alone."""
     pieces, size = [], 0
     for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
         length = len(paragraph.split())
@@ -142,7 +141,7 @@ def split_paragraphs(text: str, words: int) -> list[str]:
 # ---- entities ----------------------------------------------------------------------------------------
 
 SHARD, PART = 20_000, 500  # passages of a file of the cache, and of a worker at a time
-FOUND = 5  # raise when find_entities finds something else than before: it is part of the cache's name
+ENTITIES_FORMAT = 5  # raise when find_entities finds something else than before: it is part of the cache's name
 MONTHS = "January February March April May June July August September October November December".split()
 LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
 TRIM = re.compile(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*")
@@ -190,7 +189,7 @@ def bare(title: str) -> str:
 
 
 def common_words(texts) -> set[str]:
-    """The words that `texts` write small at least once in ten times: hardly names, even with a capital."""
+    """Words that `texts` write small in a tenth of their occurrences or more: hardly names, even with a capital."""
     total, small = Counter(), Counter()
     for text in texts:
         words = re.findall(r"[^\W\d_]+", text)
@@ -206,7 +205,7 @@ def spans(doc, common: set[str]) -> list[tuple[int, int, str]]:
     edge), and one that would mask ordinary words: stop words, a single word of `common`, names with neither a capital
     nor a digit.
     """
-    found, text = [], doc.text  # made anew at each mention
+    found, text = [], doc.text  # spaCy builds it anew at each access
     for entity in doc.ents:
         core = TRIM.fullmatch(entity.text)
         start, end = entity.start_char + core.start(1), entity.start_char + core.end(1)
@@ -230,11 +229,9 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
     Of a large corpus they are found by all cores, and written in shards: a run that was stopped goes on with those that
     are there. Raises UserError if the pipeline is missing or finds nothing at all.
     """
-    settings = (FOUND, ner, spacy.__version__, spacy.util.get_package_version(ner))
-    digest = hashlib.sha256(repr(settings).encode())
-    for passage in passages:
-        digest.update(f"{passage.title}\0{passage.text}\0".encode("utf-8", "surrogatepass"))
-    folder = Path(cache) / f"entities-{digest.hexdigest()[:24]}"
+    settings = (ENTITIES_FORMAT, ner, spacy.__version__, spacy.util.get_package_version(ner))
+    texts = (text for passage in passages for text in (passage.title, passage.text))
+    folder = Path(cache) / f"entities-{digest(settings, texts)}"
     shards = [(start, folder / f"{start:09}.json") for start in range(0, len(passages), SHARD)]
     finder = None
     for start, file in shards:
@@ -271,13 +268,13 @@ class Finder:
         return [[(s, e) for s, e, _ in spans(doc, self.common)] for doc in self.nlp.pipe(texts, batch_size=64)]
 
     def entities(self, start: int, count: int) -> list[list[Span]]:
-        """Of `count` passages from `start` on."""
+        """The entities of `count` passages from `start` on."""
         found, parts = [], range(start, start + count, PART)
         if self.workers == 1:
             for part in map(self.part, parts):
                 found += part
                 self.tell(len(part))
-            return found[:count]
+            return found
         # Forked, so that passages and pipeline are there without being sent.
         how = {"mp_context": multiprocessing.get_context("fork"), "initializer": _hold, "initargs": (self,)}
         try:
@@ -287,7 +284,7 @@ class Finder:
                     self.tell(len(part))
         except BrokenProcessPool:
             raise UserError("a process that looked for entities was killed; is the memory full?") from None
-        return found[:count]
+        return found
 
     def tell(self, count: int) -> None:
         """Progress; after the first part of the whole, how long it will take."""
@@ -308,22 +305,22 @@ def _part(start: int) -> list[list[Span]]:
     return HELD.part(start)
 
 
-def measure(file: str, ner: str) -> str:
+def measure_ner(file: str, ner: str) -> str:
     """Precision and recall of exact spans, labels aside, on lines of {"text", "entities": [[start, end, label]]}.
 
     Without titles as a gazetteer; dates and numbers are not counted, as such files label names only.
     """
     try:
         rows = [row for row, _ in read_rows(Path(file))]
-        texts, names = [row["text"] for row in rows], [row["entities"] for row in rows]
-    except (UserError, KeyError) as error:
+        texts = [str(row["text"]) for row in rows]
+        names = [{(start, end) for start, end, _ in row["entities"]} for row in rows]
+    except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'--measure-ner {file}: no lines of {{"text", "entities"}} ({first_line(error)})') from None
     if not rows:
         raise UserError(f"--measure-ner {file}: holds no text")
     common, right, found, gold = common_words(texts), 0, 0, 0
-    for labelled, doc in zip(names, pipeline(ner).pipe(texts), strict=True):
+    for theirs, doc in zip(names, pipeline(ner).pipe(texts), strict=True):
         mine = {(start, end) for start, end, label in spans(doc, common) if label not in QUANTITIES}
-        theirs = {(start, end) for start, end, _ in labelled}
         right, found, gold = right + len(mine & theirs), found + len(mine), gold + len(theirs)
     precision, recall = right / max(found, 1), right / max(gold, 1)
     counts = f"{found} found, {gold} labelled"
@@ -336,7 +333,7 @@ def main() -> None:
     parser.add_argument("--measure-ner", metavar="FILE", required=True, help=lines)
     parser.add_argument("--ner", default="rules", help="'rules', or an installed spaCy pipeline")
     arguments = parser.parse_args()
-    print(measure(arguments.measure_ner, arguments.ner))
+    print(measure_ner(arguments.measure_ner, arguments.ner))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from functools import lru_cache
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 Span = tuple[int, int]  # character positions, the end excluded
-# One for one: curly quotes, dashes and the minus sign make no other name.
+# Curly quotes, dashes and the minus sign make no other name. One for one, so places stay.
 ALIKE = str.maketrans(dict.fromkeys("’‘‚′", "'") | dict.fromkeys("“”„″«»", '"') | dict.fromkeys("‐‑‒–—−", "-"))
 
 
 def fold(text: str) -> tuple[str, range | list[int]]:
-    """(`text` in NFKC and caseless; the place in `text` of each of its characters, and of its end).
+    """(`text` in NFKC and caseless; the place in `text` of each folded character, and of the end).
 
     `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
     """
-    return _fold_again(text) if len(text) < 100_000 else _fold(text)
+    return _fold_cached(text) if len(text) < 100_000 else _fold(text)
 
 
 def _fold(text: str) -> tuple[str, range | list[int]]:
@@ -43,7 +43,7 @@ def _fold(text: str) -> tuple[str, range | list[int]]:
     return "".join(pieces).translate(ALIKE), [*origin, len(text)]
 
 
-_fold_again = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are looked at many times
+_fold_cached = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are looked at many times
 
 
 def merges(before: str, character: str) -> bool:
@@ -78,7 +78,7 @@ def occurrences(text: str, entity: str) -> list[Span]:
     """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
     folded, origin = fold(text)
     found, place = [], 0
-    while _form(entity).pattern and (match := _form(entity).search(folded, place)):  # nothing occurs nowhere
+    while _form(entity).pattern and (match := _form(entity).search(folded, place)):  # a name that folds to nothing
         start, end = match.span()
         place = start + 1
         if is_whole(folded, start, end):
@@ -99,7 +99,7 @@ KINDS = ("number", "person", "several", "word")
 
 
 def kind(entity: str) -> str:
-    """Of KINDS: with a digit; like a person's, of two or more capitalised words; of several other words; of one."""
+    """number: with a digit; person: of several words, all capitalised; several: of several others; word: of one."""
     words = entity.split()
     if any(character.isdigit() for character in entity):
         return "number"

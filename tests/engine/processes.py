@@ -15,7 +15,7 @@ import torch
 
 import memtrain
 from engine import checkpoints
-from engine.config import Config, run_script
+from engine.config import Config, run_with_flags
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["processes"])
@@ -81,5 +81,5 @@ def run(arguments: list, log: Path, deadly: str | None = None) -> None:
     sys.argv = ["memtrain.py", *map(str, arguments)]
     if rank == 0:
         sys.stdout = sys.stderr = open(log, "w")
-    run_script(memtrain.main, Config)
+    run_with_flags(memtrain.main, Config)
     sys.stdout.flush()

@@ -159,9 +159,9 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--out {bad}/used",
-        "--out {bad}/used: the folder holds another run, with --ablation None, --advantage None, --answer-tokens "
-        "None, --chunk-tokens None, --chunks None ...; choose another or delete it, or give its settings to go on "
-        "with it",
+        "--out {bad}/used: the folder holds another run, without --ablation, without --advantage, without "
+        "--answer-tokens, without --chunk-tokens, without --chunks ...; choose another or delete it, or give its "
+        "settings to go on with it",
     ),
     (
         "memtrain", "--out {bad}/other",
@@ -226,8 +226,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task searchqa --retriever dense",
-        "--retriever dense needs --corpus FILE.jsonl and an encoder (--model NAME; in memtrain.py and eval.py "
-        "--encoder NAME)",
+        "--retriever dense needs --corpus FILE.jsonl and --encoder NAME",
     ),
     ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
     ("eval", "--controls full", "--controls full: masked documents have the control empty only"),

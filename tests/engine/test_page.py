@@ -37,7 +37,7 @@ def run(tmp_path):
     """The folder of a run whose every text is hostile."""
     steps = [{"step": n, "end_to_end": n / 4, "recall": None, "entropy": 0.1 * n} for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (tmp_path / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n" + json.dumps({"step": 1, "text": "older"}) + "\n")
+    (tmp_path / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n")
     (tmp_path / "config.json").write_text(json.dumps({"model": HOSTILE, "task": "memtrain"}))
     rows = [row(HOSTILE, "recall", chunks, "kept", {0: 1.0, 1: 0.0}) for chunks in (1, 2, 64)]
     (tmp_path / "eval.json").write_text(json.dumps(rows))

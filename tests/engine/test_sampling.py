@@ -131,7 +131,7 @@ def test_rows_that_go_on_without_the_others_write_the_same(kind, rows, monkeypat
     if rows == "double":  # not float32, as bfloat16: torch's attention and a mask
         model.double()
     if rows == "copies":
-        monkeypatch.setattr(sampling, "is_plain", lambda model: False)
+        monkeypatch.setattr(sampling, "takes_shared_prompts", lambda model: False)
     calls, own = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **given: calls.append(given["input_ids"].shape) or own(**given))
     found = generate(model, Plain, prompts, 30, greedy=True)
@@ -169,7 +169,7 @@ def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
     scores = torch.full((rows, words), -float(np.log(19_999)))
     scores[:, 7] = 0.0
     scores[:, -1] = -torch.inf
-    draw, drawn = Draw(), []
+    draw, drawn = Draw(greedy=False), []
     for _ in range(calls):
         left = draw(None, scores.clone())
         assert (left.isfinite().sum(1) == 1).all()

@@ -275,7 +275,7 @@ def test_a_dense_server_under_load(encoder, tmp_path):
     passages = [{"title": f"w{n % 50}", "text": f"w{n * 7 % 50} w{n % 13}"} for n in range(500)]
     corpus = lines(tmp_path / "c.jsonl", passages)
     local = open_retriever("dense", corpus, encoder, tmp_path, True)
-    dense = ["--retriever", "dense", "--model", encoder, "--prefixes"]
+    dense = ["--retriever", "dense", "--encoder", encoder, "--prefixes"]
     process = start("--corpus", corpus, *dense, "--index", tmp_path, "--port", 0)
     url = url_of(process)
     queries = [[f"w{n} w{n + 1} w{2 * n}"] * 40 for n in range(8)]
@@ -317,7 +317,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(served, tmp_path):
         (["--corpus", good, "--port", port], port), (["--corpus", good, "--port", 70000], "70000"),
         (["--corpus", good, "--port", 0, "--host", "no.such.host.invalid"], "no.such.host"),
         (["--corpus", tmp_path / "none.jsonl", "--port", 0], "none.jsonl"), (["--corpus", bad, "--port", 0], "line 2"),
-        (["--corpus", good, "--port", 0, "--retriever", "dense"], "--model"),
+        (["--corpus", good, "--port", 0, "--retriever", "dense"], "--encoder"),
     ]
     processes = [start(*arguments, "--index", tmp_path / "i") for arguments, _ in cases]
     for process, (arguments, word) in zip(processes, cases, strict=True):

@@ -19,7 +19,7 @@ import spacy
 
 from engine.errors import UserError
 from text import corpus
-from text.corpus import Passage, find_entities, load_passages, measure, pipeline, spans, split_paragraphs
+from text.corpus import Passage, find_entities, load_passages, measure_ner, pipeline, spans, split_paragraphs
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -85,7 +85,7 @@ def test_other_fields_and_missing_titles(tmp_path, capsys):
     texts = ["Good.", " \n", None, "A [MASK].", "A [target]."]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert [p.text for p in load_passages(str(file))] == ["Good."]
-    assert "empty (2), with a literal [MASK] or [TARGET] (2)" in capsys.readouterr().err
+    assert "2 empty, 2 with a literal [MASK] or [TARGET]" in capsys.readouterr().err
     (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {n} of a book." for n in range(5)))
     passages = load_passages(str(tmp_path / "book.txt"), passage_words=10)
     assert [p.text.count("Paragraph") for p in passages] == [2, 2, 1] and len({p.title for p in passages}) == 3
@@ -267,11 +267,13 @@ def test_the_rules_on_labelled_text(monkeypatch, capsys):
     assert precision > 0.8 and recall > 0.8
 
 
-@pytest.mark.parametrize("text", [None, "", "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]'])
+@pytest.mark.parametrize(
+    "text", [None, "", "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]', '{"text": "Ulm", "entities": [[0, 3]]}']
+)
 def test_a_labelled_file_that_is_none_is_a_line(tmp_path, text):
     """Missing, empty, not JSON, or without the fields: named, with the reason."""
     file = tmp_path / "labels.jsonl"
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=f"--measure-ner {file}: "):
-        measure(file, "rules")
+        measure_ner(file, "rules")
