@@ -268,7 +268,7 @@ class Run:
 def model_card(config, step: int) -> str:
     return (
         f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.corpus_name}`: it reads a "
-        f"text in chunks of {config.chunk_tokens} tokens and keeps a memory of up to {config.memory_tokens} tokens.\n"
+        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.corpus_name}`: it reads "
+        f"texts in chunks of {config.chunk_tokens} tokens and keeps up to {config.memory_tokens} tokens of memory.\n"
         "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
     )

