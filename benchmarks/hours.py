@@ -1,10 +1,11 @@
-"""What each recipe takes, counted and not measured: tokens and seconds a step, hours and euros of its training, memory.
+"""Counted, not measured: the tokens, seconds, hours, euros and memory of each recipe.
 
     python benchmarks/hours.py [RECIPE.args ...]
 
 Counted so: completions fill half of their limit, and a batch is sampled until its longest row reaches the limit.
-Prompts that samples share count once. Matrix products run at a quarter of the card's peak, memory is read at 0.6 of its
-bandwidth in sampling, and no sampled token takes less than 0.8 ms a layer, as `generate` starts kernels one by one.
+Prompts that samples share count once in the seconds, each time in the tokens. Matrix products run at a quarter of the
+card's peak, memory is read at 0.6 of its bandwidth in sampling, and no sampled token takes less than 0.8 ms a layer, as
+`generate` starts kernels one by one.
 Every figure depends on these guesses; where a GPU is at hand, benchmarks/step.py measures.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config, parse  # noqa: E402
 from engine.errors import UserError, run_script  # noqa: E402
+from engine.packing import HEAD_TOKENS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FILL, OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.5, 0.25, 0.6, 0.8e-3
@@ -43,14 +45,14 @@ class Shape:
     layers: int
     heads: int
     kv_heads: int
-    head: int
+    head_size: int
     vocabulary: int
     tied: bool = True
 
     @property
     def linears(self) -> list[tuple[int, int]]:
         """(in, out) of a layer's matrices."""
-        q, kv = self.heads * self.head, self.kv_heads * self.head
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         feed = [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
         return [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden), *feed]
 
@@ -62,7 +64,7 @@ class Shape:
     @property
     def cache(self) -> int:
         """Bytes of keys and values, a token."""
-        return self.layers * 2 * self.kv_heads * self.head * 2
+        return self.layers * 2 * self.kv_heads * self.head_size * 2
 
     def adapter(self, rank: int) -> int:
         return self.layers * sum(rank * (n + m) for n, m in self.linears)
@@ -98,7 +100,7 @@ class Turns:
         return self.prompts * self.prompt + self.written
 
 
-def turns(config: Config, documents: int) -> list[Turns]:
+def step_turns(config: Config, documents: int) -> list[Turns]:
     """The turns of one process's documents, one entry per turn of the rollout."""
     rows, memory = documents * config.g1, int(config.memory_tokens * FILL)
     if config.task == "searchqa":
@@ -116,7 +118,7 @@ def seconds(config: Config, shape: Shape, card: Card, step: list[Turns]) -> tupl
     """(sampling, reference and update) of one step."""
     sampling = training = 0.0
     for kind in step:
-        attention = 2 * shape.layers * shape.heads * shape.head * kind.prompt  # of one token, forward
+        attention = 2 * shape.layers * shape.heads * shape.head_size * kind.prompt  # of one token, forward
         forward = (2 * shape.parameters + attention) * kind.computed / (card.flop * OF_PEAK)
         backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
         several = (config.update_batch or config.documents) < config.documents  # then old log-probs are computed, too
@@ -129,7 +131,7 @@ def seconds(config: Config, shape: Shape, card: Card, step: list[Turns]) -> tupl
     return sampling, training
 
 
-def memory(config: Config, shape: Shape, gpus: int) -> float:
+def gpu_bytes(config: Config, shape: Shape, gpus: int) -> float:
     """Bytes on a GPU at most: weights, what is trained, and the larger of sampling and training."""
     trained = shape.adapter(config.lora) if config.lora else shape.parameters
     fixed = 2 * shape.parameters * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
@@ -138,8 +140,8 @@ def memory(config: Config, shape: Shape, gpus: int) -> float:
     tokens = config.train_tokens
     kept = shape.layers if config.gradient_checkpointing else shape.layers * 12  # hidden states, each
     layer = 2 * tokens * (8 * shape.hidden + 4 * shape.intermediate)
-    head = 1024 * shape.vocabulary * 4 * 3
-    training = 4 * trained + 2 * tokens * shape.hidden * kept + layer + head  # float32 sums of the gradients
+    logits = HEAD_TOKENS * shape.vocabulary * 4 * 3
+    training = 4 * trained + 2 * tokens * shape.hidden * kept + layer + logits  # float32 sums of the gradients
     sampling = config.rollout_tokens * shape.cache
     whole = 4 * shape.vocabulary * shape.hidden if config.shard_optimizer else 0  # the largest, summed and gathered
     return fixed + max(training, sampling) + whole
@@ -152,13 +154,13 @@ def line(file: Path) -> str:
     if not name or not card:
         raise UserError(f"{file}: its name holds none of {', '.join(SHAPES)}, or ends in none of {', '.join(CARDS)}")
     gpus = 8 if "8x" in file.stem else 1
-    shape, step = SHAPES[name], turns(config, ceil(config.documents / gpus))
+    shape, step = SHAPES[name], step_turns(config, ceil(config.documents / gpus))
     sampling, training = seconds(config, shape, card, step)
     tokens = gpus * sum(kind.tokens for kind in step) / 1e6
     hours = config.steps * (sampling + training) / 3600
     cells = [
         file.stem, f"{gpus} x {card.name}", f"{tokens:.1f} M", f"{sampling:.0f} + {training:.0f}", f"{config.steps}",
-        f"{hours:.1f}", f"{hours * gpus * card.euros:.0f}", f"{memory(config, shape, gpus) / 1e9:.0f}",
+        f"{hours:.1f}", f"{hours * gpus * card.euros:.0f}", f"{gpu_bytes(config, shape, gpus) / 1e9:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 

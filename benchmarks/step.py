@@ -40,6 +40,7 @@ from memtrain import store_reference_logprobs, update  # noqa: E402
 from rollout import Turn, limits_of, read, recall, sampler  # noqa: E402
 from tasks.sources import load_source  # noqa: E402
 
+GROUP = 8  # samples
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
 SHAPES = {
     "5m": (256, 768, 6, 4, 2, 64, 2048),
@@ -106,10 +107,10 @@ def step(
     asked = [prompt for prompt in prompts for _ in range(samples)]
     completions = generate(model, special, asked, new_tokens, budget=budget)
     clock.lap("generate")
-    rewards = torch.tensor([len(set(c.ids)) / len(c.ids) for c in completions]).view(-1, 8)  # shared prompts or not
+    rewards = torch.tensor([len(set(c.ids)) / len(c.ids) for c in completions]).view(-1, GROUP)  # shared prompts or not
     advantages = group_advantages(rewards, "mean")[0].flatten().tolist()
     turns = [
-        Turn(prompt, c.ids, c.ended, "", place=n // 8, advantage=advantages[n])
+        Turn(prompt, c.ids, c.ended, "", place=n // GROUP, advantage=advantages[n])
         for n, (prompt, c) in enumerate(zip(asked, completions, strict=True))
     ]
     store_reference_logprobs(reference, turns, config, model.device.type)
@@ -155,7 +156,7 @@ def measure(arguments, device: str) -> list[dict]:
         gradient_checkpointing=arguments.gradient_checkpointing, offload_optimizer=arguments.offload_optimizer,
     )
     optimizer = MasterAdamW(model, config.lr, config.offload_optimizer)
-    samples, prompts = (1, arguments.prompts * 8) if arguments.unshared else (8, arguments.prompts)
+    samples, prompts = (1, arguments.prompts * GROUP) if arguments.unshared else (GROUP, arguments.prompts)
     budget = Budget(arguments.rollout_tokens)
     # Matrix products only: the network once over every token for sampling, three times for training (twice where its
     # weights are frozen), once for the reference. Attention over the text comes on top and is not counted.
@@ -193,7 +194,7 @@ def measure_chunks(chunks: int, number: int, device: str) -> list[float]:
         enable_packing(model)
         with tempfile.TemporaryDirectory() as folder:
             corpus = load_source(config, model, tokenizer, Path(folder))
-        optimizer, limits = MasterAdamW(model, 1e-6), limits_of(config, tokenizer)
+        optimizer, limits = MasterAdamW(model, config.lr), limits_of(config, tokenizer)
         sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer)
         torch.manual_seed(number)
         clock = Clock(device)
@@ -227,7 +228,8 @@ def compare_chunks(lengths: list[int], rounds: int) -> None:
         command = [sys.executable, __file__, "--chunks", str(chunks), "--round", str(number)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(done.stderr)
+            print(done.stderr, file=sys.stderr)
+            sys.exit(done.returncode)
         found[chunks].append(json.loads(done.stdout.splitlines()[-1]))
     print("| chunks | tokens a second | of them computed | in rollout | in update | peak memory, GiB |")
     print("|---|---|---|---|---|---|")
@@ -242,23 +244,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="5m", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--prompts", type=int, default=8, help="groups of 8 samples")
+    parser.add_argument("--prompts", type=int, default=8, help=f"groups of {GROUP} samples")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
     parser.add_argument("--kl", type=float, default=0.0, help="with a reference if not 0")
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter that is trained instead (needs peft)")
-    parser.add_argument("--rollout-tokens", type=int, default=Budget.tokens)
+    parser.add_argument("--rollout-tokens", type=int, default=Config.rollout_tokens)
     parser.add_argument("--train-tokens", type=int, default=Config.train_tokens)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
     steps = "steps after a warm-up step, or rounds of --chunks; the median is shown"
     parser.add_argument("--steps", type=int, default=3, help=steps)
-    chunks = "instead, and alone: the tiny default's loop on documents of these lengths"
+    chunks = "the tiny default's loop on documents of these lengths instead; of the other flags --steps alone counts"
     parser.add_argument("--chunks", type=int, nargs="+", help=chunks)
     parser.add_argument("--round", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the steps as JSON lines instead of a table")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error("--steps: at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.round is not None:
         return print(json.dumps(measure_chunks(arguments.chunks[0], arguments.round, device)))
@@ -269,12 +273,12 @@ def main() -> None:
         print("\n".join(map(json.dumps, rows)))
         return
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    tokens = f"{arguments.prompts} x 8, {arguments.prompt_tokens} + {arguments.new_tokens} tokens"
+    tokens = f"{arguments.prompts} x {GROUP}, {arguments.prompt_tokens} + {arguments.new_tokens} tokens"
     print(f"{arguments.shape}, {arguments.dtype}, {name}, {tokens}")
     print("| | median | lowest | highest |\n|---|---|---|---|")
     for key in rows[0]:
-        values = sorted(row[key] for row in rows)
-        print(f"| {key} | {values[len(values) // 2]:.3g} | {values[0]:.3g} | {values[-1]:.3g} |")
+        values = [row[key] for row in rows]
+        print(f"| {key} | {np.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |")
 
 
 if __name__ == "__main__":

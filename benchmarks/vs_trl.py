@@ -57,7 +57,7 @@ def ours(arguments) -> list[float]:
     seconds = []
     for n in range(arguments.steps):
         prompts = step_prompts(n, arguments.unshared)
-        result = step(model, None, optimizer, prompts, samples, NEW, Budget(), config)
+        result = step(model, None, optimizer, prompts, samples, NEW, Budget(config.rollout_tokens), config)
         seconds.append(sum(result["seconds"].values()))
     return seconds
 
@@ -81,10 +81,9 @@ def trl(arguments) -> list[float]:
     def reward(completion_ids, **more):
         return [len(set(ids)) / len(ids) for ids in completion_ids]
 
-    # TRL samples num_generations for each row: 64 different prompts are 64 rows of a step whose groups it doesn't mind.
-    prompts = [step_prompts(n, arguments.unshared) for n in range(arguments.steps)]
+    # TRL's groups have at least two samples: of the unshared prompts it gets half, each twice.
     group = 2 if arguments.unshared else GROUP
-    prompts = [some[:32] for some in prompts] if arguments.unshared else prompts
+    prompts = [step_prompts(n, arguments.unshared)[: PROMPTS * GROUP // group] for n in range(arguments.steps)]
     rows = [" ".join(f"t{i}" for i in ids) for some in prompts for ids in some]
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
@@ -118,8 +117,8 @@ def main() -> None:
         run = ours if arguments.side == "ours" else trl
         print("SECONDS", json.dumps(run(arguments)))
         return
-    if arguments.steps < 2:
-        parser.error("--steps: at least 2, the first one warms up")
+    if arguments.steps < 2 or arguments.rounds < 1:
+        parser.error("--steps: at least 2, the first one warms up; --rounds: at least 1")
     if not arguments.trl_python:
         parser.error("--trl-python: the interpreter of a virtual environment with benchmarks/requirements.txt")
     with tempfile.TemporaryDirectory() as folder:

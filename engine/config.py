@@ -151,7 +151,8 @@ class Config:
 # A smaller number is a mistake. Run refuses groups of one, --g1 and --g2.
 LEAST = dict.fromkeys(
     "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
-    "max_passages objectives steps documents g1 update_batch sample_every save_every keep max_bad_steps".split(), 1
+    "max_passages questions_a_document objectives steps documents g1 update_batch sample_every save_every keep "
+    "max_bad_steps".split(), 1
 ) | dict.fromkeys(
     "seed lora related heldout eval_documents searches g2 recall_weight lr lr_warmup grad_clip "
     "eps_low eps_high kl".split(), 0

@@ -1,8 +1,8 @@
 """Several processes, one a GPU: each reads its own documents, and their gradients are summed by hand.
 
 No DistributedDataParallel: it wants equally many backward passes on every process, and a process that kept fewer
-samples has fewer. Every process runs what it has, and gradients meet in one place: in `sum_gradients`, or where an optimizer
-that is shared out takes each process's rows of their sum.
+samples has fewer. Every process runs what it has, and gradients meet in one place: in `sum_gradients`, or where an
+optimizer that is shared out takes each process's rows of their sum.
 `torchrun --nproc_per_node N` sets the environment that `start` reads; without it all of this is one process.
 """
 

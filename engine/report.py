@@ -112,17 +112,20 @@ def differences(rows: list[dict]) -> list[str]:
     return lines
 
 
-def check_files(rows: Path, picture: str | None) -> None:
-    """Raises UserError for files that can't be written: an evaluation can take hours, so they are tried first."""
+def check_files(rows: Path, picture: str | None, name: str = "--plot ") -> None:
+    """Raises UserError for files that can't be written: an evaluation can take hours, so they are tried first.
+
+    `name` is what the command line calls the picture.
+    """
     for file in map(Path, filter(None, (rows, picture))):
         if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
             raise UserError(f"{file}: its folder is missing or can't be written to; name another")
         if file.is_dir():
             raise UserError(f"{file}: is a folder; name a file in it")
     if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {picture}: must end in .png, .svg or .pdf")
+        raise UserError(f"{name}{picture}: must end in .png, .svg or .pdf")
     if picture and not load_pyplot():
-        raise UserError("--plot: matplotlib is not installed; run `pip install matplotlib`, or leave --plot out")
+        raise UserError(f"{name}{picture}: matplotlib is not installed; run `pip install matplotlib`, or leave it out")
 
 
 def load_pyplot():
@@ -252,10 +255,10 @@ def sample_rows(trajectories: list, targets: list, recalls: list[list], rewards:
     return about | {"trajectories": rows}
 
 
-def sample_text(trajectory, recalls: list, reward: float) -> str:
-    """One trajectory in words: its memories, its answer and two answers of recall."""
+def sample_text(trajectory, recalls: list, score: float, name: str = "R^E") -> str:
+    """One trajectory in words: its memories, its answer with the score of this name, and two answers of recall."""
     document = trajectory.document
-    outcome = f"answered {trajectory.prediction!r}, R^E = {reward:.2f}"
+    outcome = f"answered {trajectory.prediction!r}, {name} = {score:.2f}"
     lines = [f"{document.question} y = {document.answers}, {outcome}"]
     lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
     lines += [f"  recall: {turn.text.strip()}" for turn in recalls[:2]]

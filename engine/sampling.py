@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from engine.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
+from engine.config import Config
 from engine.errors import UserError
 from engine.packing import by_length, by_prompt
 from rollout import Completion, end_ids, left_padded, pad_id
@@ -28,7 +29,7 @@ from rollout import Completion, end_ids, left_padded, pad_id
 class Budget:
     """Tokens of one generate batch, padding included; running out of memory halves it for good."""
 
-    tokens: int = 65536
+    tokens: int = Config.rollout_tokens
 
 
 @lru_cache(maxsize=4)

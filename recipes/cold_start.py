@@ -6,9 +6,9 @@
 Demonstrations come from the corpus itself, from the masked documents that MemTrain trains on:
   - A memory: sentences of the old memory and of the section, at random, those with [MASK] more often.
   - An answer: the masked entity, in its box.
-  - A recall answer: an entity that the memory still holds, as any other would teach to guess.
-So nothing is taught about which sentences are worth keeping; that is left to RL. Success is sampled before and after,
-on documents that are held out.
+  - A recall answer: an entity that the memory still holds. Any other entity would teach the model to guess.
+So only a preference for sentences with [MASK] is taught; what else is worth keeping is left to RL. Success is sampled
+before and after, on documents that are held out.
 """
 
 import json
@@ -25,6 +25,7 @@ from spacy.lang.en import English
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rollout  # noqa: E402
 from engine import packing, parallel, sampling  # noqa: E402
 from engine.config import Config, option, run_with_flags  # noqa: E402
 from engine.errors import UserError  # noqa: E402
@@ -32,7 +33,7 @@ from engine.models import check_new, load_policy, save_new  # noqa: E402
 from engine.optimizer import MasterAdamW  # noqa: E402
 from engine.report import sample_text, share  # noqa: E402
 from masking import Document, draw_recall  # noqa: E402
-from memtrain import learning_rate, set_weights  # noqa: E402
+from memtrain import learning_rate, logprobs_twin, set_weights  # noqa: E402
 from rewards import answer_reward, boxed, recall_reward  # noqa: E402
 from rollout import (  # noqa: E402
     ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Limits, Turn, encode_prompt, fill, limits_of, read, recall,
@@ -47,7 +48,7 @@ RECALL_DRAWS = 16  # of a recall target, until the memory holds one
 
 @dataclass
 class ColdStart(Config):
-    """The settings of a run, with other defaults."""
+    """The settings of a run, with other defaults. Those of RL, of a task and of checkpoints change nothing here."""
 
     out: str = option("runs/cold-start", "folder of the model that comes out; it must not exist")
     steps: int = option(200, "updates")
@@ -126,12 +127,12 @@ def turn_of(document: Document, prompt: str, completion: str, tokenizer) -> Turn
 
 
 def learn(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config) -> float:
-    """One update towards the turns -> their loss: the mean of Eq. 4 over -log p, in nats a token."""
+    """One update towards the turns -> their loss: -log p in nats a token, averaged with the weights of Eq. 4."""
     policy.train(config.gradient_checkpointing)
     set_weights(turns)
     total = 0.0
     for batch in packing.micro_batches(policy, turns, config.train_tokens):
-        logprobs, _, mask = packing.token_logprobs(policy, batch)  # (turns, longest)
+        logprobs, _, mask = logprobs_twin(config)(policy, batch)  # (turns, longest)
         weights = torch.tensor([turn.weight for turn in batch], device=mask.device)  # (turns,)
         loss = -(weights * logprobs.sum(1) / mask.sum(1)).sum()
         loss.backward()
@@ -159,7 +160,7 @@ def sampled_success(sample, documents: list[Document], limits: Limits, config: C
         "recall": [recall_reward(turn.text, target.entity) for turn, target in asked],
     }
     shown = list(zip(trajectories, recalls, scores["end-to-end"], strict=True))[:2]
-    samples = [sample_text(*parts) for parts in shown]
+    samples = [sample_text(*parts, name="EM") for parts in shown]
     return {name: (sum(values), len(values)) for name, values in scores.items()}, samples
 
 
@@ -180,15 +181,19 @@ def main(config: ColdStart) -> None:
     torch.manual_seed(config.seed)
     _, _, device = parallel.start()
     policy, tokenizer = load_policy(config, device)
-    packing.enable(policy)
+    if not config.plain:
+        packing.enable(policy)
     corpus = load_corpus(config, policy, tokenizer, out.parent / ".entities")
     limits = limits_of(config, tokenizer)
-    generate = partial(sampling.generate, budget=sampling.Budget(config.rollout_tokens))
+    budget = sampling.Budget(config.rollout_tokens)
+    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
     success = partial(
         sampled_success, sampler(generate, policy, tokenizer),
         [corpus.document(i, "heldout") for i in range(config.eval_documents)], limits, config,
     )
-    measured, counts, tokens = {"before": success()[0]}, dict.fromkeys(("memory", "answer", "recall"), 0), 0
+    measured = {"before": success()[0]}
+    counts = dict.fromkeys(("memory", "answer", "recall"), 0)
+    tokens = 0
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
     began = time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
@@ -198,17 +203,17 @@ def main(config: ColdStart) -> None:
             number = step * config.documents + place
             document = corpus.document(number)
             document.place = place
-            shown = demonstrate(document, tokenizer, limits, np.random.default_rng([config.seed, number]))
-            counts = {kind: counts[kind] + len(own) for kind, own in shown.items()}
-            turns += [turn for own in shown.values() for turn in own]
+            by_kind = demonstrate(document, tokenizer, limits, np.random.default_rng([config.seed, number]))
+            counts = {kind: counts[kind] + len(own) for kind, own in by_kind.items()}
+            turns += [turn for own in by_kind.values() for turn in own]
         tokens += sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
         loss = learn(policy, optimizer, turns, learning_rate(config, step), config)
         bar.set_postfix(loss=f"{loss:.2f}")
     minutes = (time.perf_counter() - began) / 60
     save_new(policy, tokenizer, out)
     measured["after"], samples = success()
-    shown = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
-    print(*samples, f"demonstrations: {shown}; {tokens} tokens, {minutes:.1f} minutes on {device}", sep="\n")
+    made = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
+    print(*samples, f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}", sep="\n")
     print(table(measured), f"model in {out}", sep="\n")
     result = {"measured": measured, "demonstrations": counts, "tokens": tokens, "minutes": minutes, "samples": samples}
     (out / "cold_start.json").write_text(json.dumps(result | {"settings": asdict(config)}, indent=1))

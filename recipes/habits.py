@@ -16,6 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config, option, run_with_flags  # noqa: E402
 from engine.errors import UserError  # noqa: E402
+from engine.report import check_files  # noqa: E402
 from eval import heldout_documents, load_greedy  # noqa: E402
 from masking import draw_recall  # noqa: E402
 from rewards import recall_reward  # noqa: E402
@@ -35,11 +36,16 @@ class Habits(Config):
 def main(config: Habits) -> None:
     if not config.eval_documents:
         raise UserError("--eval-documents 0: nothing would be read")
+    if min(config.lengths or [config.chunks]) < 3:
+        raise UserError("--lengths: recall needs an earlier chunk and a later memory; give at least 3")
+    check_files(Path(config.out), None)
     model, tokenizer, sample = load_greedy(config.model, config)
     corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
     rows = []
     for chunks in config.lengths or [config.chunks]:
         documents = heldout_documents(corpus, config, chunks)
+        if not documents:  # a line has said why
+            continue
         recalled, unchanged = habits_of(sample, documents, config, limits_of(config, tokenizer))
         rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
         print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")

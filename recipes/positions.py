@@ -1,6 +1,7 @@
 """Exact match by the chunk that holds what a question asks about: does a memory keep what it read first, or last?
 
-    python recipes/positions.py --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48
+    python recipes/positions.py --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
+        --eval-questions runs/reproduce/test-0.jsonl
 
 Greedy, on long-text QA. A question of two hops counts where its first gold paragraph stands.
 """
@@ -29,25 +30,34 @@ class Positions(Config):
 
 
 def chunk_of_gold(document: LongDocument) -> int:
-    """The first chunk, counted from 1, that holds a line of the gold paragraphs; 0 where a cut goes through all."""
-    lines = [line.strip() for line in document.gold.splitlines() if len(line.split()) > 3]
-    places = [n for n, chunk in enumerate(document.chunks, 1) if any(line in chunk for line in lines)]
+    """The first chunk, counted from 1, that holds the whole text of a gold paragraph; 0 where a cut goes through all.
+
+    Raises UserError for a question that names no gold paragraph.
+    """
+    if not document.gold:
+        raise UserError(f"question {document.title}: comes without gold paragraphs; give others by --eval-questions")
+    texts = [paragraph.partition("\n")[2] for paragraph in document.gold.split("\n\n")]  # without their titles
+    places = [n for n, chunk in enumerate(document.chunks, 1) if any(text and text in chunk for text in texts)]
     return min(places, default=0)
 
 
 def main(config: Positions) -> None:
     if config.task != "longqa":
         raise UserError("--task: positions are measured in long texts; give --task longqa")
+    if not config.eval_documents:
+        raise UserError("--eval-documents 0: nothing would be read")
     model, tokenizer, sample = load_greedy(config.model, config)
     source, agent = load_task(config, model, tokenizer, Path(".entities"))
-    for length, documents in documents_by_length(source, config, config.lengths or [config.chunks], True).items():
+    lengths = source.lengths(config.lengths or [config.chunks], config.eval_split)
+    for length, documents in documents_by_length(source, config, lengths, True).items():
         hits: dict[int, list[float]] = {}
         for trajectory in agent(sample, documents, limits_of(config, tokenizer), progress="reading"):
             right = answer_reward(trajectory.prediction, trajectory.document.answers)
             hits.setdefault(chunk_of_gold(trajectory.document), []).append(right)
-        print(f"| {length} chunks, gold in | exact match | n |\n|---|---|---|")
+        print(f"\n| {length} chunks, gold in | exact match | n |\n|---|---|---|")
         for place, scores in sorted(hits.items()):
-            print(f"| chunk {place} | {share(sum(scores), len(scores))} | {len(scores)} |")
+            name = f"chunk {place}" if place else "cut through"
+            print(f"| {name} | {share(sum(scores), len(scores))} | {len(scores)} |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores. Figures and tables go to docs/.
 #     recipes/reproduce-tiny.sh [FOLDER]
-# Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Everything is in
-# runs/reproduce; with a FOLDER, relative to the project, in that, figures and tables too.
+# Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Everything goes to
+# runs/reproduce. Given FOLDER (relative to the project), all goes there, figures and tables too.
+# SEEDS="0 1" and TASK_RATE=1e-4 in the environment change these two settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
@@ -26,7 +27,7 @@ train() { # NAME ARGUMENTS: the run in $out/NAME
     # A run that Ctrl-C stopped ends well, too, but isn't finished.
     python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}" >> "$out/$1.log" 2>&1 &&
         [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return
-    tail -n 3 "$out/$1.log" >&2 && return 255 # on which xargs begins nothing more
+    tail -n 3 "$out/$1.log" >&2 && return 255 # after which xargs starts nothing more
 }
 
 curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other checkpoints of it are deleted
@@ -59,7 +60,8 @@ for seed in $seeds; do
     done
 done | all
 for seed in $seeds; do
-    task="$longqa --seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl" # those are not asked
+    # The development questions are never asked here. Without them the questions to learn from would be split again.
+    task="$longqa --seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
     learn="$task --questions $out/train.jsonl"
     echo curve $seed/base-task $learn
     echo curve $seed/memtrain-task $learn --model $out/$seed/memtrain/checkpoint

@@ -40,8 +40,7 @@ def single_hops(record: dict) -> list[dict]:
 
 def main() -> None:
     if len(sys.argv) < 3:
-        print(__doc__)
-        return
+        raise UserError("give two files: python recipes/single_hop.py musique_train.json OUT.jsonl [MORE ...]")
     source, out, *more = map(Path, sys.argv[1:])
     found = []
     for record, where in read_rows(source):
@@ -58,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

@@ -58,9 +58,8 @@ def read_gguf(file: Path):
 
 
 def main() -> None:
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        print(__doc__)
-        return
+    if len(sys.argv) > 2:
+        raise UserError("give one folder at most: python recipes/smollm2.py [runs/smollm2/model]")
     out = Path(sys.argv[1] if sys.argv[1:] else "runs/smollm2/model")
     check_new(out)
     model, tokenizer = load()
@@ -70,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

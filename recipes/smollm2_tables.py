@@ -18,8 +18,7 @@ SETS = {
 
 def main() -> None:
     if len(sys.argv) != 2:
-        print(__doc__)
-        return
+        raise UserError("give one folder: python recipes/smollm2_tables.py FOLDER")
     folder = Path(sys.argv[1])
     try:
         start = json.loads((folder / "cold/cold_start.json").read_text())

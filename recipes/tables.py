@@ -94,7 +94,7 @@ def cell(seeds: list[list[float]]) -> str:
 
 
 def difference(first: list[list[float]], second: list[list[float]]) -> dict:
-    """How much the second is better on the same questions, each a list by seed."""
+    """The mean of second - first on the same questions, with both intervals; each holds scores by seed."""
     mean, low, high = paired_bootstrap(flat(first), flat(second))
     by_seed = [float(np.mean(b) - np.mean(a)) for a, b in zip(first, second, strict=True)]
     middle, half = float(np.mean(by_seed)), over_seeds(by_seed)
@@ -104,7 +104,7 @@ def difference(first: list[list[float]], second: list[list[float]]) -> dict:
     }
 
 
-def line(name: str, found: dict) -> str:
+def bullet(name: str, found: dict) -> str:
     seeds = ", ".join(f"{one:+.2f}" for one in found["by_seed"])
     return (
         f"- {name}: {found['mean']:+.3f}, over questions [{found['low']:+.3f}, {found['high']:+.3f}], over seeds "
@@ -153,7 +153,7 @@ def draw_curves(pyplot, file: Path, steps: list[int], curves: dict[str, list[Sco
 
 
 def draw_lines(pyplot, file: Path, panels: list[tuple], label: str) -> None:
-    """Panels of (title, names of the places on x, {name of a line: means by place, by seed}), with bars over seeds."""
+    """A panel is (title, labels on x, {line: its means, by label and seed}); bars are intervals over seeds."""
     _, all_axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axes, (title, places, lines) in zip(all_axes[0], panels, strict=True):
         for name, points in lines.items():
@@ -197,10 +197,11 @@ def draw(folder: Path, runs: Runs, results: dict) -> None:
     draw_lines(pyplot, folder / "distance.png", [(f"recall, {longest} chunks", places, lines)], "distance k - l")
 
 
-# ---- the sections of results-tiny.md ---------------------------------------------------------------------
+# ---- the sections of results-tiny.md: each returns its text, and puts its numbers into `results` --------------
 
 
 def claim(runs: Runs, results: dict) -> list[str]:
+    """Accuracy by steps of task RL from both starts, the claim, and the same at equal minutes."""
     curves = {name: [runs.scores(f"{run}-{step}") for step in runs.steps] for name, run in STARTS.items()}
     lengths = list(curves["base"][0])
     text = ["![accuracy by steps and by minutes](curves.png)", "", "**Steps of task RL**, from both starts:", ""]
@@ -217,7 +218,7 @@ def claim(runs: Runs, results: dict) -> list[str]:
         )
         results[f"claim at {length}"] = difference(first, second)
         name = f"from MemTrain minus from the base, {length} chunks, mean of {CLAIM[0]} to {CLAIM[-1]} steps"
-        text.append(line(name, results[f"claim at {length}"]))
+        text.append(bullet(name, results[f"claim at {length}"]))
     own, last = runs.minutes("memtrain"), runs.steps[-1]
     times = {
         name: [runs.minutes(f"{run}-task", step) + own * (run == "memtrain") for step in runs.steps]
@@ -228,7 +229,7 @@ def claim(runs: Runs, results: dict) -> list[str]:
         names = f"MemTrain and {step} steps ({times['MemTrain'][n]:.1f} minutes) minus the base's {runs.steps[equal]}"
         for length in lengths[:2]:
             found = difference(curves["base"][equal][length], curves["MemTrain"][n][length])
-            text.append(line(f"{names} ({times['base'][equal]:.1f}), {length} chunks", found))
+            text.append(bullet(f"{names} ({times['base'][equal]:.1f}), {length} chunks", found))
     closed = flat(runs.scores(f"memtrain-{last}", "empty")[lengths[0]])
     text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times['base'][-1]:.1f}."]
     text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(closed), len(closed))}.")
@@ -237,6 +238,7 @@ def claim(runs: Runs, results: dict) -> list[str]:
 
 
 def few_labels(runs: Runs, results: dict) -> list[str]:
+    """Accuracy by the number of labelled questions, from both starts."""
     found = {
         name: [*(runs.scores(f"{run}-label-{label}") for label in runs.labels), runs.scores(f"{run}-{runs.budget}")]
         for name, run in STARTS.items()
@@ -252,11 +254,12 @@ def few_labels(runs: Runs, results: dict) -> list[str]:
     for place, first, second in zip(places, found["base"], found["MemTrain"], strict=True):
         for length in lengths[:2]:
             name = f"from MemTrain minus from the base, {place} labels, {length} chunks"
-            text.append(line(name, difference(first[length], second[length])))
+            text.append(bullet(name, difference(first[length], second[length])))
     return text
 
 
 def ablations(runs: Runs, results: dict) -> list[str]:
+    """Accuracy by what MemTrain was made of, before and after task RL."""
     steps = (0, runs.budget)
     found = {name: {step: runs.scores(f"{run}-{step}") for step in steps} for name, run in MODELS.items()}
     lengths = lengths_of(flat(by_step.values() for by_step in found.values()))
@@ -268,18 +271,19 @@ def ablations(runs: Runs, results: dict) -> list[str]:
         for name, by_step in found.items()
     ]
     text += markdown(head, rows) + [""]
-    full, *others = ["MemTrain, full", "base", "decoupled", "end-to-end", "shuffled rewards"]
+    full = "MemTrain, full"
+    others = [name for name in MODELS if name != full]
     for first, second in [*((other, full) for other in others), ("base", "shuffled rewards")]:
         for step, length in ((step, length) for step in steps for length in lengths[:2]):
             one = difference(found[first][step][length], found[second][step][length])
             results[f"{second} minus {first} at {step}, {length} chunks"] = one
-            text.append(line(f"{second} minus {first}, {length} chunks, {step} steps of task RL", one))
+            text.append(bullet(f"{second} minus {first}, {length} chunks, {step} steps of task RL", one))
     results["ablations"] = found
     return text
 
 
 def habits(runs: Runs, results: dict) -> list[str]:
-    """Recall at each distance and the share of unchanged memories; results: by model and chunks, each a list by seed."""
+    """Recall at each distance, and the share of unchanged memories."""
     found: dict[str, dict[int, dict]] = {}
     for name, run in MODELS.items():
         for seed in runs.seeds:
@@ -307,6 +311,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("give two folders: python recipes/tables.py RUNS DOCS")
     runs, docs = Runs(Path(sys.argv[1])), Path(sys.argv[2])
+    if not docs.is_dir():
+        raise UserError(f"{docs}: no such folder; name one for tables and figures")
     results: dict = {}
     text = claim(runs, results) + few_labels(runs, results) + ablations(runs, results) + habits(runs, results)
     (runs.folder / "results.json").write_text(json.dumps(results, indent=1))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Two machines of eight GPUs: run this on both. MAIN is the address of either of them, the same on both.
+# Both must see the same project folder, corpus and --out.
 #     MAIN=10.0.0.1 recipes/two-machines.sh --out runs/qwen3-4b
 set -euo pipefail
 cd "$(dirname "$0")/.."

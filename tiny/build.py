@@ -45,7 +45,8 @@ EVERY = 10  # pools of the second phase between two measurements of the skills
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `texts`. The fixed pieces of the prompts are one token each, which keeps prompts short.
 
-    A word has one form, with its space before it, also at the start of a line: copying is then copying.
+    A word has one form, with its space before it, also at the start of a line: so a copied word has the same
+    tokens wherever it stands.
     """
     tokenizer = Tokenizer(models.BPE())
     spaces = [normalizers.Replace(Regex(r"\n(?!\n)"), "\n "), normalizers.Prepend(" ")]
@@ -58,7 +59,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 24,
+        vocab_size=VOCABULARY - 24,  # room for the pieces of the prompts, below
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -68,8 +69,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "\0")
     prompts = (READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT, SEARCH_PROMPT)
     pieces = {p for prompt in prompts for p in f"{prompt.format(**slots)}\n".split("\0") if len(p) > 9}
-    # normalized=False: a piece is matched as written, and what stands between two pieces is normalised on its own.
     pieces |= {QUESTION, EMPTY_MEMORY, f" {FOCUS}", f" {EVERYTHING}"}
+    # normalized=False: a piece is matched as written, and the text between two pieces is normalised on its own.
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces)])
     special = {"eos_token": "<eos>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
@@ -104,7 +105,7 @@ def batches(demonstrations: Demonstrations, tokens: int) -> list[list]:
     return pool
 
 
-def batch_loss(model, batch: list) -> torch.Tensor:
+def imitation_loss(model, batch: list) -> torch.Tensor:
     """Cross-entropy of the completions' tokens."""
     width = max(len(p) + len(c) for p, c in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), padded right: so it needs no mask
@@ -127,15 +128,15 @@ def optimizers_of(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(done: float) -> float:
+def rate_at(done: float) -> float:
     """By the share of the training that is done: linear warm-up over 2 %, constant to the middle, then linear to 0."""
     return RATE * min(1.0, done / 0.02, 2 * (1 - done))
 
 
-def learn(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: float) -> float:
+def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: float) -> float:
     """One step on a batch -> its loss."""
     with torch.autocast("cpu", torch.bfloat16):
-        loss = batch_loss(model, batch)
+        loss = imitation_loss(model, batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -170,7 +171,7 @@ def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, p
         demonstrations.free = 0.0 if number < pools[0] else FREE
         drawn = batches(demonstrations, STEP_TOKENS)
         losses = [
-            learn(model, optimizers, batch, learning_rate((number + (n + 1) / len(drawn)) / total))
+            imitate(model, optimizers, batch, rate_at((number + (n + 1) / len(drawn)) / total))
             for n, batch in enumerate(drawn)
         ]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")

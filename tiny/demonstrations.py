@@ -1,9 +1,10 @@
-"""What the base model learns from: demonstrations by note-takers, over true, mixed and fresh worlds."""
+"""Demonstrations for the base model: by note-takers, over true, mixed and fresh worlds."""
 
 import random
 import re
 from dataclasses import dataclass
 
+from engine.config import Config
 from masking import QUESTION, mask
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
 from tasks.longqa import numbered_document
@@ -12,9 +13,10 @@ from text.chunking import cut_chunks
 from text.matching import MASK, TARGET
 from tiny.world import Inventor, forms, leads, questions, sentences
 
-CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = 64, 64, 6  # the defaults of memtrain.py
+CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = Config.chunk_tokens, Config.memory_tokens, Config.searches
+NOTES_TOKENS = MEMORY_TOKENS - 2  # of a memory in a demonstration, so that its EOS fits, too
 PASSAGE_SENTENCES = (2, 3)
-UNKNOWN = "unknown"  # what it says in recall when its memory holds no evidence
+UNKNOWN = "unknown"  # the answer, in recall and search, when the memory holds no evidence
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Reader:
     copy_other: float
     keep_named: float
     keep_other: float
-    limit: int = MEMORY_TOKENS - 2
+    limit: int = NOTES_TOKENS
 
     def chance(self, old: bool, named: bool) -> float:
         if old:
@@ -47,7 +49,7 @@ def some_reader(rng) -> Reader:
 
     Few note much, and few keep long what they noted; what the problem names counts for some of them.
     """
-    limit = rng.choice((24, 40, MEMORY_TOKENS - 2))
+    limit = rng.choice((24, 40, NOTES_TOKENS))
     copy_other, keep_other = rng.betavariate(1.2, 2.4), rng.betavariate(2, 1.2)
     attention = rng.betavariate(0.7, 1.5)  # 0: does not look at the problem
     copy_named, keep_named = (chance + (1 - chance) * attention for chance in (copy_other, keep_other))
@@ -84,7 +86,7 @@ def states(subject: dict, attribute: str, sentence: str) -> bool:
     return sentence in forms(subject)[attribute]
 
 
-def gather(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
+def subjects_around(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
     """`centre` and `size` - 1 others of its world, those that link to it first half of the time."""
     others = [s for s in world if s is not centre]
     rng.shuffle(others)
@@ -114,7 +116,7 @@ class Demonstrations:
         self.cost_cache: dict[str, int] = {}
 
     def restart(self, name: str) -> None:
-        """Draw from here on what this name stands for."""
+        """Reseed: what is drawn from here on depends on `name` alone."""
         self.rng.seed(name)
 
     def cost(self, text: str) -> int:
@@ -133,7 +135,7 @@ class Demonstrations:
     def masked(self, world: list[dict], size: int) -> tuple[list[list[str]], str]:
         """Passages of a document (lists of sentences) with one entity of a pivot masked, and that entity."""
         pivot = self.rng.choice(world)
-        passages = [passage(s, self.rng) for s in gather(world, pivot, self.rng, size)]
+        passages = [passage(s, self.rng) for s in subjects_around(world, pivot, self.rng, size)]
         text = " ".join(s for p in passages for s in p if pivot["title"] in s)
         entities = [v for v in {pivot["title"], *pivot["facts"].values()} if like_entity(v) and holds(text, v)]
         if not entities:
@@ -153,7 +155,7 @@ class Demonstrations:
         needed = {title: attribute for title, attribute in row["hops"]}
         subjects = [by_title[t] for t in needed]
         centre = subjects[0]
-        rest = [s for s in gather(world, centre, self.rng, size) if s not in subjects]
+        rest = [s for s in subjects_around(world, centre, self.rng, size) if s not in subjects]
         chosen = subjects + rest[: size - len(subjects)]
         self.rng.shuffle(chosen)
         passages, evidence = [], []
@@ -215,11 +217,11 @@ class Demonstrations:
                 runs.append(lines[low : high + 1])
             elif lines:
                 others.append(" ".join(self.part(lines, 0.4)))
-        if self.size([" ".join(run) for run in runs]) > MEMORY_TOKENS - 2:
+        if self.size([" ".join(run) for run in runs]) > NOTES_TOKENS:
             runs = [[line for line in run if line in evidence] for run in runs]
         paragraphs = [" ".join(run) for run in runs]
         self.rng.shuffle(others)
-        limit = self.rng.choice((16, 32, MEMORY_TOKENS - 2))
+        limit = self.rng.choice((16, 32, NOTES_TOKENS))
         while others and self.size([*paragraphs, others[-1]]) < limit:
             paragraphs.append(others.pop())
         self.rng.shuffle(paragraphs)
@@ -319,7 +321,7 @@ class Demonstrations:
             subject, musts = by_title[title], [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
             pages = [passage(subject, self.rng, must) for must in musts]
             names = [title] * len(pages)
-            for other in gather(world, subject, self.rng, 4):
+            for other in subjects_around(world, subject, self.rng, 4):
                 if len(pages) < 3 and other["title"] != title:
                     pages.append(passage(other, self.rng))
                     names.append(other["title"])
@@ -331,7 +333,7 @@ class Demonstrations:
             for page in pages:
                 found += [s for s in page if s not in found and self.rng.random() < reader.chance(False, s == evidence)]
             notes, proven = found, [*proven, evidence]
-            while self.size(notes) > MEMORY_TOKENS - 2:
+            while self.size(notes) > NOTES_TOKENS:
                 notes.pop(0)
         ends = [(by_title[row["hops"][-1][0]], row["hops"][-1][1]) for row in rows]
         known = [any(states(*end, line) for line in notes) for end in ends]

@@ -1,4 +1,4 @@
-"""What the base model can do, and how often it succeeds when it samples: tables in markdown.
+"""Skills of the base model, and its success when it samples: tables in markdown.
 
     python tiny/measure.py [MODEL]
 
@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import Config  # noqa: E402
-from engine.errors import run_script  # noqa: E402
+from engine.errors import UserError, run_script  # noqa: E402
 from engine.models import load_model  # noqa: E402
 from engine.report import sample_text, share  # noqa: E402
 from engine.sampling import Budget, generate  # noqa: E402
@@ -40,23 +40,25 @@ def question_documents(tokenizer, config: Config, hops: int) -> list[Document]:
     return long_documents(some, Pool([], tokenizer), seed=0, chunk_tokens=config.chunk_tokens, documents=10)
 
 
-def sampled(name: str, hits: list[bool]) -> None:
-    print(f"| {name} | {share(int(sum(hits)), len(hits))} | {len(hits)} |")
+def print_row(cells: list[str], hits: list[bool]) -> None:
+    print("|", " | ".join([*cells, share(sum(hits), len(hits)), str(len(hits))]), "|")
 
 
 def in_words(trajectories: list, recalls: list[list], right: list[bool]) -> list[str]:
-    return [sample_text(*parts) for parts in zip(trajectories, recalls, map(float, right), strict=True)]
+    return [sample_text(*parts, name="EM") for parts in zip(trajectories, recalls, map(float, right), strict=True)]
 
 
 def main() -> None:
-    config = Config(*sys.argv[1:2])
+    if len(sys.argv) > 2:
+        raise UserError("give one model at most: python tiny/measure.py [MODEL]")
+    config = Config(model=sys.argv[1]) if sys.argv[1:] else Config()
     torch.manual_seed(0)
     model, tokenizer = load_model(config.model, "cpu")
     fast = partial(generate, budget=Budget(config.rollout_tokens))
     known, unseen = split(encyclopedia(), random.Random(0))
     print("| skill, greedy | at least | measured | n |\n|---|---|---|---|")
     for name, hits in Skills(fast, model, tokenizer, known, unseen, n=200, seed="to report").measure().items():
-        print(f"| {name} | {BARS[name]} | {share(sum(hits), len(hits))} | {len(hits)} |")
+        print_row([name, str(BARS[name])], hits)
 
     sample, limits = sampler(fast, model, tokenizer), limits_of(config, tokenizer)
     corpus = load_corpus(config, model, tokenizer, HERE / ".entities")
@@ -64,19 +66,20 @@ def main() -> None:
     documents = [corpus.document(i) for i in range(DOCUMENTS)]
     trajectories = read(sample, documents, limits, samples=SAMPLES, progress="end-to-end")
     right = [exact_match(t.prediction, t.document.answers) for t in trajectories]
-    sampled("end-to-end", right)
+    print_row(["end-to-end"], right)
     rng = np.random.default_rng(0)
     targets = [draw_recall(t.document, rng) for t in trajectories]
     recalls = recall(sample, trajectories, targets, limits)
     answers = zip(targets, recalls, strict=True)
-    sampled("recall", [recall_reward(turn.text, target.entity) == 1 for target, turns in answers for turn in turns])
+    hits = [recall_reward(turn.text, target.entity) == 1 for target, turns in answers for turn in turns]
+    print_row(["recall"], hits)
     shown = in_words(trajectories, recalls, right)[:: 6 * SAMPLES]
     for hops in (1, 2):
         documents = question_documents(tokenizer, config, hops)
         for name, empty in (("", False), (", empty memory", True)):
             trajectories = read(sample, documents, limits, SAMPLES, empty_memory=empty, progress="questions")
             hits = [exact_match(t.prediction, t.document.answers) for t in trajectories]
-            sampled(f"question of {hops} hop{'s' * (hops > 1)}{name}", hits)
+            print_row([f"question of {hops} hop{'s' * (hops > 1)}{name}"], hits)
             if not empty:
                 shown += in_words(trajectories, [[]] * len(hits), hits)[:: 20 * SAMPLES]
     print("", *shown, sep="\n")

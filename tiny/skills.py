@@ -1,4 +1,4 @@
-"""What the base model must be able to do before anything is built on it, each skill measured greedily by itself.
+"""The skills that the base model needs, each measured greedily by itself.
 
 A memory holds what was read, whole and once; an answer holds what the memory says. [MASK] is asked about known
 subjects, and noting is measured on known ones, too. All else is held out: subjects that no demonstration is about, and
@@ -8,14 +8,14 @@ newly invented ones. Searching is not measured.
 import re
 from itertools import cycle
 
+from engine.config import Config
 from masking import QUESTION
 from rewards import boxed, exact_match
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill
 from text.matching import MASK
-from tiny.demonstrations import FOCUS, MEMORY_TOKENS, UNKNOWN, Demonstrations, written
+from tiny.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
 from tiny.world import forms
 
-ANSWER_TOKENS = 16  # the default of memtrain.py
 BARS = {
     "sentences that stand word for word in the old memory or the section": 0.97,
     "memories that repeat no sentence": 0.98,
@@ -41,7 +41,7 @@ def slot(prompt: str, name: str) -> str:
 
 
 class Skills:
-    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, `n` of each.
+    """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, of `n` questions each.
 
     `generate` is rollout.generate or its fast twin. Each call asks the same; another `seed` asks something else.
     """
@@ -117,7 +117,7 @@ class Skills:
             others = [p for title, p in zip(titles, paragraphs, strict=True) if title not in about]
             sections = self.demonstrations.sections([[p] for p in others])
             memory = [paragraphs[asked], *rng.sample(others, rng.randrange(3))]
-            if self.demonstrations.size(memory) > MEMORY_TOKENS - 2:
+            if self.demonstrations.size(memory) > NOTES_TOKENS:
                 continue
             rng.shuffle(memory)
             problem, section = f"{row['question']} {FOCUS}", rng.choice(sections)
@@ -128,7 +128,7 @@ class Skills:
         return [paragraph in memory for paragraph, memory in zip(wanted, self.ask(prompts, MEMORY_TOKENS), strict=True)]
 
     def right(self, prompts: list[str], answers: list[str]) -> list[bool]:
-        given = self.ask(prompts, ANSWER_TOKENS)
+        given = self.ask(prompts, Config.answer_tokens)
         return [exact_match(boxed(text), [answer]) for text, answer in zip(given, answers, strict=True)]
 
     def answered(self, hops: int) -> list[bool]:

@@ -196,7 +196,7 @@ def questions(world: list[dict]) -> list[dict]:
 
 
 def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
-    """(known, unseen): a third of each kind is unseen, those that fewest known facts mention.
+    """(known, unseen): a third of each kind is unseen, those that the fewest facts mention.
 
     Known subjects lose the facts that name an unseen one, so that no demonstration names one.
     """
@@ -253,7 +253,7 @@ class Inventor:
                 self.values.setdefault((s["kind"], attribute), []).append(value)
 
     def word(self) -> str:
-        """A word that doesn't exist."""
+        """A made-up word of 3 to 9 letters; by chance it may be a real one."""
         while True:
             letters = "^^"
             while letters[-1] != "$":
@@ -282,7 +282,7 @@ class Inventor:
         return self.name("place")
 
     def fresh(self, size: int = 10) -> list[dict]:
-        """A world of `size` invented subjects; half of the facts that can be links point into the world."""
+        """A world of `size` invented subjects. Where it can, a link points into the world with chance 0.6."""
         kinds = [self.rng.choice(("person", "person", "work", "place", "institution")) for _ in range(size)]
         world = [{"title": t, "kind": k} for t, k in {self.name(kind): kind for kind in kinds}.items()]
         kinds = {s["kind"] for s in world}
