@@ -157,7 +157,7 @@ def test_the_counted_parameters_are_the_models(name):
     kind = Qwen3Config if name.startswith("qwen3") else Qwen2Config
     config = kind(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
         vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
     )
     with torch.device("meta"):

@@ -170,7 +170,7 @@ def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):
-    """A folder that was begun with other seeds says so, and keeps its questions."""
+    """A folder that was begun with other seeds says so, and keeps its questions; seeds that give no interval are none."""
     begun = ["begin.py", str(tmp_path / "out"), "seeds=0 1", "labels=4"]
     for arguments in (begun, begun):
         monkeypatch.setattr(sys, "argv", arguments)
@@ -180,9 +180,13 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="begun with other seeds"):
         begin.main()
     assert (tmp_path / "out/test-0.jsonl").read_text() == before
-    monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "a b"), "seeds=0", "labels=4"])
+    monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "a b"), "seeds=0 1", "labels=4"])
     with pytest.raises(UserError, match="white space"):
         begin.main()
+    for seeds in ("0", "0 one", " ".join(map(str, range(11)))):
+        monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "new"), f"seeds={seeds}", "labels=4"])
+        with pytest.raises(UserError, match=f"seeds={seeds}: must be 2 to 10 numbers"):
+            begin.main()
 
 
 SHIM = """#!{python}
