@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 import torch
@@ -107,25 +107,34 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
-def test_another_sampler(tiny):
+@pytest.fixture
+def url(tiny):
+    """The address of a Server."""
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        server.model = tiny
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_another_sampler(tiny, url):
     """A server samples, by token ids. To train with it, it needs fresh weights at every step."""
+
+    opener = build_opener(ProxyHandler({}))  # a proxy would look for 127.0.0.1 on its own machine
 
     def generate(url, tokenizer, prompts, new_tokens, done=None, greedy=False):
         how = {"max_tokens": new_tokens, "temperature": 0.0 if greedy else 1.0, "return_token_ids": True}
         body = json.dumps({"model": "policy", "prompt": prompts} | how).encode()
-        with urlopen(Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})) as answer:
+        request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with opener.open(request, timeout=60) as answer:
             choices = sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
         cut = [until_end(choice["token_ids"], [tokenizer.eos_token_id], tokenizer, done) for choice in choices]
         return [Completion(*own, padding=0) for own in cut]
 
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    server.model = tiny
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     documents = [Document(0, "", "What is Ulm known for?", ["x"], ["Ulm stands in Germany."] * 2, [[], []])]
-    remote_sample = sampler(generate, f"http://127.0.0.1:{server.server_port}", tiny[1], greedy=True)
+    remote_sample = sampler(generate, url, tiny[1], greedy=True)
     local_sample = sampler(rollout.generate, *tiny, greedy=True)
     limits = limits_of(Config(), tiny[1])
     (remote,), (local,) = read(remote_sample, documents, limits), read(local_sample, documents, limits)
-    server.shutdown()
     assert remote.memories == local.memories and remote.prediction == local.prediction
     assert [turn.completion_ids for turn in remote.turns] == [turn.completion_ids for turn in local.turns]

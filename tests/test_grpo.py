@@ -299,6 +299,17 @@ def test_logprobs_equal_unpadded_passes(name):
     assert token_logprobs(model, turns)[1] is None
 
 
+def test_logprobs_of_a_bfloat16_model_are_computed_in_float32():
+    """A bfloat16 softmax would be off by a hundredth: these equal the float64 softmax of the model's logits."""
+    model = tiny_model().bfloat16()
+    for turn in random_turns(LENGTHS):
+        logprobs, entropy, _ = token_logprobs(model, [turn], with_entropy=True)
+        own, own_entropy = unpadded_logprobs(model, turn)
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        torch.testing.assert_close(logprobs[0].double(), own, atol=2e-5, rtol=0)
+        torch.testing.assert_close(entropy[0].double(), own_entropy, atol=2e-5, rtol=0)
+
+
 def test_capped_logits_are_the_models_own():
     """Gemma caps its logits: the lesson takes them as they come from the model."""
     model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])

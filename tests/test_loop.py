@@ -5,23 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_turns import VOCABULARY, tiny_model, unpadded_logprobs
 
-import eval as evaluation
 import memtrain
 from command import command
 from engine.attention import enable_packing
 from engine.config import Config
-from engine.models import load_model
-from memtrain import store_reference_logprobs, update
-from rollout import Trajectory, Turn, limits_of
-from tasks.sources import load_corpus
+from engine.models import load_policy
+from grpo import Group
+from masking import Document
+from memtrain import control_rewards, draw_targets, store_reference_logprobs, update
+from rollout import Trajectory, Turn
 
 DOCUMENTS, G1, G2, STEPS, WEIGHT = 3, 4, 3, 3, 0.5
 
 
 def turn(rng) -> Turn:
-    return Turn(rng.integers(5, 90, 6).tolist(), rng.integers(5, 90, 3).tolist(), True, "")
+    return Turn(rng.integers(VOCABULARY, size=6).tolist(), rng.integers(VOCABULARY, size=3).tolist(), True, "")
 
 
 class Script:
@@ -144,11 +144,40 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
     assert left_out > 0
 
 
-def plain_logprobs(model, turn: Turn) -> torch.Tensor:
-    """(completion,), by one whole pass over this turn alone."""
-    ids = torch.tensor([turn.prompt_ids + turn.completion_ids])
-    logits = model(input_ids=ids).logits[0].log_softmax(-1)
-    return torch.stack([logits[len(turn.prompt_ids) - 1 + n, token] for n, token in enumerate(turn.completion_ids)])
+NAMES = [f"Name{n}" for n in range(40)]
+
+
+def drawn(places, step: int = 0, **settings) -> list[list[tuple]]:
+    """What is recalled of one document at these places of a step: at each, the draws of four trajectories."""
+    documents = [Document(0, "t", "q", ["y"], [" ".join(NAMES)] * 6, [NAMES] * 6, place=place) for place in places]
+    trajectories = [Trajectory(document) for document in documents for _ in range(4)]
+    draws = [(d.memory_turn, d.chunk, d.entity) for d in draw_targets(trajectories, Config(g1=4, **settings), step)]
+    return [draws[n : n + 4] for n in range(0, len(draws), 4)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_recalled_follows_from_seed_step_and_place(shared):
+    """A trajectory, or with --shared-recall-draw a document, has its own draw, whichever process reads it."""
+    whole = drawn(range(4), shared_recall_draw=shared)
+    assert drawn([1, 3], shared_recall_draw=shared) == [whole[1], whole[3]]
+    assert all(len(set(draws)) == (1 if shared else 4) for draws in whole)
+    step, seed = (drawn(range(4), shared_recall_draw=shared, **other) for other in ({"step": 1}, {"seed": 1}))
+    for other in (step, seed, whole[1:]):
+        assert all(one != another for one, another in zip(whole, other))
+
+
+def test_the_control_deals_rewards_out_anew_in_each_step_and_process(monkeypatch):
+    """The orders of equal groups are those of a seed, a step and a process; without the control nothing moves."""
+    def dealt(step=0, seed=0, ablation="shuffled_rewards"):
+        groups = [Group(0, [[]] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]) for _ in range(4)]
+        control_rewards(groups, Config(ablation=ablation, seed=seed), step)
+        return [group.rewards for group in groups]
+
+    first = dealt()
+    assert first == dealt() and first not in (dealt(1), dealt(seed=1))
+    assert dealt(ablation="none") == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]] * 4
+    monkeypatch.setattr(memtrain.parallel, "rank", lambda: 1)
+    assert dealt() != first
 
 
 class Descent:
@@ -170,13 +199,7 @@ class Descent:
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_updates_of_a_step_equal_the_formula(kl, twin):
     """Three updates after one rollout: ratios are clipped, as the policy has moved from the old log-probs."""
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.2,
-    )
-    policy, plain, reference = (Qwen3ForCausalLM(shape).eval() for _ in range(3))
-    plain.load_state_dict(policy.state_dict())
+    policy, plain, reference = tiny_model(), tiny_model(), tiny_model(seed=1)
     rng, turns = np.random.default_rng(1), []
     for document, count in enumerate((3, 2, 4)):
         prompt = turn(rng).prompt_ids
@@ -192,16 +215,16 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
     if twin == "packed":
         assert enable_packing(policy) and enable_packing(reference)
     with torch.no_grad():
-        old, anchor = ([plain_logprobs(model, t) for t in turns] for model in (plain, reference))
+        old, anchor = ([unpadded_logprobs(model, t)[0] for t in turns] for model in (plain, reference))
     store_reference_logprobs(reference if kl else None, turns, config, "cpu")
     totals = update(policy, Descent(policy), turns, 0.2, config)
 
-    descent, clipped, tokens = Descent(plain), 0, 0
+    descent, clipped, tokens, means, norms = Descent(plain), 0, 0, [], []
     for document in range(3):
         mine = [i for i, t in enumerate(turns) if t.place == document]
         losses = []
         for i in mine:
-            now, A = plain_logprobs(plain, turns[i]), turns[i].advantage
+            now, A = unpadded_logprobs(plain, turns[i])[0], turns[i].advantage
             terms = []
             for p, q, r in zip(now, old[i], anchor[i], strict=True):
                 ratio = torch.exp(p - q)
@@ -210,37 +233,23 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
                 clipped, tokens = clipped + stopped, tokens + 1
                 terms.append((held * A if stopped else ratio * A) - kl * (torch.exp(r - p) - (r - p) - 1))
             losses.append(-sum(terms) / len(terms))
-        (sum(losses) / len(mine)).backward()
-        descent.step(0.2, 0.5)
+        means.append(sum(losses) / len(mine))
+        means[-1].backward()
+        norms.append(descent.step(0.2, 0.5))
     assert totals["updates"] == 3 and totals["tokens"] == tokens and 0 < totals["clipped"] == clipped < tokens
-    assert (totals["kl"] > 0) == bool(kl)
+    assert totals["loss"] == pytest.approx(sum(means).item() / 3, abs=1e-4)
+    assert totals["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and (totals["kl"] > 0) == bool(kl)
     for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_controls_of_an_evaluation_have_no_memory(tmp_path, monkeypatch):
-    """Kept and empty are measured by separate calls, on the same documents and recall targets, in rows of their own."""
-    config = Config(eval_documents=4)
-    calls = []
-
-    def read(sample, documents, limits, empty_memory=False, progress=None):
-        calls.append(("read", empty_memory, [d.index for d in documents]))
-        said = ["wrong" if empty_memory or d.index == 0 else d.answers[0] for d in documents]
-        return [Trajectory(d, [], ["m"] * len(d.chunks), word) for d, word in zip(documents, said, strict=True)]
-
-    def recall(sample, trajectories, targets, limits, empty_memory=False):
-        asked = list(zip(trajectories, targets, strict=True))
-        calls.append(("recall", empty_memory, [(t.document.index, target.entity) for t, target in asked]))
-        said = ["wrong" if empty_memory or t.document.index < 2 else target.entity for t, target in asked]
-        return [[Turn([], [], True, "\\boxed{" + text + "}")] for text in said]
-
-    monkeypatch.setattr(evaluation, "read", read)
-    monkeypatch.setattr(evaluation, "recall", recall)
-    model, tokenizer = load_model(config.model, "cpu")
-    corpus = load_corpus(config, model, tokenizer, tmp_path)
-    rows = evaluation.evaluate(None, corpus, limits_of(config, tokenizer), config, [3], "now")
-    assert {(row["task"], row["memory"]): row["accuracy"] for row in rows} == {
-        ("end_to_end", "kept"): 0.75, ("end_to_end", "empty"): 0.0, ("recall", "kept"): 0.5, ("recall", "empty"): 0.0,
-    }
-    kept, empty = ([call[::2] for call in calls if call[1] == control] for control in (False, True))
-    assert sorted(kept) == sorted(empty) and len(kept) == 2
+@pytest.mark.parametrize("asked", [False, True])
+def test_only_gradient_checkpointing_computes_a_layer_twice(asked):
+    """With it, backward computes a layer's activations again; an update leaves the policy in eval mode."""
+    config, modes, rng = Config(gradient_checkpointing=asked, documents=1), [], np.random.default_rng(0)
+    policy, _ = load_policy(config, "cpu")
+    policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda part, given: modes.append(part.training))
+    made = turn(rng)
+    made.place, made.advantage = 0, 1.0
+    update(policy, Descent(policy), [made], 0.1, config)
+    assert modes == ([True, True] if asked else [False]) and not policy.training

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from shared_data import shared
+from stand_ins import small_bpe
+from transformers import AutoTokenizer
 
 import masking
 from engine.errors import UserError
@@ -24,8 +24,6 @@ from text.corpus import Passage, find_entities, load_passages
 from text.matching import MASK, TARGET, akin, name_words, occurrences
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"
-TOKENIZERS = ["qwen3-4b-instruct-2507", "qwen2.5-instruct", "smollm2-instruct"]
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +33,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def wiki(tmp_path_factory):
-    if not SHARED.exists():
-        pytest.skip("needs the shared data, which is not here")
-    passages = load_passages(str(SHARED / "wiki/passages.jsonl"))
+    passages = load_passages(str(shared("wiki/passages.jsonl")))
     find_entities(passages, "rules", tmp_path_factory.mktemp("entities"))
     return passages
 
 
-# ---- chunks --------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def bpe():
-    """A byte-level BPE of 400 tokens: several tokens a word, and up to 18 an emoji."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([line for text in (random.__doc__, re.__doc__) for line in text.split("\n")], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return small_bpe()
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +48,9 @@ def tiny_passages(tmp_path_factory):
     passages = load_passages(str(ROOT / "tiny/passages.jsonl"))
     find_entities(passages, "rules", tmp_path_factory.mktemp("entities"))
     return passages
+
+
+# ---- documents and recall -----------------------------------------------------------------------------
 
 
 def still_there(text: str, answer: str) -> bool:
@@ -89,8 +79,8 @@ def check(document, corpus, tokenizer, limit):
 
 @pytest.mark.parametrize("documents", [150, pytest.param(500, marks=pytest.mark.slow)])
 def test_95_percent_of_real_documents_can_be_built_and_y_is_nowhere_left(wiki, documents):
-    """Documents of real Wikipedia passages with rules."""
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / TOKENIZERS[0])
+    """Of real Wikipedia passages with the rules' entities: four chunks within their limit, without y or its words."""
+    tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers/qwen3-4b-instruct-2507"))
     corpus = Corpus(wiki, tokenizer, seed=0, chunk_tokens=512, n_chunks=4, n_related=3)
     built = 0
     for i in range(documents):
@@ -114,17 +104,21 @@ def test_tiny_documents_at_every_length(tiny_passages, tokenizer):
             check(document, corpus, tokenizer, 64)
 
 
-def test_a_document_of_n_passages_holds_the_pivot_its_relatives_and_the_rest(tiny_passages, tokenizer):
-    """N passages, all different, one of the pivot's versions, the related ones among them."""
-    corpus = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_passages=12, n_related=3)
+def test_a_document_of_n_passages_holds_the_pivot_its_relatives_and_the_rest(bpe):
+    """N passages, all different: one of the pivot's versions, every related one, and others at random."""
+    passages = []
+    for n, clan, version in [(n, n // 4, version) for n in range(120) for version in range(2)]:
+        text = f"Name{n}y of Clan{clan}x ate {version + 500} eggs."
+        passages.append(Passage(f"T{n}", text, [(0, text.index(" "))]))
+    corpus = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=40, n_related=6)
     for i in range(20):
         document = corpus.document(i)
-        parts = "".join(document.chunks).split("\n\n")
-        assert len(parts) == 12
-        sources = []
-        for part in parts:
-            sources.append({p.title for p in tiny_passages if mask(p.text, document.answers[0]) == part})
-        assert all(sources) and sum(document.title in titles for titles in sources) == 1
+        texts = [text.replace(MASK, document.answers[0]) for text in "".join(document.chunks).split("\n\n")]
+        assert len(texts) == len(set(texts)) == 40 and set(texts) <= {passage.text for passage in passages}
+        (pivot,) = [text for text in texts if document.answers[0] in text]
+        assert f"Name{document.title[1:]}y" == document.answers[0]
+        clan = re.search(r"Clan\d+x", pivot)[0]
+        assert sum(clan in text for text in texts) == 1 + 6  # both versions of the clan's three others
 
 
 def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
@@ -186,7 +180,7 @@ def test_leaky_documents_are_dropped_unless_kept(tokenizer):
     strict = Corpus(passages, tokenizer, **settings)
     strict.pivots["train"] = {True: [0], False: []}
     strict.several["train"] = 1.0
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="in 200 draws, 200 of them leaky"):
         strict.document(0)
     loose = Corpus(passages, tokenizer, **settings, keep_leaky=True)
     loose.pivots["train"] = {True: [0], False: []}
@@ -243,11 +237,13 @@ def test_the_pivot_is_whole_and_related_passages_are_preferred(bpe):
 
 
 def test_a_document_is_the_same_at_every_length_but_for_its_length(bpe):
-    """The draws do not depend on the number of chunks: the same pivot and answer, so lengths can be compared."""
+    """So lengths can be compared: one pivot, one answer, and the shorter's passages in the longer in their order."""
     corpus = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
     for i in range(20):
-        seen = {(d.title, *d.answers) for d in (corpus.document(i, "heldout", chunks) for chunks in (2, 4, 8))}
-        assert len(seen) == 1
+        documents = [corpus.document(i, "heldout", chunks) for chunks in (2, 4, 8)]
+        assert len({(d.title, *d.answers) for d in documents}) == 1
+        shorter, longer = ("".join(d.chunks).split("\n\n")[:-1] for d in documents[1:])  # the last may be cut
+        assert len(shorter) > 2 and [text for text in longer if text in shorter] == shorter
 
 
 def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
@@ -258,7 +254,8 @@ def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
     for i in range(40):
         document, cut = whole.document(i), short.document(i)
         text = "".join(document.chunks)
-        assert text.count("\n\n") == 11 and len(document.chunks) > 5 == len(cut.chunks) and cut.redraws == 0
+        assert len(set(text.split("\n\n"))) == 12 == text.count("\n\n") + 1
+        assert len(document.chunks) > 5 == len(cut.chunks) and cut.redraws == 0
         assert all(name in chunk for chunk, names in zip(cut.chunks, cut.recall, strict=True) for name in names)
         versions = [mask(p.text, cut.answers[0]) for p in passages if p.title == cut.title]
         assert any(version in "".join(cut.chunks) for version in versions)
@@ -275,7 +272,7 @@ def test_the_held_out_share():
 
 
 def test_leaks_are_counted(bpe):
-    """Names of two words leak: with keep_leaky as many documents as are counted; else none, each leak a redraw."""
+    """With keep_leaky every leak is counted and kept; without it every leak is redrawn."""
     passages = []
     for n in range(20):
         text = f"Ada{n} Lovelace met Lovelace in Rome{n}x."
@@ -290,7 +287,7 @@ def test_leaks_are_counted(bpe):
 
 
 def test_y_has_several_words_as_often_as_entities_have(bpe):
-    """Though nine of ten names of several words leak: by the share of such names, not by what is left of them."""
+    """y has several words as often as the corpus's entities do, though nine of ten such names leak."""
     passages, names = [], []
     for n in range(300):
         family = f"Family{n}x" if n % 10 == 0 else "Lovelace"  # most families come again in every document

@@ -1,16 +1,22 @@
 """memtrain.py and eval.py as commands: a run on the tiny default, real tokenizers and text, and bad input."""
 
 import json
+import runpy
 import subprocess
 import sys
+from itertools import cycle, groupby
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from shared_data import shared
+from tiny_turns import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import memtrain
 from command import command
+from engine import packing, sampling
 from engine.attention import enable_packing
 from engine.config import Config
 from engine.optimizer import MasterAdamW
@@ -19,7 +25,6 @@ from memtrain import learning_rate, update
 from rollout import Turn
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared/data"
 
 
 def process(*arguments):
@@ -29,6 +34,14 @@ def process(*arguments):
 
 
 SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--eval_documents", 0]
+
+
+@pytest.fixture
+def every_group_counts(monkeypatch):
+    """Every second answer is right, whatever it says, so no group of two is degenerate."""
+    for name in ("answer_reward", "recall_reward"):
+        right = cycle([0.0, 1.0])
+        monkeypatch.setattr(memtrain, name, lambda said, wanted, right=right: next(right))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +77,8 @@ def test_a_run_writes_all_it_promises(tiny_run):
     assert "step 1:" in done.stdout + done.stderr and "| end_to_end, before | kept |" in done.stdout
 
 
-def test_the_checkpoint_loads_and_differs(tiny_run):
-    """AutoModelForCausalLM and AutoTokenizer load it; training moved the weights; a model card is there."""
+def test_the_checkpoint_loads_and_differs(tiny_run, monkeypatch, capsys):
+    """AutoModelForCausalLM, AutoTokenizer and eval.py load it; training moved the weights; a model card is there."""
     out, _ = tiny_run
     trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model", dtype=torch.float32).state_dict()
@@ -75,8 +88,11 @@ def test_the_checkpoint_loads_and_differs(tiny_run):
     assert tokenizers[0]("Ulm")["input_ids"] == tokenizers[1]("Ulm")["input_ids"]
     assert (out / "checkpoint/README.md").read_text().startswith("---")
     assert (out / "checkpoint/model.safetensors").exists()
-    done = command("--model", out / "checkpoint", "--eval_documents", 2, "--lengths", 1, 3, script="eval")
-    assert done.returncode == 0 and "3 chunks" in done.stdout, done.stderr
+    settings = ["--model", str(out / "checkpoint"), "--eval_documents", "2", "--lengths", "1", "3"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *settings])
+    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")  # as `python eval.py`, without a process's imports
+    said = capsys.readouterr().out
+    assert f"settings are those of {out / 'config.json'}" in said and "3 chunks" in said
 
 
 def test_same_seed_same_run_other_seed_other_run(tmp_path):
@@ -90,19 +106,45 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path):
     assert seen[0] == seen[1] != seen[2]
 
 
-@pytest.mark.parametrize("extra", [
-    ["--ablation", "end_to_end"],
-    ["--ablation", "decoupled", "--shared_recall_draw", "True"],
-    ["--update_batch", 1, "--lr_schedule", "cosine", "--dtype", "bfloat16", "--gradient_checkpointing", "True"],
+@pytest.mark.parametrize("extra, updates, lr", [
+    (["--ablation", "end_to_end", "--lr", 1e-4, "--lr_warmup", 1], 1, 1e-4),
+    (["--ablation", "decoupled", "--shared_recall_draw", "True", "--lr", 1e-4, "--lr_warmup", 4], 1, 2.5e-5),
+    (["--update_batch", 1, "--dtype", "bfloat16", "--gradient_checkpointing", "True"], 2, 1e-4),
 ])
-def test_ablations_and_switches_run(tmp_path, extra):
-    """End-to-end has no recall figures, decoupled has; several updates a rollout are counted."""
+def test_ablations_and_switches_run(tmp_path, every_group_counts, extra, updates, lr):
+    """End-to-end has no recall figures, decoupled has; the step's updates are counted, and its rate is logged."""
     done = command(*SMALL, "--steps", 1, "--out", tmp_path / "run", *extra)
     assert done.returncode == 0, done.stderr
     m = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert (m["recall"] is None) == ("end_to_end" in extra)
-    if "decoupled" in extra:
-        assert m["reward"] == m["end_to_end"]
+    assert (m["reward"] == m["end_to_end"] == 0.5) == ("--ablation" in extra)
+    assert (m["updates"], m["bad_updates"], m["lr"]) == (updates, 0, pytest.approx(lr))
+
+
+def test_batches_keep_their_budgets_and_only_evaluation_is_greedy(tmp_path, monkeypatch, every_group_counts):
+    """--rollout-tokens bounds all sampling, --train-tokens all passes of reference, pi_old and policy."""
+    sampled, passes = [], {}
+
+    def generate(*given, budget, sample=sampling.generate):
+        sampled.append((given[-1], budget.tokens))  # the last one is `greedy`
+        return sample(*given, budget=budget)
+
+    def token_logprobs(model, turns, with_entropy=False, compute=packing.token_logprobs):
+        _, padded = packing.batch_tokens(model, turns)
+        passes.setdefault((id(model), torch.is_grad_enabled()), []).append(padded)
+        return compute(model, turns, with_entropy)
+
+    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(packing, "token_logprobs", token_logprobs)
+    monkeypatch.setattr(memtrain, "default_lengths", lambda chunks: [2])
+    done = command(
+        *SMALL, "--eval_documents", 1, "--chunks", 2, "--steps", 1, "--update_batch", 1, "--kl", 0.1,
+        "--rollout_tokens", 1700, "--train_tokens", 250, "--out", tmp_path / "run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert {tokens for _, tokens in sampled} == {1700}
+    assert [greedy for greedy, _ in groupby(sampled, key=lambda call: call[0])] == [True, False, True]
+    assert len(passes) == 3 and all(max(tokens) <= 250 < sum(tokens) for tokens in passes.values())
 
 
 @pytest.mark.parametrize("task", ["memtrain", "longqa", "searchqa"])
@@ -126,19 +168,15 @@ def test_the_plain_twins_run_every_task(tmp_path, task):
 ])
 def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
     """Real chat templates, real Wikipedia passages, 512-token chunks, a small random Qwen3-shaped model."""
-    if not SHARED.exists():
-        pytest.skip("needs the shared data, which is not here")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+    tokenizer = AutoTokenizer.from_pretrained(shared(f"tokenizers/{name}"))
+    model = tiny_model(
+        vocab_size=len(tokenizer), initializer_range=0.02, max_position_embeddings=4096, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
-    ))
+    )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     done = command(
-        "--model", tmp_path / "model", "--corpus", SHARED / "wiki/passages.jsonl", "--max_passages", 600,
+        "--model", tmp_path / "model", "--corpus", shared("wiki/passages.jsonl"), "--max_passages", 600,
         "--chunk_tokens", 512, "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2,
         "--out", tmp_path / "run", *SMALL,
     )
@@ -165,13 +203,9 @@ def test_learning_rate_schedule():
     assert learning_rate(cosine, 5) == pytest.approx(0.5) and learning_rate(cosine, 9) < 0.03
 
 
-def test_a_positive_advantage_raises_the_probability(tmp_path):
+def test_a_positive_advantage_raises_the_probability():
     """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
-        num_key_value_heads=2,
-    )).eval()
+    model = tiny_model()
     assert enable_packing(model)
     turns = [
         Turn([1, 2, 3], [4, 5, 6], True, "", place=0, advantage=1.0),

@@ -1,6 +1,5 @@
 """rewards.py: the answer in a box, exact match, Eq. 1 and Eq. 2."""
 
-import json
 import random
 import re
 import string
@@ -8,23 +7,20 @@ import unicodedata
 from decimal import Decimal
 from functools import lru_cache
 from itertools import combinations, islice
-from pathlib import Path
 
 import pytest
+from shared_data import records
 
 from rewards import (
     answer_reward,
     boxed,
     exact_match,
     f1_score,
-    normalize,
     objective_scores,
     recall_reward,
     substring_match,
     trajectory_reward,
 )
-
-SHARED = Path(__file__).parents[2] / "shared/data"
 
 
 @pytest.mark.parametrize(
@@ -120,23 +116,6 @@ def test_any_of_several_answers():
     assert exact_match("NYC", ["New York", "NYC"]) and not exact_match("NYC", [])
 
 
-def test_normalisation_against_a_written_out_squad_scorer():
-    """On the gold answers of real question sets, against the steps of SQuAD's script written out one by one."""
-    path = SHARED / "qa/nq_open_dev_3610.jsonl"
-    if not path.exists():
-        pytest.skip("needs the shared question sets, which are not here")
-    for line in path.read_text().splitlines():
-        for answer in json.loads(line)["answer"]:
-            words = []
-            for word in "".join("" if c in set(string.punctuation) else c for c in answer.lower()).split():
-                if word not in {"a", "an", "the"}:
-                    words.append(word)
-            if re.search(r"[^\x00-\x7f]", answer):
-                continue  # re's \b and white-space splitting differ on exotic characters
-            assert normalize(answer) == " ".join(words)
-            assert exact_match(answer, [answer]) is bool(words)
-
-
 @lru_cache(maxsize=None)
 def squad_words(text):
     """The words that the SQuAD v1.1 script compares, step by step: small letters, no punctuation, no articles.
@@ -199,10 +178,7 @@ def answer_pairs():
               "triviaqa_1000": "golden_answers", "hotpotqa_dev_distractor_200": "answer"}
     rng, pairs = random.Random(0), []
     for name, field in fields.items():
-        path = SHARED / f"qa/{name}.jsonl"
-        if not path.exists():
-            pytest.skip("needs the shared question sets, which are not here")
-        rows = [json.loads(line)[field] for line in path.read_text().split("\n") if line]
+        rows = [row[field] for row in records(f"qa/{name}.jsonl")]
         rows = [row if isinstance(row, list) else [row] for row in rows]
         for row in rows:
             pairs += [(a, [a]) for a in row]

@@ -15,12 +15,25 @@ LENGTHS = [(5, 4), (1, 7), (9, 1), (3, 12), (12, 3), (6, 6), (2, 9)]
 def tiny_model(config_class=Qwen3Config, seed=0, **settings):
     """A random model whose weights are wide enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
-    config = config_class(
+    shape = dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS,
-        **settings,
     )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config_class(**shape | settings)).eval()
+
+
+class Ends:
+    """The little of a tokenizer that sampling looks at without `done`."""
+
+    pad_token_id = eos_token_id = EOS
+
+
+def ending_model(config_class=Qwen3Config, **settings):
+    """A tiny model whose completions end often."""
+    model = tiny_model(config_class, **settings)
+    with torch.no_grad():  # all logits but this one are 0 in the mean
+        model.lm_head.weight[EOS] *= 2.5
+    return model
 
 
 def turn_of(prompt_ids: list[int], completion_ids: list[int]) -> Turn:

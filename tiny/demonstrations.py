@@ -247,7 +247,7 @@ class Demonstrations:
         return problem, trail, self.sections(passages, titles if self.rng.random() < 0.7 else None)
 
     def reading(self, world: list[dict] | None = None) -> tuple[str, str]:
-        """One step of a reading. All but a share `free` of the problems say how to read."""
+        """One turn of a reading. All but a share `free` of the problems say how to read."""
         world = world or self.world(0.65, 0.2)
         problem, trail, chunks = self.problem(world)
         step = self.rng.randrange(len(chunks))

@@ -4,7 +4,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from multiprocessing import forkserver
@@ -12,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed import TCPStore
 
 import memtrain
 from engine import checkpoints
@@ -30,16 +30,20 @@ def serve() -> None:
 def start(function, *arguments, ranks: int = 1) -> list:
     """`function(*arguments)` in `ranks` new processes, joined as torchrun would join them if there are several."""
     environments: list[dict] = [{}]
+    store = None
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        # They meet in a store that is open here, as with torchrun: a free port may be taken before rank 0 binds it.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+            "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+        }
         environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
     serve()
     started = [context.Process(target=begin, args=(each, function, arguments), daemon=True) for each in environments]
     for process in started:
         process.start()
+        process.store = store  # so it lives as long as they are known
     return started
 
 
@@ -61,25 +65,37 @@ def wait(started: list, seconds: float = 120) -> list[int | None]:
 
 
 def run(arguments: list, log: Path, deadly: str | None = None) -> None:
-    """memtrain.py, which prints to `log`, of several processes rank 0 alone.
+    """Run memtrain.py; rank 0 prints to `log`.
 
     "function:n" kills it at the n-th call of that function of engine/checkpoints.py, "function:n:TERM" asks it to end;
-    of several processes the last.
+    of several processes the last. "anything:n" kills it at the n-th call of any function, Python's or C's; with n = 0
+    the number of all calls is printed in the end.
     """
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if deadly and rank == ranks - 1:
         name, n, *gently = deadly.split(":")
-        real, calls = getattr(checkpoints, name), [0]
+        calls = [0]
 
-        def counted(*more):
+        def count() -> None:
             calls[0] += 1
             if calls[0] == int(n):
                 os.kill(os.getpid(), signal.SIGTERM if gently else signal.SIGKILL)
-            return real(*more)
 
-        setattr(checkpoints, name, counted)
+        if name == "anything":
+            sys.setprofile(lambda frame, event, _: event in ("call", "c_call") and count())
+        else:
+            real = getattr(checkpoints, name)
+
+            def counted(*more):
+                count()
+                return real(*more)
+
+            setattr(checkpoints, name, counted)
     sys.argv = ["memtrain.py", *map(str, arguments)]
     if rank == 0:
         sys.stdout = sys.stderr = open(log, "w")
     run_with_flags(memtrain.main, Config)
+    if deadly == "anything:0":
+        sys.setprofile(None)
+        print(f"{calls[0]} calls")
     sys.stdout.flush()

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+import memtrain
 from command import command
-from engine import parallel
+from engine import explain, parallel
 from engine.config import Config
 from engine.explain import loss_by_hand
 from grpo import conversation_weights, grpo_loss
@@ -20,8 +21,10 @@ SMALL = ["--documents", 4, "--g1", 4, "--g2", 3, "--seed", 3]
     [[], ["--kl", 0.1, "--advantage", "mean"], ["--update_batch", 1, "--eps_low", 0.001, "--lr", 0.02]],
     ids=["default", "kl", "clipped"],
 )
-def test_the_loss_by_hand_is_the_loss_by_code(tmp_path, flags):
+def test_the_loss_by_hand_is_the_loss_by_code(tmp_path, monkeypatch, flags):
     """Before the update and after it, with a KL, with a clip that bites; the update lowers the loss."""
+    given = []
+    monkeypatch.setattr(explain, "loss_by_hand", lambda *own: given.append(own) or loss_by_hand(*own))
     done = command("--explain", *SMALL, *flags, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     (before, before_code), (after, after_code) = (
@@ -29,6 +32,13 @@ def test_the_loss_by_hand_is_the_loss_by_code(tmp_path, flags):
     )
     assert before == pytest.approx(before_code, abs=2e-6) and after == pytest.approx(after_code, abs=2e-6)
     assert after != 0 and (after < before - 1e-4 or "--update_batch" in flags)
+    turns, old, new, config = given[-1]
+    clipped = sum(
+        ratio > 1 + config.eps_high if turn.advantage > 0 else ratio < 1 - config.eps_low
+        for turn, was, now in zip(turns, old, new, strict=True)
+        for ratio in (torch.tensor(now) - torch.tensor(was)).exp().tolist()
+    )
+    assert clipped > 20 or "--update_batch" not in flags
     assert not (tmp_path / "run").exists() and [file.name for file in tmp_path.iterdir()] == [".entities"]
 
 
@@ -66,20 +76,27 @@ def test_the_loss_by_hand_clips():
     assert stats["clipped"] > 5
 
 
-def test_a_step_without_a_document_or_a_difference(tmp_path):
-    """Search has no text to show and several answers; equal rewards have neither a best nor a worst."""
+@pytest.mark.parametrize("rewards, shown", [
+    ([0.5] * 4, ["1, the best"]), ([0.5, 0.5, 0.0, 1.0], ["1, the worst", "2, the best"]),
+])
+def test_a_step_without_a_document_or_a_difference(tmp_path, monkeypatch, rewards, shown):
+    """Search has no text to show and several answers; of equal rewards one trajectory is shown, else worst and best."""
+    given = iter(rewards)
+    monkeypatch.setattr(memtrain, "answer_reward", lambda *_: next(given))
     done = command("--explain", "--task", "searchqa", "--documents", 2, "--g1", 2, "--out", tmp_path / "run")
     assert done.returncode == 0 and "no text" in done.stdout and "[[" in done.stdout, done.stderr
-    assert done.stdout.count("3. The memories") in (1, 2)
+    assert re.findall(r"^3\. The memories of trajectory (.*) rewarded$", done.stdout, re.MULTILINE) == shown
 
 
 def test_no_folder_can_be_made(tmp_path):
+    """A folder inside a file is refused in one line that names --out."""
     (tmp_path / "file").write_text("")
     done = command("--explain", "--out", tmp_path / "file/a/b")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "--out" in done.stderr
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Under torchrun it ends with one line that names --explain."""
     monkeypatch.setattr(parallel, "start", lambda: (0, 2, "cpu"))
     done = command("--explain", "--out", tmp_path / "run")
     assert done.returncode == 2 and "--explain" in done.stderr and len(done.stderr.strip().splitlines()) == 1

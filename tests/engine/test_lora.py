@@ -165,6 +165,7 @@ def test_every_process_begins_with_the_same_adapter():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
+    """With activations computed anew in the backward pass the gradient has the same norm."""
     first, second = (trained(config(gradient_checkpointing=on), steps=1)[2]["grad_norm"] for on in (False, True))
     assert first > 0 and abs(first - second) < 1e-5 * first
 
@@ -193,7 +194,8 @@ def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
     assert Path(base) == Path(Config().model)  # and not the folder of the first run
 
 
-def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch, capsys):
+def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch):
+    """`python -m engine.lora ADAPTER OUT` writes the full weights; it refuses a folder that is there or no adapter."""
     folder, policy = adapter
     monkeypatch.setattr(sys, "argv", ["lora", str(folder), str(tmp_path / "merged")])
     lora.main()
@@ -207,6 +209,7 @@ def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
+    """A wrong rank or flag, a lost base or file, weights that don't fit and a missing peft are one line each."""
     folder, _ = adapter
     with pytest.raises(UserError, match=f"--lora 9: the adapter in .* has rank {RANK}; give --lora {RANK}"):
         models.load_policy(Config(model=str(folder), lora=9), "cpu")

@@ -1,4 +1,4 @@
-"""engine/packing.py: batches within a budget, and log-probs against plain full-logits passes of one sequence each."""
+"""engine/packing.py: batches within a budget, and log-probs against those of grpo.py, the plain twin."""
 
 import random
 from functools import partial
@@ -104,33 +104,6 @@ def test_micro_batches_keep_the_token_budget():
 
 
 @every_kind
-def test_logprobs_equal_plain_unpadded_passes(kind, monkeypatch):
-    """Log-probs, entropies and gradients equal one full-logits pass per sequence; the head's chunks don't matter."""
-    model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
-    coefficients = torch.randn(len(turns), 12, generator=torch.Generator().manual_seed(1))
-    expected_loss = 0.0
-    expected = [unpadded_logprobs(model, turn) for turn in turns]
-    for row, (logprobs, _) in zip(coefficients, expected, strict=True):
-        expected_loss = expected_loss + (row[: len(logprobs)] * logprobs).sum()
-    expected_loss.backward()
-    expected_gradient = parameter_gradient(model)
-    for head_tokens in (1, 5, 1000):
-        monkeypatch.setattr(packing, "HEAD_TOKENS", head_tokens)
-        logprobs, entropy, mask = token_logprobs(model, turns, with_entropy=True)
-        assert logprobs.dtype == torch.float32 and not entropy.requires_grad
-        assert mask.sum(1).tolist() == [len(turn.completion_ids) for turn in turns]
-        for i, (plain, plain_entropy) in enumerate(expected):
-            torch.testing.assert_close(logprobs[i, : len(plain)].double(), plain, atol=2e-5, rtol=0)
-            torch.testing.assert_close(entropy[i, : len(plain)].double(), plain_entropy, atol=2e-5, rtol=0)
-            assert (logprobs[i, len(plain) :] == 0).all() and (entropy[i, len(plain) :] == 0).all()
-            assert not mask[i, len(plain) :].any()
-        (coefficients * logprobs).sum().backward()
-        gradient = parameter_gradient(model)
-        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
-    assert token_logprobs(model, turns)[1] is None
-
-
-@every_kind
 def test_training_logprobs_equal_rollout_logprobs(kind, monkeypatch):
     """What HF generate sampled from, left-padded in a batch, is what training scores: same tokens, 1e-4, pad = EOS."""
     monkeypatch.setattr(packing, "HEAD_TOKENS", 7)
@@ -159,12 +132,12 @@ def test_training_logprobs_equal_rollout_logprobs(kind, monkeypatch):
     assert mask.sum(1).tolist() == ends
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("recompute, head_tokens", [(False, 1), (False, 1000), (True, 16)])
 @pytest.mark.parametrize("config", [*CONFIGS.values(), partial(MistralConfig, sliding_window=None), GemmaConfig])
-def test_packed_completions_equal_unpacked_ones(config, recompute, monkeypatch):
-    """One row for a prompt and all its completions gives the log-probs and gradient of one row each, to 1e-5, and of
-    the plain twin."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 16)
+def test_packed_and_unpacked_completions_equal_the_twins(config, recompute, head_tokens, monkeypatch):
+    """One row each, or one for a prompt and all its completions: the log-probs, entropies and gradient of grpo's
+    token_logprobs to 1e-5, whatever the chunks of the head."""
+    monkeypatch.setattr(packing, "HEAD_TOKENS", head_tokens)
     model, turns = tiny_model(config), with_siblings(random_turns(LENGTHS), 3)
     if recompute:
         model.activation_checkpointing_enable()
@@ -177,6 +150,7 @@ def test_packed_completions_equal_unpacked_ones(config, recompute, monkeypatch):
     for how in ("twin", "plain", "packed"):
         assert how != "packed" or enable_packing(model)
         logprobs, entropy, mask = (grpo if how == "twin" else packing).token_logprobs(model, turns, with_entropy=True)
+        assert logprobs.dtype == torch.float32 and not logprobs[~mask].any() and not entropy.requires_grad
         (coefficients[:, : logprobs.shape[1]] * logprobs).sum().backward()
         results.append((logprobs.detach(), entropy, mask, parameter_gradient(model)))
     hook.remove()
@@ -239,7 +213,8 @@ def test_eos_is_trained(kind):
 def test_empty_completions_and_prompts(kind, pack):
     """An empty completion scores nothing and spoils no neighbour; an empty prompt is an error, not a shifted mask."""
     model, turns = tiny_model(CONFIGS[kind], pack=pack), random_turns(LENGTHS[:2])
-    alone, _, _ = token_logprobs(model, turns)
+    alone, entropy, _ = token_logprobs(model, turns)
+    assert entropy is None  # unless asked for
     mixed, _, mask = token_logprobs(model, [turns[0], turn_of([3, 4, 5], []), turns[1]])
     torch.testing.assert_close(mixed[[0, 2]], alone)
     assert mask.sum(1).tolist() == [4, 0, 7]
@@ -273,16 +248,14 @@ def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits(monkeypatch):
 def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
     """Gemma's tanh on the logits is applied; models that scale or cap them by settings of their own are told apart."""
     model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
-    logprobs, _, _ = token_logprobs(model, turns)
-    for i, turn in enumerate(turns):
-        plain = unpadded_logprobs(model, turn)[0].float()
-        torch.testing.assert_close(logprobs[i, : len(plain)], plain, atol=1e-4, rtol=0)
+    capped, _, _ = token_logprobs(model, turns)
+    torch.testing.assert_close(capped, grpo.token_logprobs(model, turns)[0], atol=1e-5, rtol=0)
     assert logits_agree(model) and logits_agree(tiny_model())
     for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):
         assert not logits_agree(tiny_model(config_class, **{setting: 0.5}))
 
 
-def test_what_a_run_switches_on(capsys):
+def test_enable_packs_warns_or_refuses(capsys):
     """Policy and reference pack; a model that can't is told of and goes on; one whose logits would be wrong is refused
     with the way out."""
     policy, reference = tiny_model(), tiny_model()

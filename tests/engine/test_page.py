@@ -45,7 +45,7 @@ def run(tmp_path):
 
 
 class Elements(HTMLParser):
-    """Collects what a browser would make of a page: its tags, the names of attributes, and the texts of one tag."""
+    """Collects what a browser would make of a page: its tags, the names of attributes, and all texts."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -67,15 +67,17 @@ def test_no_text_becomes_an_element(run):
     assert not [name for name in page.attributes if name.startswith("on") or name in ("src", "href")]
     assert page.texts.count(HOSTILE) >= 4 and "".join(page.texts).count("document.title") >= 10
     assert page.tags.count("figure") == 3 and page.tags.count("tr") == 2  # two curves, one task; a head and one row
-    assert any(text.startswith("model </script>") or "task memtrain" in text for text in page.texts)
+    assert f"task memtrain, model {HOSTILE}" in page.texts
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
+    """One line names the file that is missing."""
     done = command("--report", tmp_path / "nothing", script="eval")
     assert done.returncode == 2 and "metrics.jsonl" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_the_command_names_the_page(run):
+    """`eval.py --report FOLDER` writes report.html into the folder and prints its path."""
     done = command("--report", run, script="eval")
     assert done.returncode == 0 and str(run / "report.html") in done.stdout and (run / "report.html").exists()
 
@@ -93,6 +95,7 @@ def test_the_difference_holds_both_memories():
 
 
 def test_names_are_marked_as_whole_words():
+    """In any case, but not inside another word; a target wins over a name inside it; other text is escaped."""
     assert marked("Ulm, ULM & Ulmer [MASK].", ["[MASK]", "Ulm"], []) == (
         '<mark class="y">Ulm</mark>, <mark class="y">ULM</mark> &amp; Ulmer <mark class="y">[MASK]</mark>.'
     )
@@ -108,6 +111,7 @@ def test_a_log_without_its_end(run):
 
 
 def test_the_top_of_a_chart_is_short():
+    """The highest value is rounded up to 1, 2, 4 or 8 times a power of ten."""
     assert [ceiling(value) for value in (0.03, 0.11, 1, 3, 7, 9, 49)] == pytest.approx([0.04, 0.2, 1, 4, 8, 10, 80])
 
 

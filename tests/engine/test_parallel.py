@@ -122,7 +122,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_torchrun_writes_one_run(tmp_path):
-    """`torchrun --nproc_per_node 2 memtrain.py`: process 0 alone writes, of both processes' samples."""
+    """`torchrun --nproc_per_node 2 memtrain.py`: one line of metrics, one end, and all questions in the rows."""
     size = "--steps 1 --chunks 2 --documents 3 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 2".split()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -130,8 +130,6 @@ def test_torchrun_writes_one_run(tmp_path):
         timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    (metrics,) = metrics_of(tmp_path / "run")
-    assert round(metrics["end_to_end"] * 6, 6) % 1 == 0  # 3 documents x 2 samples
-    assert done.stdout.count("checkpoint in") == 1
+    assert len(metrics_of(tmp_path / "run")) == 1 == done.stdout.count("checkpoint in")
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert all(row["n"] == 2 for row in rows if row["task"] == "end_to_end")

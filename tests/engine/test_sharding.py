@@ -93,6 +93,7 @@ def test_each_process_holds_its_rows_alone(ranks):
 
 
 def test_one_process_has_nothing_to_share():
+    """It is refused without torchrun, and beside --offload-optimizer."""
     with pytest.raises(UserError, match="--shard-optimizer True: needs torchrun"):
         MasterAdamW(model(), 1e-3, shard=True)
     with pytest.raises(UserError, match="--offload-optimizer True does the same in CPU memory; give one"):

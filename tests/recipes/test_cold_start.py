@@ -117,6 +117,7 @@ def test_a_cold_start_from_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 def test_prompts_of_demonstrations_are_those_of_rollouts(tiny):
+    """The first turn's prompt is READ_PROMPT, filled with an empty memory and encoded as in a rollout."""
     _, tokenizer, corpus = tiny
     document = corpus.document(3)
     shown = cold_start.demonstrate(document, tokenizer, limits_of(SMALL, tokenizer), np.random.default_rng(0))

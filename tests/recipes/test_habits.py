@@ -51,5 +51,6 @@ def test_habits_of_a_reader_that_forgets_at_once(documents):
 
 
 def test_nothing_to_read_is_refused():
+    """Without documents there is nothing to count, so --eval-documents 0 is an error."""
     with pytest.raises(UserError, match="nothing would be read"):
         main(SimpleNamespace(eval_documents=0))

@@ -170,7 +170,7 @@ def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):
-    """A folder that was begun with other seeds says so, and keeps its questions; seeds that give no interval are none."""
+    """A folder that was begun with other seeds says so, and keeps its questions; an interval needs 2 to 10 seeds."""
     begun = ["begin.py", str(tmp_path / "out"), "seeds=0 1", "labels=4"]
     for arguments in (begun, begun):
         monkeypatch.setattr(sys, "argv", arguments)

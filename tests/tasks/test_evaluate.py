@@ -1,6 +1,7 @@
 """tasks/evaluate.py, and --task longqa as commands: real files, real tokenizers, controls."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from command import command
 from random_model import random_qwen
+from shared_data import shared
+from stand_ins import uncut
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import report
 from engine.config import Config
 from engine.errors import UserError
 from rollout import EMPTY_MEMORY, Limits, Trajectory, Turn, limits_of
@@ -19,14 +21,13 @@ from tasks.longqa import LongDocument, LongQA, Pool
 from tasks.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared/data"
 SMALL = ["--documents", 2, "--g1", 2]
 
 
 def test_long_text_task_trains_and_is_evaluated(tmp_path):
     """Two steps of task training on the tiny questions: no recall, rows for each control, a model to go on from."""
     run = ["--task", "longqa", *SMALL, "--steps", 2, "--chunks", 2, "--memory_tokens", 12, "--eval_documents", 2]
-    done = command(*run, "--out", tmp_path / "run")
+    done = command(*run, "--lr", 0.02, "--out", tmp_path / "run")  # so that the model gets worse at once
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all(m["recall"] is None and 0 <= m["end_to_end"] <= 1 for m in metrics)
@@ -39,19 +40,21 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     done = command(*models, *controls, "--out", tmp_path / "rows.json", script="eval")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(r["memory"]) for r in rows] == ["kept", "empty", "full", "oracle"] * 2 and "+0.000 [" in done.stdout
+    memories = ["kept", "empty", "full", "oracle"]
+    assert [row["memory"] for row in rows] == memories * 2
     for row in rows:
         assert row["n"] == len(row["scores"]) == 3 and np.mean(row["scores"]) == row["accuracy"] <= row["f1"] + 1e-9
+    told = re.findall(r"^\S+model - \S+checkpoint, longqa, (\w+), 4: (\S+) \[", done.stdout, re.MULTILINE)
+    means = [np.subtract(other["scores"], one["scores"]).mean() for one, other in zip(rows[:4], rows[4:], strict=True)]
+    assert told == [(memory, f"{mean:+.3f}") for memory, mean in zip(memories, means, strict=True)] and any(means)
 
 
 def test_real_questions_at_a_real_tokenizers_lengths(tmp_path):
     """HotpotQA records with Qwen's tokenizer, 512-token chunks, a random model: one step, text from the real pool."""
-    if not SHARED.exists():
-        pytest.skip("needs the shared data, which is not here")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen3-4b-instruct-2507")
-    questions = ["--questions", SHARED / "qa/hotpotqa_train_100.json"]
-    questions += ["--eval_questions", SHARED / "qa/hotpotqa_dev_distractor_200.jsonl"]
-    text = ["--corpus", SHARED / "wiki/hotpot_pool.jsonl", "--max_passages", 1000, "--chunk_tokens", 512, "--chunks", 3]
+    tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers/qwen3-4b-instruct-2507"))
+    questions = ["--questions", shared("qa/hotpotqa_train_100.json")]
+    questions += ["--eval_questions", shared("qa/hotpotqa_dev_distractor_200.jsonl")]
+    text = ["--corpus", shared("wiki/hotpot_pool.jsonl"), "--max_passages", 1000, "--chunk_tokens", 512, "--chunks", 3]
     small = [*SMALL, "--steps", 1, "--memory_tokens", 16, "--answer_tokens", 8, "--eval_documents", 0]
     model = random_qwen(tmp_path / "model", tokenizer)
     done = command("--task", "longqa", "--model", model, *questions, *text, *small, "--out", tmp_path / "run")
@@ -99,7 +102,7 @@ def test_rows_say_what_the_answers_were():
     def full(document):
         return "".join(document.chunks)
 
-    limits, controls = Limits(5, 9, 0, 6, lambda text, tokens: text), ["empty", "full", "oracle"]
+    limits, controls = Limits(5, 9, 0, 6, uncut), ["empty", "full", "oracle"]
     config = Config(task="longqa", eval_documents=3)
     rows = evaluate_questions(sample, agent, Made(), limits, config, [2, 4], "now", controls, full)
     assert [(row["chunks"], row["memory"]) for row in rows] == [
@@ -129,7 +132,8 @@ def test_an_oracle_needs_gold_paragraphs():
 
 
 def test_an_evaluation_asks_each_question_once_and_the_same_at_every_length(capsys):
-    """Those that can't be brought to a length are left out of all; a length that takes too many with it goes itself."""
+    """A question that can't reach some length is skipped at all lengths; a length that too many can't reach is skipped
+    itself."""
 
     class Source:
         questions = {"test": list(range(30))}
@@ -162,28 +166,3 @@ def test_controls_show_what_they_say():
     model.config.max_position_embeddings = 100
     short = control_memory("full", document, full)
     assert 20 < len(short) < len(memory["full"]) and memory["full"].startswith(short)
-
-
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    """On random right and wrong; equal scores differ by nothing, surely."""
-    rng = np.random.default_rng(1)
-    first, second = rng.integers(0, 2, 400).astype(float), rng.integers(0, 2, 400).astype(float)
-    mean, low, high = report.paired_bootstrap(first.tolist(), second.tolist())
-    half = 1.96 * (second - first).std() / 20
-    assert mean == pytest.approx((second - first).mean())
-    assert (low, high) == (pytest.approx(mean - half, abs=0.02), pytest.approx(mean + half, abs=0.02))
-    assert report.paired_bootstrap([0, 1, 0], [0, 1, 0]) == (0, 0, 0)
-
-
-def test_a_plot_is_written_or_a_clear_word_said(tmp_path):
-    """With matplotlib a picture; without it one line that says what to install, before anything is evaluated."""
-    rows = [
-        {"when": "now", "task": "longqa", "memory": m, "chunks": c, "accuracy": 0.5, "low": 0.4, "high": 0.6}
-        for m in ("kept", "empty") for c in (2, 4)
-    ]
-    if report.load_pyplot():
-        report.plot(rows, str(tmp_path / "plot.png"))
-        assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    else:
-        done = command("--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.json", script="eval")
-        assert done.returncode == 2 and "pip install matplotlib" in done.stderr

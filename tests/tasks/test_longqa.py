@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from shared_data import SHARED, records, shared
+from shared_data import records, shared
 from transformers import AutoTokenizer
 
 from engine.errors import UserError
@@ -38,10 +38,7 @@ def pool(tokenizer):
 
 @pytest.fixture(scope="module")
 def qwen():
-    folder = SHARED / "tokenizers/qwen3-4b-instruct-2507"
-    if not folder.exists():
-        pytest.skip("needs the shared data folder, which is not here")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(shared("tokenizers/qwen3-4b-instruct-2507"))
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_a_bad_request_is_refused_with_its_reason(served, content, why):
 
 
 def test_a_body_that_is_too_large_is_refused(served):
-    """1 MiB + 1 byte and 8 MiB get to read their 413, though the body was never taken; just under 1 MiB is served."""
+    """1 MiB + 1 byte and 8 MiB get to read their 413, though the body was never taken; exactly 1 MiB is served."""
     url, _ = served
     for size in ((1 << 20) + 1, 1 << 23):
         status, answer = ask(url, b" " * size)
@@ -175,9 +175,8 @@ def test_two_hundred_clients_at_once(served):
 
 
 @pytest.fixture
-def at_hand(monkeypatch):
-    """(URL, Server) of a server in this process that waits 0.3 seconds for silent clients."""
-    monkeypatch.setattr(retrieval_server.Handler, "timeout", 0.3)
+def at_hand():
+    """(URL, Server) of a server in this process."""
     with retrieval_server.Server("127.0.0.1", 0) as server:
         server.server_bind()
         server.server_activate()
@@ -190,8 +189,10 @@ def at_hand(monkeypatch):
         thread.join()
 
 
-def test_silent_clients_are_left(at_hand):
+def test_silent_clients_are_left(at_hand, monkeypatch):
     """A client that says nothing, or stops amid the header or the body, is hung up on after the time-out."""
+    assert retrieval_server.Handler.timeout == 10
+    monkeypatch.setattr(retrieval_server.Handler, "timeout", 0.3)
     post = b"POST /retrieve HTTP/1.1\r\nContent-Length: 9"
     for start in (b"", post[:9], post, post + b"\r\n\r\n{"):
         before = time.monotonic()
@@ -199,42 +200,58 @@ def test_silent_clients_are_left(at_hand):
         assert 0.2 < time.monotonic() - before < 10
 
 
-class Slow:
-    """Takes its time for a search, and notes what it was asked."""
+class Held:
+    """Finds nothing, once `free` is set, and notes what it was asked."""
 
-    def __init__(self, seconds: float):
-        self.asked, self.seconds = [], seconds
+    def __init__(self):
+        self.asked, self.free = [], threading.Event()
 
     def search(self, queries, k):
         self.asked += queries
-        time.sleep(self.seconds)
+        assert self.free.wait(30)
         return [[] for _ in queries]
 
 
 def test_a_queue_that_is_too_long_is_a_503_and_eight_clients_are_served(at_hand, monkeypatch):
-    """The client obeys: eight at once get all their answers of a server that lets two requests wait."""
+    """Where two may wait, six of eight at once get a 503; clients that then wait as they are told all get answers."""
     url, server = at_hand
+    refused, real = [], retrieval_server.Handler.refuse
+
+    def refuse(self, status, *more):
+        refused.append(status)
+        if len(refused) >= 6:
+            server.retriever.free.set()
+        real(self, status, *more)
+
+    def client(n):
+        return Http(url, tries=1, patience=60).search([f"{n}-{q}" for q in range(9)], 3)
+
+    monkeypatch.setattr(retrieval_server.Handler, "refuse", refuse)
     monkeypatch.setattr(retrieval_server, "MAX_WAITING", 2)
-    server.retriever = Slow(0.2)
     with ThreadPoolExecutor(8) as pool:
-        raw_answers = list(pool.map(lambda n: ask(url, {"queries": ["a"]})[0], range(8)))
-        assert raw_answers.count(503) >= 4 and raw_answers.count(200) >= 2
-        found = list(pool.map(lambda n: Http(url, tries=1).search([f"{n}-{q}" for q in range(9)], 3), range(8)))
-    assert [len(hits) for hits in found] == [9] * 8 and server.waiting == 0
+        server.retriever = Held()
+        statuses = list(pool.map(lambda n: ask(url, {"queries": ["a"]})[0], range(8)))
+        assert sorted(statuses) == [200] * 2 + [503] * 6 == [200] * 2 + refused
+        server.retriever, refused[:] = Held(), []
+        found = list(pool.map(client, range(8)))
+    assert [len(hits) for hits in found] == [9] * 8 and set(refused) == {503} and server.waiting == 0
 
 
 def test_nobody_searches_for_a_client_that_is_gone(at_hand):
     """A request whose client has hung up is dropped when its turn comes, and in the middle of many queries."""
     url, server = at_hand
-    server.retriever = slow = Slow(1.5)  # both are gone before the first eight queries are searched for
+    server.retriever = held = Held()
     port = int(re.search(r":(\d+)/", url)[1])
-    for name in ("first", "second"):
+    for waiting, name in enumerate(("first", "second"), 1):
         body = json.dumps({"queries": [f"{name} {n}" for n in range(80)]}).encode()
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            time.sleep(0.1)
+            end = time.monotonic() + 30
+            while (server.waiting < waiting or not held.asked) and time.monotonic() < end:
+                time.sleep(0.01)
+    held.free.set()  # the first eight queries are searched for, and both clients are gone
     assert ask(url, {"queries": ["third"]})[0] == 200
-    assert slow.asked[-1] == "third" and len(slow.asked) < 30 and "second 0" not in slow.asked
+    assert held.asked == [*(f"first {n}" for n in range(8)), "third"]
 
 
 def test_a_search_that_fails_is_a_500(at_hand, capfd):

@@ -1,12 +1,10 @@
 """tasks/search.py: the searching agent, with a script of answers in the model's place."""
 
+from stand_ins import uncut
+
 from masking import Document
 from rollout import EMPTY_MEMORY, Limits, Turn, answered
 from tasks.search import acted, search
-
-
-def uncut(text: str, tokens: int) -> str:
-    return text
 
 
 class Library:

@@ -8,21 +8,22 @@ import runpy
 import shutil
 import signal
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import spacy
+from shared_data import records, shared
 
+from engine import files
 from engine.errors import UserError
 from text import corpus
 from text.corpus import Passage, find_entities, load_passages, measure_ner, pipeline, spans, split_paragraphs
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared/data"
 
 
 def test_every_format_gives_the_same_passages(tmp_path):
@@ -93,13 +94,10 @@ def test_other_fields_and_missing_titles(tmp_path, capsys):
 
 def test_real_articles_become_passages():
     """Whole Wikipedia articles: no word is lost, and only a long paragraph makes a long passage."""
-    file = SHARED / "wiki/articles.jsonl"
-    if not file.exists():
-        pytest.skip("needs the shared data, which is not here")
-    passages, words = load_passages(str(file), passage_words=200), Counter()
+    passages, words = load_passages(str(shared("wiki/articles.jsonl")), passage_words=200), Counter()
     for p in passages:
         words[p.title] += len(p.text.split())
-    assert words == {row["title"]: len(row["text"].split()) for row in map(json.loads, file.open())}
+    assert words == {row["title"]: len(row["text"].split()) for row in records("wiki/articles.jsonl")}
     for p in passages:
         assert len(p.text.split()) <= 225 or max(len(line.split()) for line in p.text.split("\n")) > 175
     assert 100 < np.median([len(p.text.split()) for p in passages]) <= 200
@@ -201,12 +199,21 @@ def test_other_processes_wait_for_the_file_and_not_in_a_collective(tmp_path, mon
     found = [passage.entities for passage in passages]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    timer = threading.Timer(0.7, lambda: shutil.copytree(tmp_path / "first", tmp_path / "shared"))
-    timer.start()
+    waits = []
+
+    def sleep(seconds):
+        """While it waits for the third time the file comes, whole at once as whole_file writes it."""
+        waits.append(seconds)
+        if len(waits) == 3:
+            shutil.copytree(tmp_path / "first", tmp_path / "copy")
+            (tmp_path / "copy").rename(tmp_path / "shared")
+
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(corpus, "Finder", None)
+    for passage in passages:
+        passage.entities = []
     find_entities(passages, "rules", tmp_path / "shared")
-    timer.join()
-    assert [passage.entities for passage in passages] == found
+    assert [passage.entities for passage in passages] == found and waits == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -256,10 +263,8 @@ def test_text_without_entities_is_refused(tmp_path):
 
 def test_the_rules_on_labelled_text(monkeypatch, capsys):
     """Exact spans on 3,000 WikiNEuRal sentences, by the command that docs/results-real.md quotes."""
-    file = SHARED / "ner/wikineural_3000.jsonl"
-    if not file.exists():
-        pytest.skip("needs the shared data, which is not here")
-    monkeypatch.setattr(sys, "argv", ["python -m text.corpus", "--measure-ner", str(file), "--ner", "rules"])
+    file = str(shared("ner/wikineural_3000.jsonl"))
+    monkeypatch.setattr(sys, "argv", ["python -m text.corpus", "--measure-ner", file, "--ner", "rules"])
     monkeypatch.delitem(sys.modules, "text.corpus")  # as in a new process
     runpy.run_module("text.corpus", run_name="__main__")
     said = capsys.readouterr().out
@@ -270,7 +275,7 @@ def test_the_rules_on_labelled_text(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "text", [None, "", "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]', '{"text": "Ulm", "entities": [[0, 3]]}']
 )
-def test_a_labelled_file_that_is_none_is_a_line(tmp_path, text):
+def test_a_bad_label_file_is_one_line(tmp_path, text):
     """Missing, empty, not JSON, or without the fields: named, with the reason."""
     file = tmp_path / "labels.jsonl"
     if text is not None:

@@ -88,7 +88,7 @@ def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and
     assert len({p["text"] for p in passages}) > 0.95 * len(passages)
 
 
-def test_sentences_state_the_facts(known_and_unseen):
+def test_sentences_state_the_facts():
     """One sentence for each fact, with the subject's name and the value in it."""
     rng = random.Random(0)
     for s in encyclopedia():
@@ -292,7 +292,8 @@ class Oracle:
 
 
 def test_skills_are_all_met_by_an_oracle_and_by_no_mute(known_and_unseen, tokenizer):
-    """Whoever solves the prompts by rules of its own meets every bar; one who writes nothing meets none of them."""
+    """Whoever solves the prompts by rules of its own meets every bar; one who writes nothing repeats no
+    sentence, and meets no other bar."""
     skills = Skills(None, None, tokenizer, *known_and_unseen, n=40, seed="a")
     skills.generate = Oracle(tokenizer, list(skills.worlds.values()))
     for name, hits in skills.measure().items():
