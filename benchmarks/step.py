@@ -2,7 +2,8 @@
 
     python benchmarks/step.py                                        # 5 M parameters, 8 prompts x 8 samples, CPU
     python benchmarks/step.py --unshared                             # as many different prompts
-    python benchmarks/step.py --shape qwen3-4b --dtype bfloat16 --prompt-tokens 6144 --new-tokens 1024 --kl 1e-3
+    python benchmarks/step.py --shape qwen3-4b --dtype bfloat16 --prompt-tokens 6144 --new-tokens 1024 --kl 1e-3 \\
+        --rollout-tokens 262144 --train-tokens 16384 --gradient-checkpointing --offload-optimizer
     python benchmarks/step.py --chunks 4 16 64                       # does cost grow linearly with a document's length?
 
 Prints tokens a second (prompt and completion tokens of every conversation, shared or not), seconds per phase, peak

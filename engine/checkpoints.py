@@ -53,11 +53,12 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
         raise UserError(f"{held} or other files; {advice}") from None
     if (out / "finished").exists():
         raise UserError(f"--out {out}: the run in this folder is finished; {advice}")
-    names = (config.keys() | saved.keys()) - FREE
-    differing = sorted(name for name in names if saved.get(name) != config.get(name))
+    if saved.keys() != config.keys():  # of another program, or of another version of this one
+        raise UserError(f"{held} or other files; {advice}")
+    differing = sorted(name for name in config.keys() - FREE if saved[name] != config[name])
     if differing:
         flags = ", ".join(
-            f"without {flag(name)}" if saved.get(name) is None else f"with {flag(name)} {saved[name]}"
+            f"without {flag(name)}" if saved[name] is None else f"with {flag(name)} {saved[name]}"
             for name in differing[:5]
         )
         more = " ..." if differing[5:] else ""

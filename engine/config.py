@@ -84,7 +84,7 @@ class Config:
 
     # Training: the rollout and its rewards
     out: str = option("runs/tiny", "folder of this run; it must not hold another")
-    steps: int = option(22, "training steps; each samples documents, then updates (paper: 300)")
+    steps: int = option(22, "training steps; each reads its documents, then updates (paper: 300)")
     documents: int = option(8, "documents a step (paper: 32)")
     g1: int = option(8, "trajectories a document, a group")
     g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
@@ -122,7 +122,7 @@ class Config:
     save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
     keep: int = option(2, "checkpoints to keep")
     resume: str = option(
-        "auto", "auto goes on with an unfinished run of the same settings in --out; 'never' is an error there",
+        "auto", "auto: go on with an unfinished run of the same settings in --out; never: refuse to",
         choices=["auto", "never"],
     )
     max_bad_steps: int = option(

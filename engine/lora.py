@@ -104,7 +104,7 @@ def as_it_began(model):
 
 
 def merged(model):
-    """Add the adapter to the model's weights, in place. Give it in float32: bfloat16 would round small changes away."""
+    """Add the adapter to the model's weights, in place -> the model. In bfloat16 small changes would round away."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             module.merge()

@@ -112,7 +112,7 @@ def differences(rows: list[dict]) -> list[str]:
     return lines
 
 
-def check_files(rows: Path, picture: str | None, name: str = "--plot ") -> None:
+def check_files(rows: Path, picture: str | None, name: str = "--plot") -> None:
     """Raises UserError for files that can't be written: an evaluation can take hours, so they are tried first.
 
     `name` is what the command line calls the picture.
@@ -123,9 +123,9 @@ def check_files(rows: Path, picture: str | None, name: str = "--plot ") -> None:
         if file.is_dir():
             raise UserError(f"{file}: is a folder; name a file in it")
     if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{name}{picture}: must end in .png, .svg or .pdf")
+        raise UserError(f"{name} {picture}: must end in .png, .svg or .pdf")
     if picture and not load_pyplot():
-        raise UserError(f"{name}{picture}: matplotlib is not installed; run `pip install matplotlib`, or leave it out")
+        raise UserError(f"{name} {picture}: matplotlib is not installed; run `pip install matplotlib`")
 
 
 def load_pyplot():

@@ -47,14 +47,14 @@ class Draw(LogitsProcessor):
     one a row. Sums in float64, since tokens of 1e-7 count too. A greedy Draw leaves all to the argmax.
     """
 
-    finite = True  # or a tensor, False once a score was nan: looked at only in the end, so that no token waits for it
+    finite = True  # or a tensor, False once a score was nan or inf; looked at in the end, so that no token waits for it
 
     def __init__(self, greedy: bool):
         self.greedy = greedy
 
     def __call__(self, ids, scores):
         if self.greedy:
-            self.finite = ~scores.amax(-1).isnan().any() & self.finite  # a maximum is nan if one score is
+            self.finite = (scores.amax(-1) < torch.inf).all() & self.finite  # a maximum is nan if one score is
             return scores
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
         at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
@@ -223,8 +223,8 @@ def prefill(
     """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
 
     Computed in batches of at most `max_tokens` tokens, or of one prompt -> cache, attention or None, padding of each
-    prompt in its batch. A prompt lies at the right end of its row. With an attention the cache holds each distinct
-    prompt once, set aside.
+    prompt in its batch. A prompt lies at the right end of its row. With an attention, prompts are set
+    aside: once each, or for every row where groups differ much in size.
     """
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]

@@ -44,8 +44,12 @@ def main() -> None:
     if len(sys.argv) < 2 or not {"seeds", "labels"} <= {argument.partition("=")[0] for argument in sys.argv[2:]}:
         raise UserError("give a folder, seeds=... and labels=...; recipes/reproduce-tiny.sh does")
     out, settings = Path(sys.argv[1]), settings_of(sys.argv[2:])
-    if not 2 <= len(seeds := settings["seeds"]) <= 10 or not all(seed.isdecimal() for seed in seeds):
-        raise UserError(f"seeds={' '.join(seeds)}: must be 2 to 10 numbers, for an interval over seeds")
+    seeds, labels = settings["seeds"], settings["labels"]
+    if not 2 <= len(set(seeds)) == len(seeds) <= 10 or not all(word.isdecimal() for word in seeds + labels):
+        raise UserError(
+            f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers, and for an interval over seeds 2 to "
+            "10 different seeds"
+        )
     if any(letter.isspace() for letter in str(out)):
         raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")
     out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ rates="5e-5 1e-4 2e-4 4e-4" seeds="100 101"
 cores=$(nproc)
 export OMP_NUM_THREADS=1
 
-learn() { # RATE SEED: exact match at 8 chunks after each of $steps
+learn() { # RATE SEED: exact match at 2 and 8 chunks after each of $steps, multiples of 16 up to 64
     name="$out/$1-$2"
     [ -e "$name/finished" ] ||
         python memtrain.py --task longqa --chunks 2 --lr "$1" --lr-schedule constant --steps "${steps##* }" \
@@ -16,7 +16,8 @@ learn() { # RATE SEED: exact match at 8 chunks after each of $steps
     [ -e "$name/finished" ] || { tail -n 3 "$name.log" >&2 && return 255; } # after which xargs starts nothing more
     for step in $steps; do
         [ -e "$name-$step.json" ] && continue
-        python eval.py --model "$name/checkpoints/step-0000$step" --eval-split dev --eval-documents 64 --lengths 8 \
+        model=$name/checkpoints/step-$(printf %06d "$step")
+        python eval.py --model "$model" --eval-split dev --eval-documents 64 --lengths 2 8 \
             --seed "$2" --out "$name-$step.part" >> "$name.log" 2>&1 || { tail -n 3 "$name.log" >&2 && return 255; }
         mv "$name-$step.part" "$name-$step.json"
     done

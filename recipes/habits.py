@@ -36,16 +36,16 @@ class Habits(Config):
 def main(config: Habits) -> None:
     if not config.eval_documents:
         raise UserError("--eval-documents 0: nothing would be read")
-    if min(config.lengths or [config.chunks]) < 3:
-        raise UserError("--lengths: recall needs an earlier chunk and a later memory; give at least 3")
+    if min(config.lengths or [config.chunks]) < 2:
+        raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
     check_files(Path(config.out), None)
     model, tokenizer, sample = load_greedy(config.model, config)
     corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
     rows = []
     for chunks in config.lengths or [config.chunks]:
         documents = heldout_documents(corpus, config, chunks)
-        if not documents:  # a line has said why
-            continue
+        if not documents:
+            raise UserError(f"--lengths {chunks}: the corpus can't fill so many chunks; give others, or more text")
         recalled, unchanged = habits_of(sample, documents, config, limits_of(config, tokenizer))
         rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
         print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")

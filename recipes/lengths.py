@@ -35,7 +35,7 @@ def main() -> None:
         raise UserError("give a picture and folders of runs: python recipes/lengths.py docs/lengths.png runs/X ...")
     picture, *folders = sys.argv[1:]
     rows = together(folders)
-    check_files(Path(picture), picture, name="")
+    check_files(Path(picture), picture, name="picture")
     print(table(rows))
     plot([one for one in rows if one["memory"] == "kept" or one["when"] == "after"], picture)
 

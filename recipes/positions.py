@@ -3,7 +3,7 @@
     python recipes/positions.py --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
         --eval-questions runs/reproduce/test-0.jsonl
 
-Greedy, on long-text QA. A question of two hops counts where its first gold paragraph stands.
+Greedy, on long-text QA. A question of two hops counts where its first uncut gold paragraph stands.
 """
 
 import sys
@@ -34,11 +34,10 @@ def chunk_of_gold(document: LongDocument) -> int:
 
     Raises UserError for a question that names no gold paragraph.
     """
-    if not document.gold:
+    if not document.gold_texts:
         raise UserError(f"question {document.title}: comes without gold paragraphs; give others by --eval-questions")
-    texts = [paragraph.partition("\n")[2] for paragraph in document.gold.split("\n\n")]  # without their titles
-    places = [n for n, chunk in enumerate(document.chunks, 1) if any(text and text in chunk for text in texts)]
-    return min(places, default=0)
+    chunks = enumerate(document.chunks, 1)
+    return min((n for n, chunk in chunks if any(text in chunk for text in document.gold_texts)), default=0)
 
 
 def main(config: Positions) -> None:
@@ -50,10 +49,11 @@ def main(config: Positions) -> None:
     source, agent = load_task(config, model, tokenizer, Path(".entities"))
     lengths = source.lengths(config.lengths or [config.chunks], config.eval_split)
     for length, documents in documents_by_length(source, config, lengths, True).items():
-        hits: dict[int, list[float]] = {}
-        for trajectory in agent(sample, documents, limits_of(config, tokenizer), progress="reading"):
+        places, hits = [chunk_of_gold(document) for document in documents], {}
+        trajectories = agent(sample, documents, limits_of(config, tokenizer), progress="reading")
+        for place, trajectory in zip(places, trajectories, strict=True):
             right = answer_reward(trajectory.prediction, trajectory.document.answers)
-            hits.setdefault(chunk_of_gold(trajectory.document), []).append(right)
+            hits.setdefault(place, []).append(right)
         print(f"\n| {length} chunks, gold in | exact match | n |\n|---|---|---|")
         for place, scores in sorted(hits.items()):
             name = f"chunk {place}" if place else "cut through"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores. Figures and tables go to docs/.
+# The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores.
 #     recipes/reproduce-tiny.sh [FOLDER]
-# Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Everything goes to
-# runs/reproduce. Given FOLDER (relative to the project), all goes there, figures and tables too.
-# SEEDS="0 1" and TASK_RATE=1e-4 in the environment change these two settings.
+# Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Runs go to
+# runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), all of it goes there.
+# The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the rate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}

@@ -3,7 +3,7 @@
 #     recipes/smollm2-wiki.sh --data FOLDER [--smoke] [--out FOLDER] [--corpus wikimedia/wikipedia]
 # Sized for one H100 and 25 minutes (counted, not measured). --smoke runs every part on a CPU, 2 steps each: it proves
 # that they work, and its accuracies mean nothing. Stopped, it goes on when called again. The results are in
-# OUT/tables.md, by default of runs/smollm2 or runs/smollm2-smoke.
+# tables.md in the folder of --out, by default runs/smollm2, or with --smoke runs/smollm2-smoke.
 # The folder of --data holds wiki/passages.jsonl, lines of title and text, and in qa/ the files hotpot*train*,
 # hotpot*dev_distractor*, musique*train* and musique_ans*dev*, as their authors publish them. No path may hold a blank.
 set -euo pipefail

@@ -29,6 +29,7 @@ class LongDocument(Document):
     """A Document about a real question: `title` is its id. Nothing is masked, nothing can be recalled."""
 
     gold: str = ""  # the gold paragraphs alone: an oracle's memory; "" where the source doesn't tell
+    gold_texts: tuple[str, ...] = ()  # the same one by one, without their titles
 
 
 @dataclass(slots=True)
@@ -132,10 +133,13 @@ def long_document(
 ) -> LongDocument:
     """The gold paragraphs among so many numbered documents. Raises UserError for a pool that is too small."""
     draft = Draft(question, index, pool, seed)
-    if not draft.reach(documents) or documents < draft.gold:
+    if documents < draft.gold:
+        gold = f"{draft.gold} are gold; ask for more"
+        raise UserError(f"question {question.id}: {documents} documents wanted, but {gold}")
+    if not draft.reach(documents):
+        made = len(draft.passages)
         raise UserError(
-            f"question {question.id}: {documents} documents wanted, but it has {draft.gold} gold paragraphs, and with "
-            f"the pool {len(draft.passages)} in all; ask for another number, or bring a larger pool"
+            f"question {question.id}: {documents} documents wanted, but the pool makes {made}; bring a larger pool"
         )
     return finished(draft, range(documents), question, index, pool.tokenizer, chunk_tokens)
 
@@ -146,9 +150,12 @@ def finished(
     """The passages `taken` of a draft as a document."""
     text, headings = _numbered(draft.in_order(taken))
     chunks = cut_chunks(text, headings, tokenizer, chunk_tokens)
-    oracle = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in draft.passages[: draft.gold])
+    gold = draft.passages[: draft.gold]
+    oracle, texts = "\n\n".join(f"{one.title}\n{one.text}" for one in gold), tuple(one.text for one in gold)
     nothing = [[] for _ in chunks]  # to recall
-    return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=oracle)
+    return LongDocument(
+        index, question.id, question.question, question.answers, chunks, nothing, gold=oracle, gold_texts=texts
+    )
 
 
 def _numbered(passages: list[Measured]) -> tuple[str, list[Span]]:

@@ -159,9 +159,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--out {bad}/used",
-        "--out {bad}/used: the folder holds another run, without --ablation, without --advantage, without "
-        "--answer-tokens, without --chunk-tokens, without --chunks ...; choose another or delete it, or give its "
-        "settings to go on with it",
+        "--out {bad}/used: the folder holds another run or other files; choose another or delete it",
     ),
     (
         "memtrain", "--out {bad}/other",

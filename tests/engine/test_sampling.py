@@ -211,9 +211,11 @@ def test_a_greedy_draw_takes_forbidden_words():
     draw, scores = Draw(greedy=True), torch.full((2, 5), -torch.inf)
     scores[1, 3] = -7.0
     assert draw(None, scores.clone()).equal(scores) and draw.finite
-    draw(None, torch.tensor([[-torch.inf, torch.nan, 9.0]]))
-    draw(None, scores)
-    assert not draw.finite  # and it stays so
+    for bad in (torch.nan, torch.inf):
+        draw = Draw(greedy=True)
+        draw(None, torch.tensor([[-torch.inf, bad, 9.0]]))
+        draw(None, scores)
+        assert not draw.finite  # and it stays so
 
 
 def test_models_that_cannot_share_fall_back():

@@ -54,3 +54,5 @@ def test_nothing_to_read_is_refused():
     """Without documents there is nothing to count, so --eval-documents 0 is an error."""
     with pytest.raises(UserError, match="nothing would be read"):
         main(SimpleNamespace(eval_documents=0))
+    with pytest.raises(UserError, match="give --lengths of at least 2"):
+        main(SimpleNamespace(eval_documents=1, lengths=[1]))

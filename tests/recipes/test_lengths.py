@@ -25,9 +25,13 @@ def test_runs_count_by_their_documents(tmp_path):
 
 
 def test_the_chunk_of_the_gold_paragraph():
-    """The first chunk with a whole line of it; a heading is no line; cut through, it is in none."""
-    gold = "Ulm\nUlm lies on the Danube.\n\nDanube\nThe Danube flows to the sea."
-    chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies on the Danube."]
-    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold=gold)) == 2
-    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks[::2], [], gold=gold)) == 2
-    assert chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], ["Ulm lies", " on the Danube."], [], gold=gold)) == 0
+    """The first chunk with the whole text of one, title aside; cut through, it is in none; no gold is an error."""
+
+    def place(chunks, gold=("Ulm lies\n\non the Danube.", "The Danube flows to the sea.")):
+        return chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold_texts=gold))
+
+    chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies\n\non the Danube."]
+    assert place(chunks) == 2 and place(chunks[::2]) == 2
+    assert place(["Ulm lies\n\n", "on the Danube."]) == 0
+    with pytest.raises(UserError, match="question q: comes without gold paragraphs"):
+        place(chunks, gold=())

@@ -150,7 +150,7 @@ def test_filler_repeats_nothing(tokenizer):
     document = long_document(question, 0, Pool(bad + good + good, tokenizer), seed=0, chunk_tokens=64, documents=7)
     assert sorted(opened(document)) == sorted(question.gold + question.other + good)
     assert document.gold == "The Golden Ass\nIt is a novel.\n\nU.S. Route 1\nIt is a road."
-    message = "question q: 8 documents wanted, but it has 2 gold paragraphs, and with the pool 7 in all"
+    message = "question q: 8 documents wanted, but the pool makes 7; bring a larger pool"
     with pytest.raises(UserError, match=message):
         long_document(question, 0, Pool(bad + good, tokenizer), seed=0, chunk_tokens=64, documents=8)
 
@@ -164,11 +164,11 @@ def test_own_distractors_come_first(pool):
         assert set(opened(fewer)) < set(question.gold + question.other) < set(opened(more))
 
 
-@pytest.mark.parametrize("documents", [1, 200_000])
-def test_texts_that_cannot_be_made(pool, documents):
+@pytest.mark.parametrize("documents, why", [(1, "2 are gold; ask for more"), (200_000, "the pool makes \\d+; bring")])
+def test_texts_that_cannot_be_made(pool, documents, why):
     """Fewer documents than gold paragraphs, and more than there are: the error tells the question and both numbers."""
     question = next(q for q in TINY if len(q.gold) == 2)
-    with pytest.raises(UserError, match=f"{question.id}: {documents} documents wanted, but it has 2 gold paragraphs"):
+    with pytest.raises(UserError, match=f"{question.id}: {documents} documents wanted, but {why}"):
         long_document(question, 0, pool, seed=0, chunk_tokens=64, documents=documents)
 
 
