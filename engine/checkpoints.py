@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import lora
+from engine.config import flag
 from engine.errors import UserError
 from engine.files import flush, replace_text
 
@@ -66,10 +67,6 @@ def unfinished(out: Path, config: dict, resume: str) -> bool:
     if resume == "never":
         raise UserError(f"{held}; {advice}, or go on with it by --resume auto")
     return True
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def scratch(out: Path) -> TemporaryDirectory:

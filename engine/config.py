@@ -159,6 +159,11 @@ LEAST = dict.fromkeys(
 )
 
 
+def flag(name: str) -> str:
+    """How the command line spells a setting: "--chunk-tokens" for chunk_tokens."""
+    return f"--{name.replace('_', '-')}"
+
+
 def run_with_flags(main, flags: type, follow_model: bool = False) -> None:
     """Call `main` with the command line's settings; a user's mistake ends as one line and exit code 2."""
     errors.run_script(lambda: main(parse(flags, follow_model)))
@@ -177,8 +182,7 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
         for number in value if isinstance(value, list) else [value]:
             least = LEAST.get(name, -math.inf)
             if isinstance(number, int | float) and not (least <= number and math.isfinite(number)):
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {number}: must be a number of at least {LEAST.get(name, 0)}")
+                raise UserError(f"{flag(name)} {number}: must be a number of at least {LEAST.get(name, 0)}")
     if not given.heldout < 1:
         raise UserError(f"--heldout {given.heldout}: is a share, less than 1")
     return given

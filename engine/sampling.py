@@ -223,8 +223,8 @@ def prefill(
     """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
 
     Computed in batches of at most `max_tokens` tokens, or of one prompt -> cache, attention or None, padding of each
-    prompt in its batch. A prompt lies at the right end of its row. With an attention, prompts are set
-    aside: once each, or for every row where groups differ much in size.
+    prompt in its batch. A prompt lies at the right end of its row. With an attention, prompts are set aside: once
+    each, or for every row where groups differ much in size.
     """
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from engine.errors import UserError, run_script  # noqa: E402
+from recipes.tables import STUDENT  # noqa: E402
 from tasks.questions import load_questions, split_of, subject  # noqa: E402
 
 QUESTIONS, MODEL = ROOT / "tiny/questions.jsonl", ROOT / "tiny/model/model.safetensors"
@@ -45,10 +46,10 @@ def main() -> None:
         raise UserError("give a folder, seeds=... and labels=...; recipes/reproduce-tiny.sh does")
     out, settings = Path(sys.argv[1]), settings_of(sys.argv[2:])
     seeds, labels = settings["seeds"], settings["labels"]
-    if not 2 <= len(set(seeds)) == len(seeds) <= 10 or not all(word.isdecimal() for word in seeds + labels):
+    if not 2 <= len(set(seeds)) == len(seeds) <= max(STUDENT) or not all(word.isdecimal() for word in seeds + labels):
         raise UserError(
             f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers, and for an interval over seeds 2 to "
-            "10 different seeds"
+            f"{max(STUDENT)} different seeds"
         )
     if any(letter.isspace() for letter in str(out)):
         raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")

@@ -36,13 +36,14 @@ class Habits(Config):
 def main(config: Habits) -> None:
     if not config.eval_documents:
         raise UserError("--eval-documents 0: nothing would be read")
-    if min(config.lengths or [config.chunks]) < 2:
+    lengths = config.lengths or [config.chunks]
+    if min(lengths) < 2:
         raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
     check_files(Path(config.out), None)
     model, tokenizer, sample = load_greedy(config.model, config)
     corpus = load_corpus(config, model, tokenizer, Path(config.out).parent / ".entities")
     rows = []
-    for chunks in config.lengths or [config.chunks]:
+    for chunks in lengths:
         documents = heldout_documents(corpus, config, chunks)
         if not documents:
             raise UserError(f"--lengths {chunks}: the corpus can't fill so many chunks; give others, or more text")

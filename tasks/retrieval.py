@@ -1,8 +1,8 @@
 """Passages for a query, from three retrievers that answer alike; knows nothing of agents.
 
-    retriever = open_retriever("bm25", "passages.jsonl")                                # words, in memory
+    retriever = open_retriever("bm25", "passages.jsonl")                                  # words, in memory
     retriever = open_retriever("dense", "passages.jsonl", encoder="intfloat/e5-base-v2")  # any encoder of the hub
-    retriever = open_retriever("http://127.0.0.1:8000/retrieve")                        # a Search-R1 server
+    retriever = open_retriever("http://127.0.0.1:8000/retrieve")                          # a Search-R1 server
     retriever.search(["who wrote Emma?"], 3)    # -> [[{"title", "text", "score"}, ... best first], ... one a query]
 
 BM25 and Dense are indices over texts, which answer with positions; Local puts the passages to the positions; Http asks

@@ -5,7 +5,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from engine.config import Config
+from engine.config import Config, flag
 from engine.errors import UserError
 from engine.models import window_of
 from masking import QUESTION, Corpus
@@ -106,7 +106,7 @@ def check_window(config: Config, model, tokenizer, question: str = QUESTION) -> 
     needed = asked + getattr(config, shown) + config.memory_tokens + written
     if needed > (window := window_of(model)):
         raise UserError(
-            f"--{shown.replace('_', '-')} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and "
+            f"{flag(shown)} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and "
             f"--answer-tokens {config.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has "
             f"{window}; make them smaller"
         )

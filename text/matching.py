@@ -78,7 +78,8 @@ def occurrences(text: str, entity: str) -> list[Span]:
     """Every form of `entity` in `text`: whole words, NFKC, any case, any white space between its words."""
     folded, origin = fold(text)
     found, place = [], 0
-    while _form(entity).pattern and (match := _form(entity).search(folded, place)):  # a name that folds to nothing
+    # A name that folds to nothing has an empty pattern, and occurs nowhere.
+    while _form(entity).pattern and (match := _form(entity).search(folded, place)):
         start, end = match.span()
         place = start + 1
         if is_whole(folded, start, end):
