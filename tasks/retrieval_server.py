@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import select
 import signal
@@ -174,8 +175,8 @@ def serve(arguments: argparse.Namespace) -> None:
         print(f"serving {len(server.retriever.passages)} passages at http://{host}:{port}/retrieve", flush=True)
         try:
             server.serve_forever()
-        finally:
-            server.searching.acquire(timeout=10)  # a thread inside torch while Python shuts down would abort it
+        except SystemExit:
+            os._exit(0)  # at once: a thread that is in native code while Python shuts down would abort it
 
 
 def main() -> None:
