@@ -1,29 +1,109 @@
 """How good a memory is: end-to-end and recall accuracy by document length, on pivots held out of training.
 
     python eval.py --model runs/tiny/checkpoint
+    python eval.py --report runs/tiny          # a run as a page, report.html; evaluates nothing
 
 prints a table and writes the same rows as JSON. Each number stands beside a control: the same question with an empty
 memory. The control measures how much can be answered without a memory.
 """
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import rollout
-from engine import models, parallel, report, sampling
-from engine.config import Config, run_with_flags
+from engine import metrics, models, parallel
+from engine.config import Config, check, run_with_flags
 from engine.errors import UserError
-from masking import Corpus, Document, Recall, draw_recall
+from engine.files import check_writable
+from masking import Document, draw_recall, load_corpus
 from rewards import answer_reward, recall_reward
-from rollout import Limits, limits_of, read, recall, sampler
-from tasks import evaluate as task_evaluation
-from tasks.sources import load_task
+from rollout import Budget, Sampler, check_window, read, recall
+
+# ---- what training evaluates, too ------------------------------------------------------------------------
+
+
+def load_task(config: Config, model, tokenizer, left_out: Counter | None = None) -> tuple:
+    """(source, agent) of --task: source.document(i, split, chunks) -> Document, agent(sample, documents, config, ...).
+
+    For memtrain: masked documents, and the agent that reads them. `left_out` counts passages that can't be used, by
+    reason. Raises UserError.
+    """
+    if config.task != "memtrain":
+        from tasks.sources import load_task as load
+
+        return load(config, model, tokenizer, left_out)
+    check_window(config, model, tokenizer)
+    return load_corpus(config, tokenizer, left_out), read
+
+
+def evaluate(
+    sample: Sampler, agent, source, config: Config, when: str, lengths: list[int] | None = None,
+    controls: tuple[str, ...] = ("empty",),
+) -> list[dict]:
+    """Greedy accuracy on the task's held-out documents by length in chunks -> rows of engine/metrics.py.
+
+    Each process reads its share, and all get all rows, labelled `when`. Default lengths: trained x 1/2, 1, 2, 4, 8.
+    """
+    greedy = replace(sample, greedy=True)
+    n = config.chunks
+    lengths = sorted(set(lengths or [max(1, n // 2), n, 2 * n, 4 * n, 8 * n]))
+    if config.task != "memtrain":
+        from tasks.evaluate import evaluate_questions
+
+        return evaluate_questions(greedy, agent, source, config, when, lengths, controls)
+    return evaluate_masked(greedy, source, config, when, lengths)
+
+
+def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths: list[int]) -> list[dict]:
+    """A row per task (end_to_end, recall), length and memory (kept, or the control: empty).
+
+    Scores are by document. Recall has them for documents in which something can be asked.
+    """
+    documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
+    progress = f"evaluation {when}" if parallel.rank() == 0 else None
+    kept = read(greedy, documents, config, progress=progress)
+    empty = read(greedy, documents, config, empty_memory=True)
+    for t in kept:
+        rng = np.random.default_rng([config.seed, len(t.document.chunks), t.document.index])
+        t.target = draw_recall(t.document, rng)
+    scores: dict[tuple, dict[int, float]] = defaultdict(dict)  # (task, chunks, memory) -> document -> score
+    for memory, trajectories in (("kept", kept), ("empty", empty)):
+        recall(greedy, kept, config, empty_memory=memory == "empty")
+        for t in trajectories:
+            place = len(t.document.chunks), memory
+            scores["end_to_end", *place][t.document.index] = answer_reward(t.prediction, t.document.answers)
+        for t in kept:
+            place = len(t.document.chunks), memory
+            for turn in t.recalls:
+                scores["recall", *place][t.document.index] = recall_reward(turn.text, t.target.entity)
+    everywhere: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for part in parallel.gather(dict(scores)):
+        for key, by_document in part.items():
+            everywhere[key] |= by_document
+    in_order = sorted(everywhere, key=lambda key: (key[0], key[1], key[2] == "empty"))
+    return [metrics.row(when, *key, everywhere[key]) for key in in_order]
+
+
+def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
+    """This process's documents of one length; an empty list on all processes if any of them can't build its own."""
+    documents, reason = [], None
+    try:
+        for i in range(parallel.rank(), config.eval_documents, parallel.count()):
+            documents.append(corpus.document(i, "heldout", chunks=chunks))
+    except UserError as error:  # a small corpus can't fill the longest documents
+        reason = str(error)
+    reasons = [told for told in parallel.gather(reason) if told]
+    if reasons and parallel.rank() == 0:
+        print(f"evaluation at {chunks} chunks is left out: {reasons[0]}")
+    return [] if reasons else documents
+
+
+# ---- the command line ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -52,111 +132,56 @@ class Evaluation(Config):
     )
 
 
-def default_lengths(trained_chunks: int) -> list[int]:
-    """Trained length x 1/2, 1, 2, 4, 8."""
-    n = trained_chunks
-    return sorted({max(1, n // 2), n, 2 * n, 4 * n, 8 * n})
-
-
-def measure(
-    sample, agent, source, limits: Limits, config: Config, lengths: list[int], when: str, **more
-) -> list[dict]:
-    """Evaluate on the task's held-out documents -> rows, labelled `when`.
-
-    `sample` is greedy. Each process does its share, and all get all rows. Questions of the other tasks are evaluated in
-    tasks/evaluate.py, with the agent and the further arguments.
-    """
-    if config.task == "memtrain":
-        return evaluate(sample, source, limits, config, lengths, when)
-    return task_evaluation.evaluate_questions(sample, agent, source, limits, config, lengths, when, **more)
-
-
-def evaluate(
-    sample, corpus: Corpus, limits: Limits, config: Config, lengths: list[int], when: str
-) -> list[dict]:
-    """Greedy accuracy on `eval_documents` held-out documents of each number of chunks in `lengths`.
-
-    One row per length, task (end_to_end, recall) and memory (kept, empty), see report.row. Its scores are by document;
-    recall has them for documents that have a target.
-    """
-    documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
-    targets = [draw_target(document, config) for document in documents]
-    progress = f"evaluation {when}" if parallel.rank() == 0 else None
-    kept = read(sample, documents, limits, progress=progress)
-    empty = read(sample, documents, limits, empty_memory=True)
-    scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for memory, trajectories in (("kept", kept), ("empty", empty)):
-        recalls = recall(sample, kept, targets, limits, empty_memory=memory == "empty")
-        for trajectory, answers, target in zip(trajectories, recalls, targets, strict=True):
-            document, chunks = trajectory.document, len(trajectory.document.chunks)
-            correct = answer_reward(trajectory.prediction, document.answers)
-            scores["end_to_end", chunks, memory][document.index] = correct
-            for turn in answers:
-                scores["recall", chunks, memory][document.index] = recall_reward(turn.text, target.entity)
-    all_scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for part in parallel.gather(dict(scores)):
-        for key, by_document in part.items():
-            all_scores[key] |= by_document
-    in_order = sorted(all_scores, key=lambda key: (key[0], key[1], key[2] == "empty"))
-    return [report.row(when, *key, all_scores[key]) for key in in_order]
-
-
-def draw_target(document: Document, config: Config) -> Recall | None:
-    rng = np.random.default_rng([config.seed, len(document.chunks), document.index])
-    return draw_recall(document, rng)
-
-
-def heldout_documents(corpus: Corpus, config: Config, chunks: int) -> list[Document]:
-    """This process's documents of one length; an empty list on all processes if any of them can't build its own."""
-    documents, error = [], None
-    try:
-        for i in range(parallel.rank(), config.eval_documents, parallel.count()):
-            documents.append(corpus.document(i, "heldout", chunks=chunks))
-    except UserError as caught:  # a small corpus can't fill the longest documents
-        error = caught
-    first = parallel.first_error(error)
-    if first and parallel.rank() == 0:
-        print(f"evaluation at {chunks} chunks is left out: {first}")
-    return [] if first else documents
-
-
 def main(evaluation: Evaluation) -> None:
     if evaluation.report:
-        return report.write_page(evaluation.report)
-    task_evaluation.check(evaluation)
+        from look import page
+
+        return print(f"wrote {page.write(evaluation.report)}")
+    check(evaluation)
+    check_evaluation(evaluation)
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))
-    report.check_files(out, evaluation.plot)
+    check_writable(out)
+    if evaluation.plot:
+        from look import plot
+
+        plot.check_picture(evaluation.plot)
     task, rows = None, []
     for name in (evaluation.model, *evaluation.against):
-        task, new_rows = evaluate_model(name, evaluation, task, out.parent / ".entities")
-        rows += new_rows
+        sample = load_sampler(name, evaluation, given="--against" if task else "--model")
+        task = task or load_task(evaluation, sample.model, sample.tokenizer)  # the same documents for all models
+        when = name if evaluation.against else "now"
+        source, agent = task
+        rows += evaluate(sample, agent, source, evaluation, when, evaluation.lengths, tuple(evaluation.controls))
         out.write_text(json.dumps(rows, indent=1))  # after each model: a large one takes hours
-    print(report.table(rows), *report.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
+    print(metrics.table(rows), *metrics.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:
-        report.plot(rows, evaluation.plot)
+        plot.plot(rows, evaluation.plot)
 
 
-def evaluate_model(name: str, evaluation: Evaluation, task: tuple | None, cache: Path) -> tuple[tuple, list[dict]]:
-    """Rows of one model -> (task, rows). The first model's `task`, source and agent, is handed to the others."""
-    model, tokenizer, sample = load_greedy(name, evaluation, given="--against" if task else "--model")
-    source, agent = task = load_task(evaluation, model, tokenizer, cache, loaded=task)
-    limits = limits_of(evaluation, tokenizer)
-    lengths = sorted(set(evaluation.lengths or default_lengths(evaluation.chunks)))
-    more = {}
-    if evaluation.task != "memtrain":
-        more = {"controls": evaluation.controls, "full": partial(task_evaluation.full_text, model, tokenizer, limits)}
-    when = name if evaluation.against else "now"
-    return task, measure(sample, agent, source, limits, evaluation, lengths, when, **more)
+def check_evaluation(evaluation: Evaluation) -> None:
+    """Raises UserError for controls that the task doesn't have, nothing to evaluate, and models that can be none."""
+    task, controls = evaluation.task, evaluation.controls
+    if bad := [control for control in controls if control not in ("empty", "full", "oracle")]:
+        raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
+    if task == "memtrain" and controls != ["empty"]:
+        raise UserError(f"--controls {' '.join(controls)}: masked documents have the control empty only")
+    if task == "searchqa" and {"full", "oracle"} & set(controls):
+        raise UserError(f"--controls {' '.join(controls)}: search questions come without a text; use empty")
+    if evaluation.eval_documents < 1:
+        raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
+    for name in evaluation.against:
+        models.check_model(name, "--against")
 
 
-def load_greedy(name: str, config: Config, given: str = "--model") -> tuple:
-    """(model, tokenizer, greedy sample) of a model folder or hub name, `given` by this flag. Raises UserError."""
+def load_sampler(name: str, config: Config, given: str = "--model") -> Sampler:
+    """A model folder or hub name, `given` by this flag, ready to sample. Raises UserError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = models.load_model(name, device, config.dtype, given)
-    budget = sampling.Budget(config.rollout_tokens)
-    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
-    return model, tokenizer, sampler(generate, model, tokenizer, greedy=True)
+    generate = rollout.generate
+    if config.fast:
+        from fast.sampling import generate
+    return Sampler(generate, model, tokenizer, Budget(config.rollout_tokens))
 
 
 if __name__ == "__main__":

@@ -11,116 +11,140 @@ policy over that under the policy that sampled, training maximises
     J = mean over documents, mean over a document's conversations c, mean over c's tokens t of
         [ min(r_t A_c, clip(r_t, 1 - eps_low, 1 + eps_high) A_c) - beta KL_t(pi || pi_ref) ]             (Eq. 4)
 
-    trajectory_groups, recall_groups   which samples are compared with each other
-    assign_advantages                  Eq. 3; the turns of groups that carry no signal are left out
-    token_logprobs                     log pi(token_t), for the policy, pi_old and pi_ref
-    conversation_weights               the two outer means of Eq. 4, over the turns that are kept
-    grpo_loss                          Eq. 4 itself
+    assign_advantages   Eq. 3; the turns of groups that carry no signal are left out
+    set_weights         the two outer means of Eq. 4, over the turns that are kept
+    micro_batches       turns cut into batches that fit in memory
+    token_logprobs      log pi(token_t), for the policy, pi_old and pi_ref
+    grpo_loss           Eq. 4 itself
 
 With one update per step pi_old is pi: r_t equals 1, but its gradient is not zero. Dropout must be off, or pi and pi_old
 would be two networks.
 """
 
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
+from engine import parallel
+from engine.models import logits_of
 from rollout import Trajectory, Turn
 
 # Real differences are at least lambda / G2, in the paper 0.06. What rounding leaves of equal sums is far below this.
 EQUAL_REWARDS = 1e-6
+HEAD_TOKENS = 1024  # positions whose logits are in memory at one time
 
 
 # ---- Eq. 3 ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Group:
-    """Samples that are compared with each other."""
+def assign_advantages(trajectories: list[Trajectory], config, shuffle=None) -> list[Turn]:
+    """Set place and advantage of every turn (Eq. 3) -> the turns of the groups whose rewards differ.
 
-    place: int  # of their document in the step
-    samples: list[list[Turn]]  # the turns of each sample
-    rewards: list[float]  # of each sample
-    degenerate: bool = False  # all rewards are equal: no signal
-
-
-def trajectory_groups(trajectories: list[Trajectory], rewards: list[float], g1: int) -> list[Group]:
-    """A group per document: its G1 trajectories, each with all its turns and R^E."""
-    groups = []
-    for start in range(0, len(trajectories), g1):
-        members = trajectories[start : start + g1]
-        samples = [trajectory.turns for trajectory in members]
-        groups.append(Group(members[0].document.place, samples, rewards[start : start + g1]))
-    return groups
-
-
-def recall_groups(
-    trajectories: list[Trajectory], recalls: list[list[Turn]], rewards: list[list[float]]
-) -> list[Group]:
-    """A group per trajectory that has recall answers: these, each a sample of one turn, with R^I."""
-    groups = []
-    for trajectory, answers, own_rewards in zip(trajectories, recalls, rewards, strict=True):
-        if answers:
-            groups.append(Group(trajectory.document.place, [[turn] for turn in answers], own_rewards))
-    return groups
-
-
-def shuffle_rewards(groups: list[Group], rng) -> None:
-    """A control: deal out each group's rewards to its samples at random. What still changes is drift, not learning."""
-    for group in groups:
-        group.rewards = rng.permutation(group.rewards).tolist()
-
-
-def assign_advantages(groups: list[Group], mode: str) -> list[Turn]:
-    """Set place and advantage of every turn (Eq. 3), and group.degenerate -> the turns of the other groups."""
+    A group is the G1 trajectories of a document, with R^E, or the G2 recall answers of a trajectory, with R^I. Groups
+    are positions in the list: two documents may read the same. `shuffle` is the random generator of a control, which
+    deals out each group's rewards to its samples at random: what still changes is drift, not learning.
+    """
+    groups = []  # (place of the document, the turns of each sample, the reward of each sample)
+    for start in range(0, len(trajectories), config.g1):
+        group = trajectories[start : start + config.g1]
+        groups.append((group[0].document.place, [t.turns for t in group], [t.reward for t in group]))
+    for t in trajectories:
+        if t.recalls:
+            groups.append((t.document.place, [[turn] for turn in t.recalls], t.recall_rewards))
     kept = []
-    for _, same_size in groupby(groups, key=lambda group: len(group.rewards)):  # as one tensor
-        batch = list(same_size)
-        rewards = torch.tensor([group.rewards for group in batch], dtype=torch.float64)  # (groups, size)
-        advantages, degenerate = group_advantages(rewards, mode)  # (groups, size), (groups,)
-        for group, own_advantages, equal in zip(batch, advantages.tolist(), degenerate.tolist(), strict=True):
-            group.degenerate = equal
-            for turns, advantage in zip(group.samples, own_advantages, strict=True):
-                for turn in turns:
-                    turn.place, turn.advantage = group.place, advantage
-                if not equal:
-                    kept += turns
+    for place, samples, rewards in groups:
+        if shuffle:
+            rewards = shuffle.permutation(rewards).tolist()
+        advantages = group_advantages(rewards, config.advantage)
+        for turns, advantage in zip(samples, advantages, strict=True):
+            for turn in turns:
+                turn.place, turn.advantage = place, advantage
+        if any(advantages):
+            kept += [turn for turns in samples for turn in turns]
     return kept
 
 
-def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Score rewards (groups, size) against their own group -> advantages (groups, size), degenerate (groups,) bool.
+def group_advantages(rewards: list[float], mode: str) -> list[float]:
+    """Score the rewards of a group against each other (Eq. 3) -> advantages, all 0 where the rewards are equal.
 
-    "mean": R - mean(R), Eq. 3, as Dr. GRPO (arXiv 2503.20783). "group_norm": (R - mean(R)) / (std(R) + 1e-4), GRPO as
+    "mean": R - mean(R), as Dr. GRPO (arXiv 2503.20783). "group_norm": (R - mean(R)) / (std(R) + 1e-4), GRPO as
     DeepSeekMath wrote it (arXiv 2402.03300), with the sample std, as TRL. ValueError for another mode.
-    Example, mode "mean": [[1, 0, 0, 1], [1, 1, 1, 1]] -> [[.5, -.5, -.5, .5], [0, 0, 0, 0]], [False, True].
+    Example, mode "mean": [1, 0, 0, 1] -> [.5, -.5, -.5, .5], and [1, 1, 1, 1] -> [0, 0, 0, 0].
     """
     if mode not in ("mean", "group_norm"):
         raise ValueError(f"advantage mode {mode!r} is neither 'mean' nor 'group_norm'")
-    degenerate = rewards.amax(1) - rewards.amin(1) <= EQUAL_REWARDS  # (groups,)
-    advantages = rewards - rewards.mean(1, keepdim=True)  # (groups, size)
+    R = torch.tensor(rewards, dtype=torch.float64)  # (samples,)
+    if R.max() - R.min() <= EQUAL_REWARDS:  # the small divisor below would make a gradient of what rounding leaves
+        return [0.0] * len(rewards)
+    advantages = R - R.mean()  # (samples,)
     if mode == "group_norm":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # (groups, size)
-    # The small divisor above would make a gradient of what rounding leaves in a group of equal rewards.
-    return advantages.masked_fill(degenerate[:, None], 0.0), degenerate
+        advantages = advantages / (R.std() + 1e-4)
+    return advantages.tolist()
 
 
-# ---- Eq. 4 ---------------------------------------------------------------------------------------------
+# ---- the outer means of Eq. 4 --------------------------------------------------------------------------
+
+
+def set_weights(turns: list[Turn]) -> int:
+    """Set turn.weight for this process's turns of an update -> the number of documents with a turn, of all processes.
+
+    The weights of all processes together sum to 1, those of one process to its share of the documents.
+    """
+    documents = [turn.place for turn in turns]
+    kept = len(set(documents))
+    kept_everywhere = sum(parallel.gather(kept))
+    if kept_everywhere:
+        weights = conversation_weights(documents) * kept / kept_everywhere  # (turns,)
+        for turn, weight in zip(turns, weights.tolist(), strict=True):
+            turn.weight = weight
+    return kept_everywhere
 
 
 def conversation_weights(documents: list[int]) -> Tensor:
-    """The outer means of Eq. 4: 1 / (documents * conversations of its document), for each conversation.
+    """1 / (documents * conversations of its document), for each conversation -> (conversations,) float32, sum 1.
 
-    `documents` are places in the step, never texts: two documents may read the same. The weights (conversations,)
-    float32 sum to 1. Example: [0, 0, 1] -> [1/4, 1/4, 1/2].
+    `documents` are places in the step, never texts. Example: [0, 0, 1] -> [1/4, 1/4, 1/2].
     """
     places = torch.tensor(documents, dtype=torch.long)  # (conversations,)
     counts = places.bincount()  # (documents,)
     number_of_documents = counts.count_nonzero()
     return 1 / (number_of_documents * counts[places])  # (conversations,)
+
+
+# ---- batches and log-probs -----------------------------------------------------------------------------------------
+
+
+def update_batches(turns: list[Turn], config) -> list[list[Turn]]:
+    """The turns of each optimizer step: of `--update-batch` documents, by default of all. A list may be empty."""
+    size = config.update_batch or config.documents
+    starts = range(0, config.documents, size)
+    return [[turn for turn in turns if start <= turn.place < start + size] for start in starts]
+
+
+def micro_batches(turns: list[Turn], max_tokens: int) -> list[list[Turn]]:
+    """Cut turns into batches of at most max_tokens *with padding*, longest first; a longer turn stands alone.
+
+    A batch also ends where more than an eighth of it would be padding. The losses of the batches add up to that of all.
+    """
+    batches: list[list[Turn]] = []
+    tokens = 0  # of the last batch, without its padding
+    for turn in sorted(turns, key=turn_tokens, reverse=True):
+        # The first turn of a batch is its longest, so it sets the width of every row.
+        padded = (len(batches[-1]) + 1) * turn_tokens(batches[-1][0]) if batches else 0
+        if batches and padded <= max_tokens and tokens + turn_tokens(turn) >= 0.875 * padded:
+            batches[-1].append(turn)
+            tokens += turn_tokens(turn)
+        else:
+            batches.append([turn])
+            tokens = turn_tokens(turn)
+    return batches
+
+
+def turn_tokens(turn: Turn) -> int:
+    return len(turn.prompt_ids) + len(turn.completion_ids)
 
 
 def token_logprobs(model, turns: list[Turn], with_entropy: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -140,16 +164,79 @@ def token_logprobs(model, turns: list[Turn], with_entropy: bool = False) -> tupl
     offsets = torch.arange(int(lengths.max()), device=ids.device)  # (longest,)
     mask = offsets < lengths  # (turns, longest)
     positions = (starts + offsets).clamp(max=ids.shape[1] - 1)  # (turns, longest); those behind a row's end are masked
-    logits = model(input_ids=ids, use_cache=False).logits.float()  # (turns, width, vocabulary)
-    # The logits before a token predict it.
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (turns, width, hidden size)
     turn_numbers = torch.arange(len(turns), device=ids.device)[:, None]  # (turns, 1)
-    all_logprobs = logits[turn_numbers, positions - 1].log_softmax(-1)  # (turns, longest, vocabulary)
-    targets = ids.gather(1, positions)  # (turns, longest)
-    logprobs = all_logprobs.gather(-1, targets[..., None]).squeeze(-1)  # (turns, longest)
-    entropy = None
-    if with_entropy:
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1).detach().masked_fill(~mask, 0.0)  # (turns, longest)
-    return logprobs.masked_fill(~mask, 0.0), entropy, mask
+    before = hidden[turn_numbers, positions - 1][mask]  # (tokens, hidden size): the state before a token predicts it
+    targets = ids.gather(1, positions)[mask]  # (tokens,), turn by turn
+    logprobs, entropy = head_logprobs(model, before, targets, with_entropy)  # (tokens,)
+    return by_turn(logprobs, mask), by_turn(entropy, mask) if with_entropy else None, mask
+
+
+def head_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `targets` (tokens,) after the states `hidden` (tokens, hidden size); entropies (tokens,) or None.
+
+    Logits are the widest tensor: 16k tokens by a vocabulary of 151k are 10 GB in float32. So they are made for
+    HEAD_TOKENS positions at a time, and made again in backward.
+    """
+    slices = list(zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True))
+    parts = []
+    for states, tokens in slices:
+        if len(slices) > 1:
+            parts.append(checkpoint(slice_logprobs, model, states, tokens, with_entropy, use_reentrant=False))
+        else:
+            parts.append(slice_logprobs(model, states, tokens, with_entropy))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def slice_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """head_logprobs of one slice."""
+    all_logprobs = logits_of(model, hidden).float().log_softmax(-1)  # (tokens, vocabulary)
+    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
+    if not with_entropy:
+        return logprobs, None
+    with torch.no_grad():
+        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(1)  # (tokens,)
+
+
+def by_turn(column: Tensor, mask: Tensor) -> Tensor:
+    """Values (tokens,), turn by turn, as (turns, longest); 0 where mask is False."""
+    return torch.zeros(mask.shape, dtype=column.dtype, device=mask.device).masked_scatter(mask, column)
+
+
+@torch.no_grad()
+def fixed_logprobs(
+    model, turns: list[Turn], config, micro_batches: Callable = micro_batches, token_logprobs: Callable = token_logprobs
+) -> Iterator[tuple[Turn, Tensor]]:
+    """(turn, log-probs (completion,) of its tokens) without gradient, for pi_old and pi_ref."""
+    for batch in micro_batches(turns, config.train_tokens):
+        logprobs, _, _ = token_logprobs(model, batch)  # (turns, longest)
+        for turn, row in zip(batch, logprobs, strict=True):
+            yield turn, row[: len(turn.completion_ids)]
+
+
+# ---- Eq. 4 ---------------------------------------------------------------------------------------------
+
+
+def batch_loss(
+    policy, batch: list[Turn], config, token_logprobs: Callable = token_logprobs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss of Eq. 4 -> loss, stats."""
+    logprobs, entropy, mask = token_logprobs(policy, batch, with_entropy=True)  # (turns, longest)
+    return grpo_loss(
+        logprobs,
+        old_logprobs=pad_rows([turn.old_logprobs for turn in batch]),
+        reference_logprobs=pad_rows([turn.reference_logprobs for turn in batch]),
+        mask=mask,
+        advantages=torch.tensor([turn.advantage for turn in batch], device=mask.device),
+        weights=torch.tensor([turn.weight for turn in batch], device=mask.device),
+        eps_low=config.eps_low, eps_high=config.eps_high, beta=config.kl, entropy=entropy,
+    )
+
+
+def pad_rows(rows: list[Tensor | None]) -> Tensor | None:
+    """Rows (completion,) as one (turns, longest). None for rows that were not stored; all are, or none."""
+    return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
 
 def grpo_loss(
@@ -158,7 +245,7 @@ def grpo_loss(
     reference_logprobs: Tensor | None,  # (turns, longest), of the reference; None: no KL
     mask: Tensor,  # (turns, longest) bool, True on completion tokens
     advantages: Tensor,  # (turns,)
-    weights: Tensor,  # (turns,), from conversation_weights
+    weights: Tensor,  # (turns,), from set_weights
     eps_low: float,
     eps_high: float,
     beta: float,

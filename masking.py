@@ -38,20 +38,20 @@ class Document:
     question: str
     answers: list[str]  # y
     chunks: list[str]  # joined, they are the document
-    recall: list[list[str]]  # of each chunk, the names that recall may ask for
+    recall_candidates: list[list[str]]  # of each chunk, the names that recall may ask for
     leaks: int = 0  # draws, the kept one included, that gave y away
     redraws: int = 0  # draws thrown away, for a leak or as the pivot didn't fit
     place: int = 0  # 0..documents-1 in its step, over all processes; Run.draw sets it
 
 
 @dataclass
-class Recall:
+class RecallTarget:
     """A recall question: name the entity at [TARGET] in chunk l from the memory m_k."""
 
     memory_turn: int  # k, counted from 1
     chunk: int  # l < k
     entity: str
-    section: str  # chunk l, with the entity as [TARGET]
+    masked_chunk: str  # chunk l, with the entity as [TARGET]
     leaky: bool = False  # one of the entity's long words is still in the section
 
 
@@ -300,21 +300,37 @@ class Corpus:
         return GAP.join(texts), masks, entities, pivot_span
 
 
-def draw_recall(document: Document, rng) -> Recall | None:
+def draw_recall(document: Document, rng) -> RecallTarget | None:
     """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk but the last has any.
 
     k is drawn from those that have such a chunk before them, l from the chunks that have names, and the name from those
     that masking takes out of the chunk with all their long words, where there are any.
     """
-    sources = [number for number, names in enumerate(document.recall[:-1], 1) if names]
+    sources = [number for number, names in enumerate(document.recall_candidates[:-1], 1) if names]
     if not sources:
         return None
     k = int(rng.integers(sources[0] + 1, len(document.chunks), endpoint=True))
     chunk = int(rng.choice([number for number in sources if number < k]))
-    names = document.recall[chunk - 1]
+    names = document.recall_candidates[chunk - 1]
     for n in rng.permutation(len(names)).tolist():
         section = mask(document.chunks[chunk - 1], names[n], TARGET)
         leaky = gives_away(section, names[n])
         if not leaky:
-            return Recall(k, chunk, names[n], section)
-    return Recall(k, chunk, names[n], section, leaky)
+            return RecallTarget(k, chunk, names[n], section)
+    return RecallTarget(k, chunk, names[n], section, leaky)
+
+
+def load_corpus(config, tokenizer, left_out=None) -> Corpus:
+    """The masked documents of the settings. Raises UserError."""
+    from text.corpus import find_entities, load_passages
+
+    passages = load_passages(
+        config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
+        max_passages=config.max_passages, left_out=left_out,
+    )
+    find_entities(passages, config.ner, config.cache)
+    return Corpus(
+        passages, tokenizer, seed=config.seed, n_passages=config.passages, n_related=config.related,
+        n_chunks=None if config.passages else config.chunks, chunk_tokens=config.chunk_tokens,
+        max_chunks=config.chunks if config.passages else None, keep_leaky=config.keep_leaky, heldout=config.heldout,
+    )

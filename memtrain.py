@@ -25,121 +25,130 @@ Where this differs from the paper:
   - 20 % of the titles are held out, by a hash: their passages are never pivots in training, and their names never
     masked. Other documents may contain their text.
 
-`--plain True` samples with rollout.generate and trains with grpo.token_logprobs: short reference code that gives what
-engine/sampling.py and engine/packing.py give, only slower. A name that ends in _D is a list with an item per document
-of this process, one that ends in _DG with an item per trajectory, document by document.
+`--fast True` puts the twins of fast/ in the place of three functions: rollout.generate, grpo.micro_batches and
+grpo.token_logprobs. They give the same, several times as fast.
 """
 
 import math
 from collections import Counter
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 import rollout
-from engine import models, packing, parallel, report, sampling
-from engine.config import Config, run_with_flags
+from engine import models, parallel
+from engine.config import Config, check, run_with_flags
 from engine.optimizer import MasterAdamW
 from engine.run import Run
-from eval import default_lengths, measure
-from grpo import (
-    Group, assign_advantages, conversation_weights, grpo_loss, recall_groups, shuffle_rewards, trajectory_groups,
-)
-from masking import Recall, draw_recall
+from eval import evaluate, load_task
+from grpo import assign_advantages, batch_loss, fixed_logprobs, set_weights, update_batches
 from rewards import answer_reward, recall_reward, trajectory_reward
-from rollout import Trajectory, Turn, limits_of, recall, sampler
-from tasks.sources import load_task
+from rollout import Budget, Sampler, draw_documents, draw_targets, recall
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # joins the processes; refuses a folder that holds another run
-    policy, tokenizer = models.load_policy(config, run.device)  # with --lora, an adapter is all that is trained
-    reference = models.load_reference(config, policy, run.device)  # None without --kl
+    check(config)  # what is missing is told before any work
+    device = parallel.start()
+    torch.manual_seed(config.seed + 1_000_003 * parallel.rank())  # every process draws its own samples
+    run = None if config.explain else Run(config, device)  # locks the folder; refuses one that holds another run
+    policy, tokenizer = models.load_policy(config, device)  # with --lora, an adapter is all that is trained
+    reference = models.load_reference(config, policy, device)  # None without --kl
     left_out = Counter()  # passages that can't be used, by reason
-    source, agent = load_task(config, policy, tokenizer, run.out.parent / ".entities", left_out)
-    if not config.plain:
-        packing.enable(policy, reference)
-    optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer, config.shard_optimizer)
-    budget = sampling.Budget(config.rollout_tokens)  # of one batch; running out of memory halves it
-    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
-    sample = sampler(generate, policy, tokenizer)
-    greedy = sampler(generate, policy, tokenizer, greedy=True)
-    limits = limits_of(config, tokenizer)
-    evaluation = partial(measure, greedy, agent, source, limits, config, default_lengths(config.chunks))
+    source, agent = load_task(config, policy, tokenizer, left_out)
+    optimizer = make_optimizer(policy, config)
+    generate, micro_batches, token_logprobs = twins(config, policy, reference)
+    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
+    if config.explain:
+        from look.explain import explain
 
-    run.open(policy, tokenizer, optimizer, budget)
-    run.evaluate("before", evaluation)  # with the weights of --model, so before a checkpoint is loaded; once a run
-    run.resume()
+        lr = learning_rate(config, step=0)
+        return explain(policy, reference, optimizer, sample, source, agent, config, lr, (micro_batches, token_logprobs))
+
+    # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded; once a run.
+    run.evaluate("before", lambda when: evaluate(sample, agent, source, config, when))
+    run.resume(policy, tokenizer, optimizer, sample.budget)
     for step in run.steps():
-        with run.guard():  # if one process runs out of text or GPU memory, or its retriever fails, all save and stop
-            # 1. Read (3.1, 3.2): this process's documents, each G1 times
-            documents_D = run.draw(source, step)
-            trajectories_DG = agent(sample, documents_D, limits, samples=config.g1)
-            run.lap("rollout")
-            # 2. Recall (3.3): G2 answers per trajectory; [] for a trajectory without a target
-            targets_DG = draw_targets(trajectories_DG, config, step)
-            recalls_DG = recall(sample, trajectories_DG, targets_DG, limits, samples=config.g2)
-            run.lap("recall")
-            # 3. Rewards: R^I (Eq. 1), EM, R^E (Eq. 2)
-            recall_rewards_DG = [
-                [recall_reward(turn.text, target.entity) for turn in turns]
-                for turns, target in zip(recalls_DG, targets_DG, strict=True)
-            ]
-            em_DG = [answer_reward(t.prediction, t.document.answers) for t in trajectories_DG]
-            rewards_DG = [
-                trajectory_reward(em, own_rewards, config.joint_weight)
-                for em, own_rewards in zip(em_DG, recall_rewards_DG, strict=True)
-            ]
-            # 4. Advantages (Eq. 3) within both kinds of group; the turns of degenerate groups are left out
-            groups = trajectory_groups(trajectories_DG, rewards_DG, config.g1)
-            groups += recall_groups(trajectories_DG, recalls_DG, recall_rewards_DG)
-            control_rewards(groups, config, step)
-            turns = assign_advantages(groups, config.advantage)
-            # 5. Reference log-probs, then the update (Eq. 4)
-            store_reference_logprobs(reference, turns, config, run.device)
-            run.lap("reference")
+        # 1. Read (3.1, 3.2): each of this process's documents G1 times
+        documents = draw_documents(source, config, step)
+        trajectories = agent(sample, documents, config, samples=config.g1)
+        run.lap("rollout")
+
+        # 2. Recall (3.3): draw t.target, then ask for it G2 times: t.recalls
+        draw_targets(trajectories, config, step)
+        recall(sample, trajectories, config, samples=config.g2)
+        run.lap("recall")
+
+        # 3. Rewards
+        for t in trajectories:
+            t.em = answer_reward(t.prediction, t.document.answers)
+            t.recall_rewards = [recall_reward(turn.text, t.target.entity) for turn in t.recalls]  # R^I, Eq. 1
+            t.reward = trajectory_reward(t.em, t.recall_rewards, config.joint_weight)  # R^E, Eq. 2
+
+        # 4. Advantages (Eq. 3): every turn gets its own; the turns of groups without a signal are left out
+        turns = assign_advantages(trajectories, config, shuffle=control(config, step))
+
+        # 5. Update (Eq. 4)
+        if reference is not None:
+            with models.as_reference(reference, config, device):
+                for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
+                    turn.reference_logprobs = logprobs  # (completion,)
+        run.lap("reference")
+        updates = update_batches(turns, config)
+        if len(updates) > 1:  # the first update moves the policy away from the one that sampled
+            for turn, logprobs in fixed_logprobs(policy, turns, config, micro_batches, token_logprobs):
+                turn.old_logprobs = logprobs  # (completion,)
+        # Hugging Face checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
+        policy.train(mode=config.gradient_checkpointing)
         lr = learning_rate(config, step)
-        if config.explain:
-            sampled = trajectories_DG, targets_DG, recalls_DG, em_DG, rewards_DG, recall_rewards_DG
-            return explain_step(run, policy, optimizer, sampled, groups, turns, lr, config)
-        stats = update(policy, optimizer, turns, lr, config, run.guard)
+        stats, norms = Counter(loss=0.0), []
+        for part in updates:
+            if set_weights(part) == 0:  # the outer means of Eq. 4; no process has a turn, so all skip this update
+                continue
+            for batch in micro_batches(part, config.train_tokens):
+                loss, batch_stats = batch_loss(policy, batch, config, token_logprobs)
+                loss.backward()
+                stats["loss"] += loss.item() / len(updates)
+                for name, value in batch_stats.items():
+                    stats[name] += value.item()
+            norms.append(optimizer.step(lr, config.grad_clip))  # sums the gradients of all processes first
+        policy.eval()
         run.lap("update")
+
         # 6. Log and save
-        rows = report.step_rows(trajectories_DG, targets_DG, recalls_DG, groups, em_DG, rewards_DG, recall_rewards_DG)
-        run.log(step, rows, stats, {"lr": lr, "left_out": left_out.total()})
-        run.show(step, trajectories_DG, targets_DG, recalls_DG, rewards_DG, recall_rewards_DG)
-        run.save_if_due(step, stats["bad_updates"])
-    run.evaluate("after", evaluation)  # not where SIGTERM or Ctrl-C has stopped the run
+        finite = [norm for norm in norms if math.isfinite(norm)]  # the optimizer has left out the others
+        bad = len(norms) - len(finite)
+        more = {"grad_norm": float(np.mean(finite)) if finite else 0.0, "updates": len(finite), "bad_updates": bad}
+        run.log(step, trajectories, stats, more | {"lr": lr, "left_out": left_out.total()})
+        run.save_if_due(step, bad)
+    run.evaluate("after", lambda when: evaluate(sample, agent, source, config, when))  # unless a signal ended the run
     run.finish()
 
 
-# ---- the rollout -----------------------------------------------------------------------------------------
+def twins(config: Config, policy, reference=None) -> tuple[Callable, Callable, Callable]:
+    """(generate, micro_batches, token_logprobs): the lesson's own, or with --fast the twins that give the same."""
+    if config.fast:
+        from fast import packing, sampling
+
+        return sampling.generate, packing.enable(policy, reference), packing.token_logprobs
+    return rollout.generate, grpo.micro_batches, grpo.token_logprobs
 
 
-def draw_targets(trajectories: list[Trajectory], config: Config, step: int) -> list[Recall | None]:
-    """Draw (k, l, entity) for each trajectory, or None. With --shared-recall-draw a document's G1 share one draw."""
-    if not config.recalls:
-        return [None] * len(trajectories)
-    targets = []
-    for n, trajectory in enumerate(trajectories):
-        place = trajectory.document.place
-        stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
-        targets.append(draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream])))
-    return targets
+def make_optimizer(policy, config: Config) -> MasterAdamW:
+    """AdamW; with --shard-optimizer the processes share it out. Raises UserError."""
+    if config.shard_optimizer:
+        from engine.sharding import ShardedAdamW
+
+        return ShardedAdamW(policy, config.lr, config.offload_optimizer)
+    return MasterAdamW(policy, config.lr, config.offload_optimizer)
 
 
-def control_rewards(groups: list[Group], config: Config, step: int) -> None:
-    """In the control shuffled_rewards, deal out each group's rewards at random before they become advantages."""
-    if config.ablation == "shuffled_rewards":
-        stream = [config.seed, step, parallel.rank(), 1]  # the last one keeps it apart from draw_targets'
-        shuffle_rewards(groups, np.random.default_rng(stream))
-
-
-# ---- the update ------------------------------------------------------------------------------------------
+def control(config: Config, step: int):
+    """The generator of the control shuffled_rewards, which deals out each group's rewards at random; else None."""
+    if config.ablation != "shuffled_rewards":
+        return None
+    return np.random.default_rng([config.seed, step, parallel.rank(), 1])  # the 1 keeps it apart from draw_targets'
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -148,111 +157,6 @@ def learning_rate(config: Config, step: int) -> float:
     if config.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return rate
-
-
-def logprobs_twin(config: Config):
-    """token_logprobs: the lesson's own, or the fast one."""
-    return grpo.token_logprobs if config.plain else packing.token_logprobs
-
-
-@torch.no_grad()
-def store_logprobs(model, turns: list[Turn], field: str, config: Config) -> None:
-    """Set the `field` of each turn to the log-probs (completion,) of its tokens under `model`."""
-    token_logprobs = logprobs_twin(config)
-    for batch in packing.micro_batches(model, turns, config.train_tokens):
-        logprobs, _, _ = token_logprobs(model, batch)  # (turns, longest)
-        for turn, row in zip(batch, logprobs, strict=True):
-            setattr(turn, field, row[: len(turn.completion_ids)])
-
-
-def store_reference_logprobs(reference, turns: list[Turn], config: Config, device: str) -> None:
-    """Set turn.reference_logprobs, if there is a reference."""
-    if reference is None:
-        return
-    with models.as_reference(reference, config, device):
-        store_logprobs(reference, turns, "reference_logprobs", config)
-
-
-def update(
-    policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config, guard=nullcontext
-) -> dict[str, float]:
-    """One optimizer step (Eq. 4) per `--update-batch` documents, by default one in all -> sums for the metrics.
-
-    `turns` are this process's; gradients and weights are those of all processes together.
-    """
-    # Hugging Face checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
-    policy.train(config.gradient_checkpointing)
-    documents_per_update = config.update_batch or config.documents
-    starts = range(0, config.documents, documents_per_update)
-    if len(starts) > 1:  # the first update moves the policy away from the one that sampled
-        with guard():
-            store_logprobs(policy, turns, "old_logprobs", config)
-    totals = Counter(loss=0.0, used_tokens=0, padded_tokens=0)
-    norms = []
-    for start in starts:
-        own = [turn for turn in turns if start <= turn.place < start + documents_per_update]
-        documents = set_weights(own)
-        if documents == 0:  # no process has a turn, so all skip this update
-            continue
-        with guard():
-            for batch in packing.micro_batches(policy, own, config.train_tokens):
-                loss, stats = batch_loss(policy, batch, config)
-                loss.backward()
-                used, padded = packing.batch_tokens(policy, batch)
-                totals.update({name: value.item() for name, value in stats.items()})  # Counter.update adds
-                totals.update(loss=loss.item() / len(starts), used_tokens=used, padded_tokens=padded)
-        norms.append(optimizer.step(lr, config.grad_clip))
-    policy.eval()
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    totals["grad_norm"] = float(np.mean(finite)) if finite else 0.0
-    return dict(totals) | {"updates": len(finite), "bad_updates": len(norms) - len(finite)}
-
-
-def set_weights(turns: list[Turn]) -> int:
-    """Set turn.weight for an update's turns -> the number of documents with a turn, over all processes."""
-    documents = [turn.place for turn in turns]
-    kept = len(set(documents))
-    kept_everywhere = sum(parallel.gather(kept))
-    if kept_everywhere:
-        # The weights of a process sum to its share of the documents.
-        weights = conversation_weights(documents) * kept / kept_everywhere  # (turns,)
-        for turn, weight in zip(turns, weights.tolist(), strict=True):
-            turn.weight = weight
-    return kept_everywhere
-
-
-def batch_loss(policy, batch: list[Turn], config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A micro-batch's share of the loss of Eq. 4 -> loss, stats."""
-    logprobs, entropy, mask = logprobs_twin(config)(policy, batch, with_entropy=True)  # (turns, longest)
-    return grpo_loss(
-        logprobs,
-        old_logprobs=pad_rows([turn.old_logprobs for turn in batch]),
-        reference_logprobs=pad_rows([turn.reference_logprobs for turn in batch]),
-        mask=mask,
-        advantages=torch.tensor([turn.advantage for turn in batch], device=mask.device),
-        weights=torch.tensor([turn.weight for turn in batch], device=mask.device),
-        eps_low=config.eps_low, eps_high=config.eps_high, beta=config.kl, entropy=entropy,
-    )
-
-
-def explain_step(run: Run, policy, optimizer, sampled: tuple, groups: list[Group], turns, lr, config: Config) -> None:
-    """--explain: print a step from inside, with its update. `sampled` are the step's six lists by trajectory."""
-    store = partial(store_logprobs, policy, turns, "old_logprobs", config)
-    loss = partial(whole_loss, policy, turns, config)
-    run.explain(sampled, groups, turns, store, loss, learn=partial(update, policy, optimizer, turns, lr, config))
-
-
-@torch.no_grad()
-def whole_loss(policy, turns: list[Turn], config: Config) -> float:
-    """The loss of Eq. 4 over all turns, as one update would have it."""
-    set_weights(turns)
-    batches = packing.micro_batches(policy, turns, config.train_tokens)
-    return sum(batch_loss(policy, batch, config)[0].item() for batch in batches)
-
-
-def pad_rows(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Rows (completion,) as one (turns, longest). None for rows that were not stored; all are, or none."""
-    return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
 
 if __name__ == "__main__":

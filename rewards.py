@@ -10,7 +10,6 @@ normalisation. Numbers are compared as numbers: 1.5 is not 15, though both norma
 
 import re
 import string
-from collections import Counter
 from decimal import Decimal
 
 from text.matching import fold
@@ -20,6 +19,41 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
 SCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u2080-\u2089]+")  # small digits, above or below
 WRAPPER = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
 BOX = "\\boxed{"
+
+
+# ---- Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------
+
+
+def recall_reward(completion: str, entity: str) -> float:
+    """Eq. 1: R^I of one recall answer, 1 on exact match and 0 otherwise."""
+    return float(exact_match(boxed(completion), [entity]))
+
+
+def trajectory_reward(correct: float, recall_rewards: list[float], recall_weight: float) -> float:
+    """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
+    if not recall_rewards:
+        return correct
+    return correct + recall_weight * sum(recall_rewards) / len(recall_rewards)
+
+
+def answer_reward(prediction: str | None, answers: list) -> float:
+    """EM of Eq. 2, 0 or 1; where `answers` holds the answers of several questions (MEM1), the mean over them."""
+    several = bool(answers) and isinstance(answers[0], list)
+    return objective_scores(prediction, answers) if several else float(exact_match(prediction, answers))
+
+
+def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
+    """Mean exact match of a prediction that answers len(answers) questions in their order, with ";" between (MEM1).
+
+    A missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]:
+    "Ulm; 1879" scores 1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
+    """
+    given = (prediction or "").split(";", len(answers) - 1)
+    right = [exact_match(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
+    return sum(right) / len(answers)
+
+
+# ---- answers out of text -------------------------------------------------------------------------------
 
 
 def boxed(text: str) -> str | None:
@@ -50,6 +84,23 @@ def unwrap(prediction: str) -> str:
     return text
 
 
+# ---- exact match ---------------------------------------------------------------------------------------
+
+
+def exact_match(prediction: str | None, answers: list[str]) -> bool:
+    """True if `prediction` matches one of `answers`; None and answers that normalise to nothing never match."""
+    return prediction is not None and any(matches(unwrap(prediction), answer) for answer in answers)
+
+
+def matches(prediction: str, answer: str) -> bool:
+    """Whether two texts name the same: two numbers by their value, others by their words and the numbers in them."""
+    if numbers(prediction) != numbers(answer):
+        return False
+    if is_number(prediction) and is_number(answer):
+        return True
+    return normalize(prediction) == normalize(answer) != ""
+
+
 def folded(text: str) -> str:
     """As masking folds, but small digits are no part of the number before them: 10\u00b2 is not 102."""
     return fold(SCRIPTS.sub(r" \g<0>", text))[0]
@@ -71,66 +122,3 @@ def numbers(text: str) -> list[Decimal]:
 
 def is_number(text: str) -> bool:
     return NUMBER.fullmatch(folded(text).strip()) is not None
-
-
-def exact_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if `prediction` matches one of `answers`; None and answers that normalise to nothing never match."""
-    if prediction is None:
-        return False
-    prediction = unwrap(prediction)
-    words, figures, figure = normalize(prediction), numbers(prediction), is_number(prediction)
-    for answer in answers:
-        both_numbers = figure and is_number(answer)
-        same_text = words and words == normalize(answer)
-        if (both_numbers or same_text) and figures == numbers(answer):
-            return True
-    return False
-
-
-def f1_score(prediction: str | None, answers: list[str]) -> float:
-    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words.
-
-    F1 doesn't compare numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
-    """
-    predicted = Counter(normalize(unwrap(prediction or "")).split())
-    best = 0.0
-    for answer in answers:
-        gold = Counter(normalize(answer).split())
-        if common := (predicted & gold).total():
-            best = max(best, 2 * common / (predicted.total() + gold.total()))
-    return best
-
-
-def substring_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if the normalised words of one of `answers` stand in a row in `prediction`; never the other way round."""
-    golds = [normalize(answer) for answer in answers]
-    predicted = normalize(unwrap(prediction or ""))
-    return any(gold and f" {gold} " in f" {predicted} " for gold in golds)
-
-
-def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
-    """Mean exact match of a prediction that answers len(answers) questions in their order, with ";" between (MEM1).
-
-    A missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]:
-    "Ulm; 1879" scores 1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
-    """
-    given = (prediction or "").split(";", len(answers) - 1)
-    return sum(exact_match(one, golds) for one, golds in zip(given, answers)) / len(answers)
-
-
-def answer_reward(prediction: str | None, answers: list) -> float:
-    """EM of Eq. 2, 0 or 1; where `answers` holds the answers of several questions (MEM1), the mean over them."""
-    several = bool(answers) and isinstance(answers[0], list)
-    return objective_scores(prediction, answers) if several else float(exact_match(prediction, answers))
-
-
-def recall_reward(completion: str, entity: str) -> float:
-    """Eq. 1: R^I of one recall answer, 1 on exact match and 0 otherwise."""
-    return float(exact_match(boxed(completion), [entity]))
-
-
-def trajectory_reward(correct: float, recall_rewards: list[float], recall_weight: float) -> float:
-    """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
-    if not recall_rewards:
-        return correct
-    return correct + recall_weight * sum(recall_rewards) / len(recall_rewards)

@@ -1,26 +1,28 @@
 """Rollouts: the prompts, the sampler, and the agents that read and recall.
 
-    generate  plain sampling, by one call of Hugging Face's `generate`
-    sampler   binds generate, a model and its tokenizer into sample(prompts, new_tokens, done) -> turns
-    read      the reading agent (paper 3.1)
-    recall    the intermediate-memory task (paper 3.3)
+    generate       plain sampling, by Hugging Face's `generate`
+    Sampler        sample(prompts, new_tokens, done) -> turns: all that an agent knows of a model
+    read           the reading agent (paper 3.1)
+    draw_targets   what to ask of each trajectory: the intermediate-memory recall task (paper 3.3)
+    recall         its answers
 
-The agents know a model only as `sample`, in training and evaluation alike. The loss uses the token ids that were
-sampled; the decoded text is used for rewards and the next memory, and is never encoded again for training. In the
-prompts a chunk is called a section, so that no word of ours means two things to the model.
+A Turn carries token ids from the sampler to the loss. Its decoded text is used for rewards and the next memory, and is
+never encoded again for training. In the prompts a chunk is called a section, so that no word of ours means two things
+to the model.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
-from masking import Document, Recall
+from engine import models, parallel
+from engine.models import chat_parts, end_ids
+from masking import QUESTION, Document, RecallTarget, draw_recall
 from rewards import boxed
 
 EMPTY_MEMORY = "(empty)"
@@ -69,7 +71,7 @@ stood there, and put it in \\boxed{{}}.
 
 Say what [TARGET] stands for."""
 
-SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")  # the last two in tasks/search.py
+SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")  # query and result: tasks/search.py
 
 
 def fill(prompt: str, **slots) -> str:
@@ -89,24 +91,28 @@ class Turn:
     completion_ids: list[int]  # with the EOS, if one was sampled
     ended: bool  # by EOS or where it was done; False: cut at the token limit
     text: str  # of the completion
-    padding: int = 0  # tokens beside the prompt in its batch; only for the metrics
-    # Training sets these.
+    # grpo.py sets these.
     place: int = -1  # of its document in the step
-    advantage: float = 0.0
-    weight: float = 0.0  # in Eq. 4: 1 / (kept documents of the update, of all processes * kept turns of its document)
+    advantage: float = 0.0  # Eq. 3
+    weight: float = 0.0  # of Eq. 4: 1 / (kept documents of the update, of all processes * kept turns of its document)
     old_logprobs: torch.Tensor | None = None  # (completion,), before the first of several updates
     reference_logprobs: torch.Tensor | None = None  # (completion,), if there is a KL
 
 
 @dataclass
 class Trajectory:
-    """One reading of one document (in tasks/search.py: one episode of searches)."""
+    """One reading of one document (in tasks/search.py: one episode of searches), and all that is known about it."""
 
     document: Document
     turns: list[Turn] = field(default_factory=list)
     memories: list[str] = field(default_factory=list)  # m_1, m_2, ...
     prediction: str | None = None  # the boxed answer; None without a box
-    searches: list[str] = field(default_factory=list)
+    searches: list[str] = field(default_factory=list)  # tasks/search.py
+    target: RecallTarget | None = None  # what recall asks for; None: nothing
+    recalls: list[Turn] = field(default_factory=list)  # its G2 answers
+    em: float = 0.0  # exact match of the prediction
+    recall_rewards: list[float] = field(default_factory=list)  # R^I of each of the recalls (Eq. 1)
+    reward: float = 0.0  # R^E (Eq. 2)
 
     @property
     def memory(self) -> str:
@@ -114,43 +120,62 @@ class Trajectory:
         return self.memories[-1] if self.memories else EMPTY_MEMORY
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Maximum lengths in tokens; `cut(text, tokens)` keeps so many of a text."""
-
-    memory_tokens: int
-    answer_tokens: int
-    result_tokens: int  # of a search
-    searches: int  # how many an episode may have
-    cut: Callable[[str, int], str]
-
-
-def limits_of(config, tokenizer) -> Limits:
-    """The limits that the settings name, with this tokenizer's tokens."""
-    cut = partial(cut_text, tokenizer)
-    return Limits(config.memory_tokens, config.answer_tokens, config.result_tokens, config.searches, cut)
-
-
 # ---- sampling ------------------------------------------------------------------------------------------
 
 
-class Completion(NamedTuple):
-    """One completion: its token ids, whether it ended by itself, and the padding beside its prompt."""
+@dataclass
+class Budget:
+    """Tokens of one batch of `generate`, padding included. The fast twin halves it when memory runs out."""
 
-    ids: list[int]
-    ended: bool
-    padding: int
-
-
-def end_ids(model, tokenizer) -> list[int]:
-    """Every token id that ends a completion: chat models often have two."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    tokens: int
 
 
-def pad_id(model, tokenizer) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids(model, tokenizer)[0]
+class StopWhere(StoppingCriteria):
+    """Ends a row where `done(text)` holds: nobody reads what a model says after its answer."""
+
+    def __init__(self, done: Callable[[str], bool], tokenizer, width: int):
+        self.done, self.tokenizer, self.width = done, tokenizer, width
+
+    def __call__(self, ids, scores, **more):
+        texts = self.tokenizer.batch_decode(ids[:, self.width :], skip_special_tokens=True)
+        return torch.tensor([self.done(text) for text in texts], device=ids.device)  # (rows,)
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, done: Callable[[str], bool] | None, greedy: bool,
+    budget: Budget,
+) -> list[Turn]:
+    """One completion for each prompt of token ids, drawn from the model's own distribution, or greedy.
+
+    A completion ends at the first end token, or where `done(text)` first holds. Prompts are taken in slices of at most
+    `budget` tokens.
+    """
+    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    # Temperature 1 without top-p or top-k: the log-probs of training are those of the sampler.
+    how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    config = GenerationConfig(
+        do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **how
+    )
+    rows = max(1, budget.tokens // (max(map(len, prompts)) + new_tokens))
+    turns = []
+    # model.generate would take penalties and forbidden words from the model folder's own config.
+    saved, model.generation_config = model.generation_config, config
+    try:
+        for start in range(0, len(prompts), rows):
+            some = prompts[start : start + rows]
+            ids, mask = left_padded(some, pad, model.device)  # (rows, width)
+            width = ids.shape[1]
+            stop = [StopWhere(done, tokenizer, width)] if done else []
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop
+            )  # (rows, width + new)
+            for prompt, row in zip(some, written[:, width:].tolist(), strict=True):
+                completion, ended = until_end(row, ends, tokenizer, done)
+                turns.append(Turn(prompt, completion, ended, tokenizer.decode(completion, skip_special_tokens=True)))
+    finally:
+        model.generation_config = saved
+    return turns
 
 
 def left_padded(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,53 +189,41 @@ def left_padded(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tenso
     return ids.to(device), mask.to(device)
 
 
-@torch.inference_mode()
-def generate(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, done=None, greedy: bool = False
-) -> list[Completion]:
-    """One completion for each prompt of token ids, drawn from the model's own distribution, or greedy.
-
-    A completion is cut at the first end token, or where `done(text)` first holds. All prompts are one batch.
-    """
-    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
-    ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
-    how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    config = GenerationConfig(
-        do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **how
-    )
-    # model.generate would take penalties and forbidden words from the model folder's own config.
-    saved, model.generation_config = model.generation_config, config
-    try:
-        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # (rows, width + new)
-    finally:
-        model.generation_config = saved
-    width = ids.shape[1]
-    written = [until_end(row, ends, tokenizer, done) for row in rows[:, width:].tolist()]
-    return [Completion(*own, width - len(prompt)) for own, prompt in zip(written, prompts, strict=True)]
+def pad_id(model, tokenizer) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids(model, tokenizer)[0]
 
 
 def until_end(ids: list[int], ends: list[int], tokenizer, done) -> tuple[list[int], bool]:
-    """(token ids up to the completion's end, whether it has one)."""
+    """(token ids up to the completion's end, whether it has one). Behind it a row holds padding."""
     for length, token in enumerate(ids, 1):
         if token in ends or (done and done(tokenizer.decode(ids[:length], skip_special_tokens=True))):
             return ids[:length], True
     return ids, False
 
 
-def sampler(generate, model, tokenizer, greedy: bool = False):
-    """sample(prompts, new_tokens, done) -> turns: all that an agent knows of a model.
+@dataclass
+class Sampler:
+    """sample(prompts, new_tokens, done) -> turns, and sample.cut(text, tokens): all that an agent knows of a model."""
 
-    `generate` is the function above, or its fast twin, engine.sampling.generate.
-    """
+    generate: Callable  # the function above, or its fast twin, fast.sampling.generate
+    model: torch.nn.Module
+    tokenizer: object
+    budget: Budget
+    greedy: bool = False
 
-    def sample(prompts: list[str], new_tokens: int, done=None) -> list[Turn]:
-        encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}  # each text once
+    def __call__(
+        self, prompts: list[str], new_tokens: int, done: Callable[[str], bool] | None = None
+    ) -> list[Turn]:
+        if not prompts:
+            return []
+        encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in dict.fromkeys(prompts)}  # each text once
         ids = [encoded[prompt] for prompt in prompts]
-        completions = generate(model, tokenizer, ids, new_tokens, done, greedy) if ids else []
-        texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-        return [Turn(p, c.ids, c.ended, text, c.padding) for p, c, text in zip(ids, completions, texts, strict=True)]
+        return self.generate(self.model, self.tokenizer, ids, new_tokens, done, self.greedy, self.budget)
 
-    return sample
+    def cut(self, text: str, max_tokens: int) -> str:
+        """`text` shortened to its first `max_tokens` tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(ids) <= max_tokens else self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
@@ -221,23 +234,24 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     """
     if tokenizer.chat_template is None:
         return tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
-    message = [{"role": "user", "content": "\0"}]  # stands for the text
-    # A template without `enable_thinking` ignores it.
-    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, enable_thinking=False, tokenize=False)
-    before, after = chat.split("\0")
+    before, after = chat_parts(tokenizer)
     ids = []
     for part, is_text in ((before, False), (text.strip(), True), (after, False)):  # templates strip a message, too
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
     return ids
 
 
-def cut_text(tokenizer, text: str, max_tokens: int) -> str:
-    """`text` shortened to its first `max_tokens` tokens."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-
-
 # ---- the agents ----------------------------------------------------------------------------------------
+
+
+def draw_documents(source, config, step: int) -> list[Document]:
+    """This process's documents of a step: every count-th of them, so that no two processes read the same."""
+    documents = []
+    for place in range(parallel.rank(), config.documents, parallel.count()):
+        document = source.document(step * config.documents + place)
+        document.place = place
+        documents.append(document)
+    return documents
 
 
 def answered(text: str) -> bool:
@@ -245,7 +259,7 @@ def answered(text: str) -> bool:
 
 
 def read(
-    sample, documents: list[Document], limits: Limits, samples: int = 1, empty_memory: bool = False,
+    sample, documents: list[Document], config, samples: int = 1, empty_memory: bool = False,
     progress: str | None = None,
 ) -> list[Trajectory]:
     """Read every document `samples` times -> trajectories, document by document.
@@ -261,40 +275,63 @@ def read(
             fill(READ_PROMPT, problem=t.document.question, memory=t.memory, section=t.document.chunks[n])
             for t in readers
         ]
-        for trajectory, turn in zip(readers, sample(prompts, limits.memory_tokens), strict=True):
+        for trajectory, turn in zip(readers, sample(prompts, config.memory_tokens), strict=True):
             trajectory.turns.append(turn)
             # A decoded text may have more tokens when it is encoded again, so it is cut again.
-            trajectory.memories.append(limits.cut(turn.text.strip(), limits.memory_tokens) or EMPTY_MEMORY)
-    turns = answer(sample, [t.document for t in trajectories], [t.memory for t in trajectories], limits)
+            trajectory.memories.append(sample.cut(turn.text.strip(), config.memory_tokens) or EMPTY_MEMORY)
+    turns = answer(sample, [t.document for t in trajectories], [t.memory for t in trajectories], config)
     for trajectory, turn in zip(trajectories, turns, strict=True):
         trajectory.turns.append(turn)
         trajectory.prediction = boxed(turn.text)
     return trajectories
 
 
-def answer(sample, documents: list[Document], memories: list[str], limits: Limits) -> list[Turn]:
+def answer(sample, documents: list[Document], memories: list[str], config) -> list[Turn]:
     """The last turn alone: each document's question, answered from the text given as its memory."""
     prompts = [fill(ANSWER_PROMPT, problem=d.question, memory=m) for d, m in zip(documents, memories, strict=True)]
-    return sample(prompts, limits.answer_tokens, answered)
+    return sample(prompts, config.answer_tokens, answered)
+
+
+def draw_targets(trajectories: list[Trajectory], config, step: int) -> None:
+    """Draw (k, l, entity) for each trajectory: t.target. With --shared-recall-draw a document's G1 share one draw."""
+    if not config.recalls:
+        return
+    for n, trajectory in enumerate(trajectories):
+        # A random stream per trajectory, numbered over all processes: so the draws are the same however many there are.
+        place = trajectory.document.place
+        stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
+        trajectory.target = draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream]))
 
 
 def recall(
-    sample, trajectories: list[Trajectory], targets: list[Recall | None], limits: Limits, samples: int = 1,
-    empty_memory: bool = False,
-) -> list[list[Turn]]:
-    """Ask each trajectory its recall question `samples` times -> its answers; [] for a trajectory without a target.
+    sample, trajectories: list[Trajectory], config, samples: int = 1, empty_memory: bool = False
+) -> None:
+    """Ask each trajectory that has a target its recall question `samples` times: t.recalls.
 
     The model sees the memory m_k that the trajectory had after chunk k, and an earlier chunk with the entity masked.
     """
+    asked = [t for t in trajectories if t.target]
     prompts = []
-    for trajectory, target in zip(trajectories, targets, strict=True):
-        if target is not None:
-            memory = EMPTY_MEMORY if empty_memory else trajectory.memories[target.memory_turn - 1]  # k counts from 1
-            prompts += [fill(RECALL_PROMPT, memory=memory, section=target.section)] * samples
-    turns = sample(prompts, limits.answer_tokens, answered)
-    recalls, taken = [], 0
-    for target in targets:
-        count = 0 if target is None else samples
-        recalls.append(turns[taken : taken + count])
-        taken += count
-    return recalls
+    for t in asked:
+        memory = EMPTY_MEMORY if empty_memory else t.memories[t.target.memory_turn - 1]  # k counts from 1
+        prompts += [fill(RECALL_PROMPT, memory=memory, section=t.target.masked_chunk)] * samples
+    turns = sample(prompts, config.answer_tokens, answered)
+    for n, t in enumerate(asked):
+        t.recalls = turns[n * samples : (n + 1) * samples]
+
+
+# ---- the model's window ---------------------------------------------------------------------------------
+
+
+def check_window(config, model, tokenizer, question: str = QUESTION) -> None:
+    """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
+    overhead = prompt_overhead(tokenizer, READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT)
+    texts = len(tokenizer(question)["input_ids"]) + config.memory_tokens + config.chunk_tokens
+    needed = overhead + texts + max(config.memory_tokens, config.answer_tokens)
+    models.check_window(model, needed, config, "chunk_tokens")
+
+
+def prompt_overhead(tokenizer, *prompts: str) -> int:
+    """Tokens of the longest of these prompts with all its slots empty: the instructions and the template."""
+    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
+    return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)

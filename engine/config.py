@@ -1,11 +1,13 @@
 """The settings of a run, read from flags and files."""
 
+import importlib.util
 import json
 import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import spacy
 from transformers import HfArgumentParser
 
 from engine import errors
@@ -28,8 +30,8 @@ class Config:
     )
     lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft)")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
-    plain: bool = option(False, "sample and train by the lesson's own code (rollout.py, grpo.py) and not by engine/")
-    explain: bool = option(False, "show one training step from inside, and save nothing")
+    fast: bool = option(False, "sample and train by the twins in fast/: the same results, several times as fast")
+    explain: bool = option(False, "print one training step in full, and save nothing")
 
     # The task
     task: str = option(
@@ -49,8 +51,7 @@ class Config:
     objectives: int = option(2, "searchqa: questions asked as one (paper: 2)")
     searches: int = option(6, "searchqa: most searches of an episode (paper: 6)")
     result_tokens: int = option(192, "searchqa: tokens of a search result (paper: 1024)")
-    retriever: str = option("bm25", "searchqa: bm25 or dense over the corpus, or the http://... of a Search-R1 server")
-    encoder: str | None = option(None, "searchqa: model of the dense retriever")
+    retriever: str = option("bm25", "searchqa: bm25 over the corpus, or the http://... of a Search-R1 server")
 
     # The text
     corpus: str | None = option(
@@ -77,9 +78,7 @@ class Config:
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
     memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
     answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
-    rollout_tokens: int = option(
-        24576, "tokens of one generate batch, with padding; a prompt that rows share counts once"
-    )
+    rollout_tokens: int = option(24576, "tokens of one generate batch, padding included")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
     # Training: the rollout and its rewards
@@ -136,6 +135,11 @@ class Config:
         return self.corpus or str(ROOT / "tiny" / passages)
 
     @property
+    def cache(self) -> Path:
+        """The folder of the entities that were found, shared by the runs beside each other."""
+        return Path(self.out or "runs/none").parent / ".entities"
+
+    @property
     def recalls(self) -> bool:
         """Whether trajectories are asked to recall."""
         return self.task == "memtrain" and self.ablation != "end_to_end"
@@ -148,15 +152,8 @@ class Config:
 
 # ---- flags ---------------------------------------------------------------------------------------------
 
-# A smaller number is a mistake. Run refuses groups of one, --g1 and --g2.
-LEAST = dict.fromkeys(
-    "lengths chunk_tokens chunks passages memory_tokens answer_tokens result_tokens rollout_tokens train_tokens "
-    "max_passages questions_a_document objectives steps documents g1 update_batch sample_every save_every keep "
-    "max_bad_steps".split(), 1
-) | dict.fromkeys(
-    "seed lora related heldout eval_documents searches g2 recall_weight lr lr_warmup grad_clip "
-    "eps_low eps_high kl".split(), 0
-)
+# Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
+MAY_BE_ZERO = {"seed", "lora", "related", "eval_documents", "searches", "g2"}
 
 
 def flag(name: str) -> str:
@@ -170,25 +167,24 @@ def run_with_flags(main, flags: type, follow_model: bool = False) -> None:
 
 
 def parse(flags: type, follow_model: bool = False, arguments: list[str] | None = None):
-    """An instance of the dataclass `flags`, from `arguments`, by default the command line's, and `--config FILE`s.
+    """An instance of the dataclass `flags`, from `arguments` (default: the command line's) and their `--config FILE`s.
 
     With `follow_model` the defaults are the settings of the run that wrote --model. Raises UserError.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = parse_with(flags, {}, arguments)
-    if follow_model and (saved := saved_settings(given.model)):
-        given = parse_with(flags, saved, arguments)
-    for name, value in vars(given).items():
+    config = parse_with(flags, {}, arguments)
+    if follow_model and (saved := saved_settings(config.model)):
+        config = parse_with(flags, saved, arguments)
+    for name, value in vars(config).items():
         for number in value if isinstance(value, list) else [value]:
-            least = LEAST.get(name, -math.inf)
-            if isinstance(number, int | float) and not (least <= number and math.isfinite(number)):
-                raise UserError(f"{flag(name)} {number}: must be a number of at least {LEAST.get(name, 0)}")
-    if not given.heldout < 1:
-        raise UserError(f"--heldout {given.heldout}: is a share, less than 1")
-    return given
+            check_number(name, number)
+    if not config.heldout < 1:
+        raise UserError(f"--heldout {config.heldout}: must be a share, less than 1")
+    return config
 
 
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
+    """The settings, with other `defaults` than those of the dataclass. Raises UserError."""
     for n, argument in enumerate(arguments):
         name = argument.partition("=")[2] or "".join(arguments[n + 1 : n + 2])
         if argument.split("=")[0] == "--config" and not Path(name).is_file():
@@ -199,16 +195,25 @@ def parse_with(flags: type, defaults: dict, arguments: list[str]):
         sys.exit(0)
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
-    given, rest = parser.parse_args_into_dataclasses(
+    config, rest = parser.parse_args_into_dataclasses(
         arguments, args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
-    return given
+    return config
 
 
 def refuse(message: str) -> None:
-    raise UserError(f"{message}; --help lists what can be given")
+    raise UserError(f"{message}; --help lists all arguments")
+
+
+def check_number(name: str, number) -> None:
+    """Raises UserError for a number that is too small for its setting, or not finite. Other values pass."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return
+    least = 1 if isinstance(number, int) and name not in MAY_BE_ZERO else 0
+    if not (least <= number and math.isfinite(number)):
+        raise UserError(f"{flag(name)} {number}: must be a number of at least {least}")
 
 
 def saved_settings(model: str) -> dict:
@@ -225,3 +230,29 @@ def saved_settings(model: str) -> dict:
             print(f"settings are those of {file}, but for the command line's")
             return {name: value for name, value in written.items() if name not in ("model", "out")}
     return {}
+
+
+# ---- what is missing ------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raises UserError for what is missing or can't work, before a model is loaded or a passage is streamed."""
+    if config.g1 < 2 or (config.g2 < 2 and config.recalls):
+        raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
+    if config.lora and importlib.util.find_spec("peft") is None:
+        raise UserError(f"--lora {config.lora}: needs peft; run `pip install peft`")
+    if config.task == "memtrain" and config.ner != "rules" and not is_pipeline(config.ner):
+        raise UserError(
+            f"--ner {config.ner or repr(config.ner)}: not installed; run `python -m spacy download {config.ner}`, or "
+            "use --ner rules"
+        )
+    if config.task != "memtrain":
+        for name in ("questions", "eval_questions"):
+            file = getattr(config, name)
+            if file and not Path(file).is_file():
+                raise UserError(f"{flag(name)} {file}: no such file")
+
+
+def is_pipeline(ner: str) -> bool:
+    """Whether spaCy could load this: an installed package, or a pipeline's folder."""
+    return bool(ner) and (spacy.util.is_package(ner) or (Path(ner) / "config.cfg").is_file())

@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.errors import UserError
+
 
 def flush(path: Path) -> None:
     """Have the file or folder on the disk, not only in the system's memory."""
@@ -61,3 +63,11 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as fresh:
         fresh.write_text(text)
+
+
+def check_writable(file: Path) -> None:
+    """Raises UserError for a file that can't be written: told before hours of work."""
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file}: its folder is missing or can't be written to; name another")
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name a file in it")

@@ -2,15 +2,13 @@
 
     attach, attach_saved    give a model an adapter, a fresh one or that of a checkpoint
     as_it_began             within, the model is what it was at the start: so the reference of the KL costs no memory
-    merged                  the adapter added to the weights
-
-    python -m engine.lora runs/X/checkpoint runs/X/merged    # a whole model, for programs that know no adapters
+    merged                  the adapter added to the weights (python -m recipes.merge)
+    load_weights            an adapter brought to where a checkpoint has it
 
 peft is needed only where an adapter is.
 """
 
 import json
-import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from engine.errors import UserError, first_line, run_script
+from engine.errors import UserError, first_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
 ALPHA = 32  # updates count ALPHA / rank times, so that one learning rate does for every rank
@@ -44,7 +42,7 @@ def base_of(name: str, given: str) -> str | None:
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: names no base model ({first_line(error)})") from None
     if not base or Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(f"{given} {name}: is an adapter of {base}, which is not there; put it back, or mend {file}")
+        raise UserError(f"{given} {name}: is an adapter of {base}, which is not there; restore it, or correct {file}")
     return base
 
 
@@ -125,21 +123,3 @@ def load_weights(model, folder: Path, name: str = "default") -> None:
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         raise UserError(f"{folder / WEIGHTS}: does not fit the model; {[*missing, *result.unexpected_keys][0]} differs")
-
-
-def main() -> None:
-    from engine.models import check_new, load_model, save_new
-
-    if len(sys.argv) != 3:
-        raise UserError("give two folders: python -m engine.lora ADAPTER MERGED")
-    source, out = sys.argv[1], Path(sys.argv[2])
-    if base_of(source, "merge") is None:
-        raise UserError(f"{source}: holds no {CONFIG}, so it is no adapter")
-    check_new(out)
-    model, tokenizer = load_model(source, "cpu", given="merge")
-    save_new(merged(model), tokenizer, out)
-    print(f"{out}: the merged model, in float32")
-
-
-if __name__ == "__main__":
-    run_script(main, __doc__)

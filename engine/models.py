@@ -8,17 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import lora
+from engine.config import flag
 from engine.errors import UserError, first_line
-from rollout import end_ids
 
-
-def check_model(name: str, given: str) -> None:
-    """Raises UserError where `name`, given by this argument, can be no model's."""
-    configs = Path(name) / "config.json", Path(name) / lora.CONFIG
-    if Path(name).is_dir() and not any(config.is_file() for config in configs):
-        raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
+# ---- loading --------------------------------------------------------------------------------------------
 
 
 def load_model(name: str, device: str, dtype: str = "float32", given: str = "--model"):
@@ -31,8 +24,9 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     base = lora.base_of(name, given)  # None for a whole model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        check_tokenizer(tokenizer, name, given)  # before the weights, which may take minutes
         model = AutoModelForCausalLM.from_pretrained(base or name, dtype=getattr(torch, dtype))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
         kind, why = type(error).__name__, first_line(error)
@@ -40,24 +34,76 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     if base:
         lora.attach_saved(model, name, ["default"])
         model.requires_grad_(False)
-    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
-        raise UserError(
-            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
-            "model"
-        )
     if not end_ids(model, tokenizer):
         raise UserError(
             f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; "
             "name one"
         )
-    # Dropout stays off in train mode, too: the ratio compares passes of one network.
+    switch_off_dropout(model)
+    model = model.to(device).eval()
+    check_finite(model, name, given)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_finite(model, name: str, given: str) -> None:
+    """Raises UserError for weights that give no distribution: greedy sampling would write nonsense without a word."""
+    logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits  # (1, 2, vocabulary)
+    if not logits.isfinite().all():
+        raise UserError(f"{given} {name}: its logits are not finite; look at its weights, or try another --dtype")
+
+
+def check_model(name: str, given: str) -> None:
+    """Raises UserError where `name`, given by this argument, can be no model's."""
+    configs = Path(name) / "config.json", Path(name) / lora.CONFIG
+    if Path(name).is_dir() and not any(config.is_file() for config in configs):
+        raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{given} {name}: no such folder (a model of the hub is called OWNER/NAME)")
+
+
+def check_tokenizer(tokenizer, name: str, given: str) -> None:
+    """Raises UserError for a tokenizer that can't encode, or whose chat template can't be rendered."""
+    if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
+        raise UserError(
+            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
+            "model"
+        )
+    if tokenizer.chat_template is not None:
+        try:
+            chat_parts(tokenizer)
+        except Exception as error:  # a template is a program of the model's authors; jinja2 may be missing, too
+            raise UserError(
+                f"{given} {name}: its chat template can't be rendered with one user message ({first_line(error)})"
+            ) from None
+
+
+def chat_parts(tokenizer) -> tuple[str, str]:
+    """What the chat template puts before and after the text of a single user message."""
+    text = "\0"  # no template changes it, and no prompt holds it
+    # A template without `enable_thinking` ignores it.
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, enable_thinking=False, tokenize=False
+    )
+    before, after = chat.split(text)
+    return before, after
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """Every token id that ends a completion: chat models often have two."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def switch_off_dropout(model) -> None:
+    """Dropout stays off in train mode, too: the ratio compares passes of one network."""
     for holder in (*model.modules(), model.config, model.config.get_text_config()):
         if isinstance(holder, torch.nn.Dropout):
             holder.p = 0.0
         for attribute, value in list(vars(holder).items()):
-            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):
+            if isinstance(value, float) and ("drop" in attribute or "jitter" in attribute):  # attention's, a router's
                 setattr(holder, attribute, 0.0)
-    return model.to(device).eval(), tokenizer
 
 
 def window_of(model) -> float:
@@ -71,18 +117,42 @@ def window_of(model) -> float:
     return window or math.inf
 
 
-def check_new(folder: Path) -> None:
-    """Raises UserError for a model folder that would be written over."""
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; delete it, or name another folder")
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits (tokens, vocabulary) of a decoder's last states (tokens, hidden size)."""
+    head, settings = model.get_output_embeddings(), model.config.get_text_config()
+    logits = head(hidden.to(head.weight.dtype))  # some decoders end in float32
+    scale = (getattr(settings, "logit_scale", None) or 1) / (getattr(settings, "logits_scaling", None) or 1)
+    if scale != 1:  # Cohere, Granite
+        logits = logits * scale
+    if cap := getattr(settings, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
-def save_new(model, tokenizer, folder: Path) -> None:
-    """Write a model folder that isn't there yet: whole, or not at all."""
-    fresh = folder.with_name(f"{folder.name}.new")
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    fresh.rename(folder)
+@torch.no_grad()
+def check_logits(model, name: str) -> None:
+    """Raises UserError for a model whose own logits `logits_of` doesn't give: training would look right and be wrong."""
+    ids = torch.arange(4, device=model.device)[None]  # (1, 4)
+    own = model(input_ids=ids).logits.float()[0]  # (4, vocabulary)
+    ours = logits_of(model, model.get_decoder()(input_ids=ids).last_hidden_state[0]).float()
+    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        raise UserError(
+            f"--model {name}: {type(model).__name__} scales or caps its logits in a way that engine/models.py doesn't "
+            "know; add it to logits_of"
+        )
+
+
+def check_window(model, needed: int, config, shown: str) -> None:
+    """Raises UserError where `needed` tokens don't fit the model's window; `shown` is the setting of its input."""
+    if needed > (window := window_of(model)):
+        raise UserError(
+            f"{flag(shown)} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and --answer-tokens "
+            f"{config.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has {window}; make "
+            "them smaller"
+        )
+
+
+# ---- the policy and its reference -----------------------------------------------------------------------
 
 
 def load_policy(config, device: str):
@@ -91,11 +161,12 @@ def load_policy(config, device: str):
     if not config.lora and base:
         raise UserError(
             f"--model {config.model}: is an adapter; go on with it by --lora {lora.rank_of(config.model)}, or merge it "
-            f"by `python -m engine.lora {config.model} FOLDER` and train all weights of that"
+            f"by `python -m recipes.merge {config.model} FOLDER` and train all weights of that"
         )
     if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
     model, tokenizer = load_model(base or config.model, device, config.dtype)
+    check_logits(model, config.model)
     if config.lora and base:
         if (rank := lora.rank_of(config.model)) != config.lora:
             raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
@@ -128,3 +199,20 @@ def as_reference(model, config, device: str):
         yield
         if config.offload_reference:
             model.to("cpu")
+
+
+# ---- new folders ----------------------------------------------------------------------------------------
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError for a model folder that would be written over."""
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; delete it, or name another folder")
+
+
+def save_new(model, tokenizer, folder: Path) -> None:
+    """Write a model folder that isn't there yet: whole, or not at all."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(folder)

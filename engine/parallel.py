@@ -15,11 +15,11 @@ import torch.distributed as dist
 from engine.errors import UserError
 
 
-def start() -> tuple[int, int, str]:
-    """(rank, number of processes, device) of this process, joined to the others if torchrun started it."""
+def start() -> str:
+    """Join this process to the others if torchrun started it -> its device. Raises UserError."""
     cuda = torch.cuda.is_available()
     if "LOCAL_RANK" not in os.environ:
-        return 0, 1, "cuda" if cuda else "cpu"
+        return "cuda" if cuda else "cpu"
     if cuda and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise UserError(
@@ -29,7 +29,7 @@ def start() -> tuple[int, int, str]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
-    return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
 
 
 def rank() -> int:
@@ -54,11 +54,6 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def first_error(error: Exception | None) -> Exception | None:
-    """The error of the lowest rank that met one, on all processes, so that they give up together. Called by all."""
-    return next((met for met in gather(error) if met), None)
 
 
 def sum_gradients(gradients: list[torch.Tensor]) -> None:

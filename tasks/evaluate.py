@@ -1,40 +1,24 @@
 """How well an agent answers real questions: exact match, F1 and substring match, beside controls without a memory."""
 
+from collections import Counter
 from dataclasses import replace
 
 from engine import parallel
 from engine.config import Config
 from engine.errors import UserError
-from engine.models import check_model, window_of
-from engine.report import row
-from rewards import answer_reward, boxed, f1_score, substring_match
-from rollout import EMPTY_MEMORY, Limits, answer
-from tasks.sources import prompt_overhead
-
-
-def check(evaluation) -> None:
-    """Raises UserError for controls that the task doesn't have, nothing to evaluate, and models that can be none."""
-    task, controls = evaluation.task, evaluation.controls
-    if bad := [control for control in controls if control not in ("empty", "full", "oracle")]:
-        raise UserError(f"--controls {bad[0]}: choose from empty, full and oracle")
-    if task == "memtrain" and controls != ["empty"]:
-        raise UserError(f"--controls {' '.join(controls)}: masked documents have the control empty only")
-    if task == "searchqa" and {"full", "oracle"} & set(controls):
-        raise UserError(f"--controls {' '.join(controls)}: search questions come without a text; use empty")
-    if evaluation.eval_documents < 1:
-        raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
-    for name in evaluation.against:
-        check_model(name, "--against")
+from engine.metrics import row
+from engine.models import window_of
+from rewards import answer_reward, boxed, normalize, unwrap
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, answer, prompt_overhead
 
 
 def evaluate_questions(
-    sample, agent, source, limits: Limits, config: Config, lengths: list[int], when: str,
-    controls: tuple[str, ...] = ("empty",), full=None,
+    sample, agent, source, config: Config, when: str, lengths: list[int], controls: tuple[str, ...] = ("empty",)
 ) -> list[dict]:
     """Accuracy on up to `eval_documents` questions: longqa at each length, searchqa once; a row each, and by control.
 
     "kept" is the agent itself. The controls answer in one step: from "empty" memory (searchqa: with no search left),
-    from the "full" text, full(document), or from "oracle", the gold paragraphs. `scores` are by question, which has
+    from the "full" text, as far as it fits, or from "oracle", the gold paragraphs. `scores` are by question, which has
     the same number for every model and length.
     """
     found: dict[tuple, dict[int, tuple]] = {}
@@ -47,11 +31,11 @@ def evaluate_questions(
         raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
     for control in ("kept", *controls):
         if control == "kept" or config.task == "searchqa":  # all lengths together: short documents fill the batches
-            allowed = limits if control == "kept" else replace(limits, searches=0)
+            allowed = config if control == "kept" else replace(config, searches=0)
             predictions = [t.prediction for t in agent(sample, documents, allowed, progress=shown)]
         else:
-            memories = [control_memory(control, document, full) for document in documents]
-            predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, limits)]
+            memories = [control_memory(control, document, sample, config) for document in documents]
+            predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, config)]
         for length, prediction, document in zip(places, predictions, documents, strict=True):
             scores = measures(config.task, prediction, document.answers)
             found.setdefault((length, control), {})[document.index] = scores
@@ -59,7 +43,7 @@ def evaluate_questions(
     for length, control in ((length, control) for length in mine for control in ("kept", *controls)):
         scores = dict(sorted(item for part in parts for item in part.get((length, control), {}).items()))
         _, *others = zip(*scores.values(), strict=True)
-        more = {name: sum(values) / len(values) for name, values in zip(("f1", "substring"), others)}
+        more = {name: sum(own) / len(own) for name, own in zip(("f1", "substring"), others, strict=False)}
         exact = {i: own[0] for i, own in scores.items()}
         rows.append(row(when, config.task, length, control, exact, **more))
     return rows
@@ -110,13 +94,40 @@ def build(source, config: Config, questions: range, lengths: list[int]) -> dict[
     return built
 
 
-def control_memory(control: str, document, full) -> str:
+def control_memory(control: str, document, sample, config: Config) -> str:
     """The text that stands in for the memory in a control that doesn't read."""
-    return {"empty": lambda: EMPTY_MEMORY, "oracle": lambda: document.gold, "full": lambda: full(document)}[control]()
+    if control == "full":
+        return full_text(document, sample, config)
+    return document.gold if control == "oracle" else EMPTY_MEMORY
 
 
-def full_text(model, tokenizer, limits: Limits, document) -> str:
+def full_text(document, sample, config: Config) -> str:
     """As much of a document's text as fits the model's window beside the question and the answer."""
-    question = len(tokenizer(document.question)["input_ids"])
-    room = window_of(model) - prompt_overhead(tokenizer) - question - limits.answer_tokens
-    return limits.cut("".join(document.chunks), min(room, 1 << 30))
+    question = len(sample.tokenizer(document.question)["input_ids"])
+    overhead = prompt_overhead(sample.tokenizer, ANSWER_PROMPT)
+    room = window_of(sample.model) - overhead - question - config.answer_tokens
+    return sample.cut("".join(document.chunks), min(room, 1 << 30))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def f1_score(prediction: str | None, answers: list[str]) -> float:
+    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words.
+
+    F1 doesn't compare numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
+    """
+    predicted = Counter(normalize(unwrap(prediction or "")).split())
+    best = 0.0
+    for gold_answer in answers:
+        gold = Counter(normalize(gold_answer).split())
+        if common := (predicted & gold).total():
+            best = max(best, 2 * common / (predicted.total() + gold.total()))
+    return best
+
+
+def substring_match(prediction: str | None, answers: list[str]) -> bool:
+    """True if the normalised words of one of `answers` stand in a row in `prediction`; never the other way round."""
+    golds = [normalize(answer) for answer in answers]
+    predicted = normalize(unwrap(prediction or ""))
+    return any(gold and f" {gold} " in f" {predicted} " for gold in golds)

@@ -215,6 +215,10 @@ class LongQA:
             return document
         raise last
 
+    def texts(self) -> list[str]:
+        """Every question that may be asked."""
+        return [item.question for items in self.questions.values() for item in items]
+
     def lengths(self, asked: list[int], split: str) -> list[int]:
         """`asked`. Where questions bring texts, the first one's length: it then labels texts of any length."""
         return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]

@@ -4,9 +4,10 @@ import re
 
 from tqdm import tqdm
 
+from engine import models
 from masking import Document
 from rewards import boxed
-from rollout import EMPTY_MEMORY, Limits, Trajectory, answered, fill
+from rollout import EMPTY_MEMORY, Trajectory, answered, fill, prompt_overhead
 from tasks.questions import draw
 
 SEARCH_PROMPT = """You answer a question by searching. From turn to turn you keep nothing but your notes, your last \
@@ -47,7 +48,7 @@ def result_text(passages: list[dict]) -> str:
 
 
 def search(
-    sample, documents: list[Document], limits: Limits, samples: int = 1, progress: str | None = None, *, retriever,
+    sample, documents: list[Document], config, samples: int = 1, progress: str | None = None, *, retriever,
     top: int = 3,
 ) -> list[Trajectory]:
     """`samples` episodes for each question -> trajectories, question by question.
@@ -59,27 +60,27 @@ def search(
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
     results = [NOTHING] * len(trajectories)
     going = list(range(len(trajectories)))
-    for turn_number in tqdm(range(limits.searches + 1), desc=progress, disable=progress is None, leave=False):
+    for turn_number in tqdm(range(config.searches + 1), desc=progress, disable=progress is None, leave=False):
         if not going:
             break
-        left = limits.searches - turn_number
+        left = config.searches - turn_number
         prompts = [search_prompt(trajectories[n], results[n], left) for n in going]
         asking = []
-        for n, turn in zip(going, sample(prompts, limits.memory_tokens + limits.answer_tokens, acted), strict=True):
+        for n, turn in zip(going, sample(prompts, config.memory_tokens + config.answer_tokens, acted), strict=True):
             trajectory = trajectories[n]
             trajectory.turns.append(turn)
             found = SEARCH.search(turn.text)
             if found and not answered(turn.text[: found.start()]):
                 notes = turn.text[: found.start()].strip()
-                trajectory.memories.append(limits.cut(notes, limits.memory_tokens) or EMPTY_MEMORY)
+                trajectory.memories.append(sample.cut(notes, config.memory_tokens) or EMPTY_MEMORY)
                 if left:
-                    trajectory.searches.append(limits.cut(found[1].strip(), limits.memory_tokens))
+                    trajectory.searches.append(sample.cut(found[1].strip(), config.memory_tokens))
                     asking.append(n)
             else:
                 trajectory.prediction = boxed(turn.text)
         passages = retriever.search([trajectories[n].searches[-1] for n in asking], top) if asking else []
         for n, found in zip(asking, passages, strict=True):
-            results[n] = limits.cut(result_text(found), limits.result_tokens) or "(nothing found)"
+            results[n] = sample.cut(result_text(found), config.result_tokens) or "(nothing found)"
         going = asking
     return trajectories
 
@@ -88,6 +89,14 @@ def search_prompt(trajectory: Trajectory, result: str, left: int) -> str:
     query = trajectory.searches[-1] if trajectory.searches else NOTHING
     question = trajectory.document.question
     return fill(SEARCH_PROMPT, problem=question, memory=trajectory.memory, query=query, result=result, left=left)
+
+
+def check_search_window(config, model, tokenizer, question: str) -> None:
+    """Raises UserError where a turn about `question`, the longest, can't fit the model's window."""
+    texts = len(tokenizer(question)["input_ids"]) + config.result_tokens
+    texts += 2 * config.memory_tokens  # the notes, and the last search, which may be as long
+    needed = prompt_overhead(tokenizer, SEARCH_PROMPT) + texts + config.memory_tokens + config.answer_tokens
+    models.check_window(model, needed, config, "result_tokens")
 
 
 # ---- questions -----------------------------------------------------------------------------------------
@@ -107,6 +116,10 @@ class SearchQA:
 
     def __init__(self, questions: dict[str, list[tuple[str, list[list[str]]]]], seed: int):
         self.questions, self.seed = questions, seed
+
+    def texts(self) -> list[str]:
+        """Every question that may be asked."""
+        return [question for items in self.questions.values() for question, _ in items]
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
         """One: the number of objectives."""

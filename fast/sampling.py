@@ -9,8 +9,8 @@
 Temperature is 1, without top-p, top-k or penalties, so that the log-probs of training are those of the sampler.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -18,18 +18,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from engine.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
-from engine.config import Config
 from engine.errors import UserError
-from engine.packing import by_length, by_prompt
-from rollout import Completion, end_ids, left_padded, pad_id
-
-
-@dataclass
-class Budget:
-    """Tokens of one generate batch, padding included; running out of memory halves it for good."""
-
-    tokens: int = Config.rollout_tokens
+from engine.models import end_ids
+from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
+from fast.packing import by_length, by_prompt
+from rollout import Budget, Turn, left_padded, pad_id
 
 
 @lru_cache(maxsize=4)
@@ -92,21 +85,21 @@ class Stop(StoppingCriteria):
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, done=None, greedy: bool = False,
-    budget: Budget | None = None,
-) -> list[Completion]:
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, done: Callable[[str], bool] | None, greedy: bool,
+    budget: Budget,
+) -> list[Turn]:
     """The fast twin of rollout.generate: one completion for each prompt, in the order of `prompts`.
 
     `done` is asked after tokens that hold } or > only. Running out of memory halves `budget`. UserError where a single
     prompt doesn't fit, and for logits that are not finite.
     """
-    ends, budget = end_ids(model, tokenizer), budget or Budget()
-    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id(model, tokenizer))
+    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
     draw = Draw(greedy)
     can_share = can_share_prompts(model)
     fill = 0.5 if can_share else 0.875  # prompts that are computed apart needn't be of similar length to write
-    completions: list = [None] * len(prompts)
-    while waiting := [i for i, completion in enumerate(completions) if completion is None]:
+    turns: list = [None] * len(prompts)
+    while waiting := [i for i, turn in enumerate(turns) if turn is None]:
         sizes = row_sizes([prompts[i] for i in waiting], new_tokens, can_share and takes_shared_prompts(model))
         full = False
         try:
@@ -120,8 +113,8 @@ def generate(
                     continue
                 prefill_tokens = budget.tokens // 8 if can_share else None
                 found = generate_batch(model, tokenizer, some, new_tokens, prefill_tokens, config, draw, done)
-                for i, completion in zip(batch, found, strict=True):
-                    completions[i] = completion
+                for i, turn in zip(batch, found, strict=True):
+                    turns[i] = turn
         except torch.OutOfMemoryError:
             full = True
         if full:  # here and not above: while an exception is handled, it keeps alive all that its frames hold
@@ -130,7 +123,7 @@ def generate(
         raise UserError(
             "--model: its logits are not finite, so no token can be chosen; look at its weights, or try another --dtype"
         )
-    return completions
+    return turns
 
 
 def row_sizes(prompts: list[list[int]], new_tokens: int, prompts_once: bool) -> list[int]:
@@ -171,8 +164,8 @@ def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
 
 def generate_batch(
     model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int | None,
-    config: GenerationConfig, draw: Draw, done=None,
-) -> list[Completion]:
+    config: GenerationConfig, draw: Draw, done: Callable[[str], bool] | None,
+) -> list[Turn]:
     """One batch: Hugging Face's generate, called anew with the rows that go on once half of them have ended.
 
     Prompts are computed first, in batches of `prefill_tokens`. None, for a model that fails can_share_prompts: generate
@@ -180,11 +173,11 @@ def generate_batch(
     """
     ids, mask = left_padded(prompts, config.pad_token_id, model.device)  # (rows, width)
     width = ids.shape[1]
-    cache, shared, padding = None, None, [width - len(prompt) for prompt in prompts]
+    cache, shared = None, None
     if prefill_tokens is not None:
-        cache, shared, padding = prefill(model, prompts, prefill_tokens, new_tokens)
+        cache, shared = prefill(model, prompts, prefill_tokens, new_tokens)
     config.max_length = width + new_tokens
-    completions: list = [None] * len(prompts)
+    turns: list = [None] * len(prompts)
     going = list(range(len(prompts)))  # the prompt of each row
     # generate takes from the model folder's config all that `config` leaves open: penalties, forbidden words.
     own, model.generation_config = model.generation_config, config
@@ -203,7 +196,9 @@ def generate_batch(
             rows = []  # that go on
             for row, (i, length) in enumerate(zip(going, stop.lengths.tolist(), strict=True)):
                 if length or len(new[row]) == new_tokens:
-                    completions[i] = Completion(new[row][: length or None], length > 0, padding[i])
+                    ids_of_row = new[row][: length or None]
+                    text = tokenizer.decode(ids_of_row, skip_special_tokens=True)
+                    turns[i] = Turn(prompts[i], ids_of_row, length > 0, text)
                 else:
                     rows.append(row)
             going = [going[row] for row in rows]
@@ -214,21 +209,21 @@ def generate_batch(
                 shared.keep(chosen) if shared else cache.batch_select_indices(chosen)
     finally:
         model.generation_config = own
-    return completions
+    return turns
 
 
 def prefill(
     model, prompts: list[list[int]], max_tokens: int, new_tokens: int
-) -> tuple[DynamicCache, SharedPrompts | None, list[int]]:
+) -> tuple[DynamicCache, SharedPrompts | None]:
     """All but the last token of each prompt, computed once each. `model` must pass can_share_prompts.
 
-    Computed in batches of at most `max_tokens` tokens, or of one prompt -> cache, attention or None, padding of each
-    prompt in its batch. A prompt lies at the right end of its row. With an attention, prompts are set aside: once
-    each, or for every row where groups differ much in size.
+    Computed in batches of at most `max_tokens` tokens, or of one prompt -> cache, attention or None. A prompt lies at
+    the right end of its row. With an attention, prompts are set aside: once each, or for every row where groups differ
+    much in size.
     """
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
-    cache, padding, width = DynamicCache(config=model.config), [0] * len(prompts), max(lengths)
+    cache, width = DynamicCache(config=model.config), max(lengths)
     cache.layers = [PromptLayer() for _ in cache.layers]
     copied = len(groups) < len(prompts) and not holds_prompts_once(model, groups)
     alone = copied or len(groups) == len(prompts)  # each row has a prompt of its own in the cache
@@ -252,9 +247,6 @@ def prefill(
                 layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
                 layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]
             computed.keys = computed.values = None  # or a prompt that is a batch of its own would be held twice
-        for n in places:
-            for i in groups[n]:
-                padding[i] = ids.shape[1] - lengths[n]
     prompt_of = torch.empty(len(prompts), dtype=torch.long)  # (rows,)
     for n, group in enumerate(groups):
         prompt_of[group] = n
@@ -263,8 +255,8 @@ def prefill(
         cache.batch_select_indices(prompt_of)
         lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
     if not aside:
-        return cache, None, padding
+        return cache, None
     for layer in cache.layers:
         layer.set_prompts_aside()
     mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # (prompts, width)
-    return cache, SharedPrompts(cache, prompt_of, mask.to(model.device)), padding
+    return cache, SharedPrompts(cache, prompt_of, mask.to(model.device))

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from engine.errors import UserError
-from engine.report import cell, count_of, unit_of
+from engine.metrics import cell, count_of, unit_of
 from text.matching import MASK, TARGET, occurrences
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 44, 26  # of a chart, and the room for its labels

@@ -9,18 +9,16 @@ Equal prompts are found by their token ids. That is always right: the network ca
 keeps its own reward and advantage.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
-from engine.attention import enable_packing, packed_mask, packs
-from engine.errors import UserError
 from engine.parallel import rank
-
-HEAD_TOKENS = 1024  # positions whose logits are in memory at one time
+from fast.attention import enable_packing, packed_mask, packs
+from grpo import by_turn, head_logprobs
 
 
 def by_length(lengths: list[int], max_tokens: int, fill: float = 0.875) -> list[list[int]]:
@@ -60,13 +58,7 @@ def row_tokens(turns: list) -> int:
     return len(turns[0].prompt_ids) + sum(len(turn.completion_ids) for turn in turns)
 
 
-def batch_tokens(model, turns: list) -> tuple[int, int]:
-    """(tokens, tokens with padding) of one batch of turns."""
-    sizes = [row_tokens([turns[i] for i in row]) for row in rows_of(model, turns)]
-    return sum(sizes), len(sizes) * max(sizes)
-
-
-def micro_batches(model, turns: list, max_tokens: int) -> list[list]:
+def micro_batches(turns: list, max_tokens: int, model) -> list[list]:
     """Cut turns into batches of similar length, each of at most max_tokens *with padding*; a longer row stands alone.
 
     Rows of one completion are kept apart from packed rows, since they need no attention mask. Longest first in both
@@ -132,73 +124,19 @@ def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tens
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # (rows, longest, width)
 
     row, place = torch.tensor([at for places in sources for at in places], dtype=torch.long).reshape(-1, 2).T
-    hidden = hidden[row.to(ids.device), place.to(ids.device)]  # (tokens, width), turn by turn
+    before = hidden[row.to(ids.device), place.to(ids.device)]  # (tokens, hidden size), turn by turn
     targets = torch.tensor([t for turn in turns for t in turn.completion_ids], dtype=torch.long, device=ids.device)
-    completion = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
-    mask = torch.arange(int(completion.max()), device=ids.device) < completion  # (turns, longest completion)
-    logprobs, entropy = head_logprobs(model, hidden, targets, with_entropy)  # (tokens,)
-
-    def unflatten(column):  # turn by turn, as `sources` was listed
-        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, column)
-
-    return unflatten(logprobs), unflatten(entropy) if with_entropy else None, mask
+    lengths = torch.tensor([[len(turn.completion_ids)] for turn in turns], device=ids.device)  # (turns, 1)
+    mask = torch.arange(int(lengths.max()), device=ids.device) < lengths  # (turns, longest)
+    logprobs, entropy = head_logprobs(model, before, targets, with_entropy)  # (tokens,)
+    return by_turn(logprobs, mask), by_turn(entropy, mask) if with_entropy else None, mask
 
 
-def head_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `targets` (tokens,) after the states `hidden` (tokens, width), and entropies or None, (tokens,).
-
-    The head is the widest matrix: 16k tokens by a vocabulary of 151k are 10 GB of float32 logits. So it sees
-    HEAD_TOKENS positions at a time, and backward recomputes their logits. A single chunk is kept: recomputing it would
-    lower no peak.
-    """
-    chunks = list(zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True))
-    head = partial(_head, model, with_entropy=with_entropy)
-    if len(chunks) > 1:
-        head = partial(checkpoint, head, use_reentrant=False)
-    logprobs, entropies = zip(*(head(*chunk) for chunk in chunks), strict=True)  # tuples of (HEAD_TOKENS,)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
-
-
-def _head(model, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    all_logprobs = torch.log_softmax(_logits(model, hidden).float(), dim=-1)  # (tokens, vocabulary)
-    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
-    if not with_entropy:
-        return logprobs, None
-    with torch.no_grad():
-        return logprobs, -(all_logprobs.exp() * all_logprobs).sum(1)  # (tokens,)
-
-
-def _logits(model, hidden: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
-    logits = head(hidden.to(head.weight.dtype))  # some decoders end in float32
-    if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-
-@torch.no_grad()
-def logits_agree(model) -> bool:
-    """Whether token_logprobs takes the model's own logits: some architectures scale or cap theirs behind lm_head."""
-    ids = torch.arange(4, device=model.device)[None]  # (1, 4)
-    own = model(input_ids=ids).logits.float()  # (1, 4, vocabulary)
-    if not own.isfinite().all():
-        return True  # sampling tells it
-    ours = _logits(model, model.get_decoder()(input_ids=ids).last_hidden_state).float()
-    return torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * own.abs().max().item())
-
-
-def enable(policy, reference=None) -> None:
-    """Pack for these models. UserError for a model whose log-probs would be plausible and wrong."""
-    name = policy.config.name_or_path
-    if not logits_agree(policy):
-        raise UserError(
-            f"--model {name}: {type(policy).__name__} scales or caps its logits in a way that engine/packing.py "
-            "doesn't know; --plain True trains it"
-        )
+def enable(policy, reference=None) -> Callable:
+    """Pack for these models, where they can -> micro_batches for them."""
     if reference is not None:
         enable_packing(reference)
     if not enable_packing(policy) and rank() == 0:
-        print(
-            f"{name}: completions are not packed behind shared prompts, as not every layer attends to the whole text "
-            "by sdpa"
-        )
+        name = policy.config.name_or_path
+        print(f"{name}: completions are not packed behind their prompts, as not every layer attends to all by sdpa")
+    return partial(micro_batches, model=policy)

@@ -1,0 +1,212 @@
+"""Numbers for people: accuracies with their intervals, as rows and tables; a step's metrics and samples."""
+
+import json
+import math
+from itertools import groupby
+
+import numpy as np
+
+from text.matching import KINDS, kind
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share, after Wilson (1927), which stays inside 0..1 and is sound for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.96, right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # rounding may step outside
+
+
+def share(right: float, n: int) -> str:
+    """"0.25 [0.20, 0.31]": a share with its 95 % interval."""
+    low, high = wilson(right, n)
+    return f"{right / max(1, n):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
+    difference = np.asarray(second) - np.asarray(first)  # (questions,)
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)  # (draws,)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+# ---- an evaluation -------------------------------------------------------------------------------------
+
+
+def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float], **more: float) -> dict:
+    """One accuracy: of a task, at a length, with a memory or a control in its place; `more` are further measures.
+
+    `scores` are by the number of their document. Row["scores"] and row["documents"] are in the order of these numbers,
+    however many processes there were.
+    """
+    documents = sorted(scores)
+    values = [scores[number] for number in documents]
+    low, high = wilson(sum(values), len(values))
+    place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(values)}
+    accuracy = {"accuracy": float(np.mean(values)), "low": low, "high": high}
+    return place | accuracy | more | {"scores": values, "documents": documents}
+
+
+def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
+    """The scores of two rows on the documents that both have."""
+    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
+    shared = sorted(one.keys() & other.keys())
+    return [one[number] for number in shared], [other[number] for number in shared]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a markdown table: a line per task, memory and measure, a column per number of chunks."""
+    lengths = sorted({row["chunks"] for row in rows})
+    if not rows:
+        return "no document could be built, so nothing was evaluated"
+    unit = unit_of(rows)
+    heads = " | ".join(f"{length} {unit}" for length in lengths)
+    lines = [f"| | memory | n | {heads} |", "|---|---|---|" + "---|" * len(lengths)]
+    for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
+        task, when, memory = key
+        mine = {row["chunks"]: row for row in rows if (row["task"], row["when"], row["memory"]) == key}
+        n = count_of(mine.values())
+        for measure, name in (("accuracy", ""), ("f1", ", F1"), ("substring", ", substring")):
+            if measure in next(iter(mine.values())):
+                cells = " | ".join(cell(mine.get(length), measure) for length in lengths)
+                lines.append(f"| {task}, {when}{name} | {memory} | {n} | {cells} |")
+    return "\n".join(lines)
+
+
+def unit_of(rows: list[dict]) -> str:
+    """The unit of the rows' lengths."""
+    return "objectives" if rows[0]["task"] == "searchqa" else "chunks"
+
+
+def count_of(rows) -> str:
+    """How many documents the rows stand on: "64", or the least and the most, "60-64"."""
+    counts = sorted({row["n"] for row in rows})
+    return "-".join(map(str, counts[:: max(1, len(counts) - 1)]))
+
+
+def cell(row: dict | None, measure: str) -> str:
+    if row is None:
+        return "-"
+    interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if measure == "accuracy" else ""
+    return f"{row[measure]:.2f}{interval}"
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """For each row of a further model a line: its scores minus the first model's, on the same questions."""
+    lines = []
+    for row in rows:
+        first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
+        if first is not row:
+            scores = paired(first, row)
+            if not scores[0]:
+                continue
+            mean, low, high = paired_bootstrap(*scores)
+            names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
+            lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+# ---- a step --------------------------------------------------------------------------------------------
+
+
+def step_values(trajectories: list) -> dict[str, list]:
+    """The values of which a step's metrics are means or sums: one per trajectory, turn, group or document."""
+    documents = [next(same).document for _, same in groupby(trajectories, key=lambda t: t.document.place)]
+    turns = [turn for t in trajectories for turn in t.turns]
+    turns += [turn for t in trajectories for turn in t.recalls]
+    return {
+        "correct": [t.em for t in trajectories],
+        "reward": [t.reward for t in trajectories],
+        "recalled": [reward for t in trajectories for reward in t.recall_rewards],
+        "degenerate": [not any(advantages) for advantages in group_advantages(trajectories)],
+        "leaks": [document.leaks for document in documents],
+        "draws": [1 + document.redraws for document in documents],
+        "answers": [first_answer(document.answers) for document in documents],
+        "recall_leaky": [t.target.leaky for t in trajectories if t.target],
+        "truncated": [not turn.ended for turn in turns],
+        "unboxed": [t.prediction is None for t in trajectories],
+        "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
+        "tokens": [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns],
+    }
+
+
+def group_advantages(trajectories: list) -> list[list[float]]:
+    """The advantages of each group, all 0 where its rewards are equal: those of a document, those of a recall."""
+    groups = [[t.turns[0].advantage for t in same] for _, same in groupby(trajectories, lambda t: t.document.place)]
+    return groups + [[turn.advantage for turn in t.recalls] for t in trajectories if t.recalls]
+
+
+def first_answer(answers: list) -> str:
+    """The first answer; where `answers` holds the answers of several questions (MEM1), the first question's."""
+    return answers[0] if isinstance(answers[0], str) else answers[0][0]
+
+
+def step_metrics(values: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
+    """A line of metrics.jsonl, of all processes' samples (`values`) and updates (`sums`); see docs/metrics.md."""
+    numbers = {name: own for name, own in values.items() if name != "answers"}
+    mean = {name: float(np.mean(own)) if own else None for name, own in numbers.items()}
+    std = {name: float(np.std(own)) if own else None for name, own in numbers.items()}
+    trained = max(sums.get("tokens", 0), 1)
+    kinds = [kind(answer) for answer in values["answers"]]
+    return {
+        "end_to_end": mean["correct"], "end_to_end_std": std["correct"],
+        "recall": mean["recalled"], "recall_std": std["recalled"],
+        "reward": mean["reward"], "reward_std": std["reward"],
+        "degenerate": mean["degenerate"], "leaky": sum(values["leaks"]) / sum(values["draws"]),
+        "recall_leaky": mean["recall_leaky"],
+    } | {f"y_{name}": kinds.count(name) / len(kinds) for name in KINDS} | {
+        "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
+        "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
+        "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
+        "tokens_per_second": sum(values["tokens"]) / sum(seconds.values()),
+    } | {f"seconds_{name}": value for name, value in seconds.items()}
+
+
+def json_line(values: dict) -> str:
+    """A line of JSON; numbers that are not finite, which JSON lacks, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
+
+
+# ---- samples to read -----------------------------------------------------------------------------------
+
+
+def sample_rows(trajectories: list) -> dict:
+    """The trajectories of one document as a line of samples.jsonl."""
+    document = trajectories[0].document
+    about = {"question": document.question, "answers": document.answers, "document": document.chunks}
+    rows = [
+        {
+            "memories": t.memories, "searches": t.searches, "prediction": t.prediction, "reward": t.reward,
+            "advantage": t.turns[0].advantage, "recall": recall_row(t),
+        }
+        for t in trajectories
+    ]
+    return about | {"trajectories": rows}
+
+
+def recall_row(trajectory) -> dict | None:
+    """What a trajectory was asked to recall, and its answers; None where nothing was asked."""
+    target = trajectory.target
+    if target is None:
+        return None
+    answers = [
+        {"text": turn.text.strip(), "reward": reward, "advantage": turn.advantage}
+        for turn, reward in zip(trajectory.recalls, trajectory.recall_rewards, strict=True)
+    ]
+    asked = {"k": target.memory_turn, "l": target.chunk, "entity": target.entity, "section": target.masked_chunk}
+    return asked | {"answers": answers}
+
+
+def sample_text(trajectory, name: str = "R^E") -> str:
+    """One trajectory in words: its memories, its answer with its reward, called `name`, and two answers of recall."""
+    document = trajectory.document
+    outcome = f"answered {trajectory.prediction!r}, {name} = {trajectory.reward:.2f}"
+    lines = [f"{document.question} y = {document.answers}, {outcome}"]
+    lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
+    lines += [f"  recall: {turn.text.strip()}" for turn in trajectory.recalls[:2]]
+    return "\n".join(lines)

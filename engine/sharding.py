@@ -1,0 +1,52 @@
+"""The optimizer of engine/optimizer.py, shared out over the processes as FSDP2 does it, by torch's DTensor.
+
+Every process keeps its rows of each master and of its moments: 12 bytes a parameter in all, not on each GPU. Gradients
+are summed where they are needed, and fresh weights are gathered.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
+
+from engine.errors import UserError
+from engine.optimizer import MasterAdamW
+from engine.parallel import rank
+
+
+class ShardedAdamW(MasterAdamW):
+    """MasterAdamW of which each process holds its rows. Raises UserError without torchrun, or with `offload`."""
+
+    def __init__(self, model, lr: float, offload: bool = False):
+        if offload or not dist.is_initialized():
+            why = "--offload-optimizer True does the same in CPU memory; give one" if offload else "needs torchrun"
+            raise UserError(f"--shard-optimizer True: {why}")
+        self.mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.separate = True
+        self.make_masters(None)
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+
+    def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a tensor that all have."""
+        tensor = tensor.to(self.weights[0].device)
+        return distribute_tensor(tensor, self.mesh, [Shard(0)], src_data_rank=None)
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All rows of a tensor, which the processes may share."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def set_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """Give each process the sum of its own rows, and let go of the rest as it goes."""
+        for n, master in enumerate(self.masters):
+            gradient, gradients[n] = gradients[n], None
+            summed = DTensor.from_local(gradient, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
+            master.grad = summed.to(master.device)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Called by all processes; process 0 gets them, whole and in CPU memory."""
+        kept = {}
+        for name, tensor in super().tensors().items():  # one at a time: together they don't fit on a GPU
+            tensor = self.whole(tensor)
+            if rank() == 0:
+                kept[name] = tensor.detach().cpu()
+        return kept
