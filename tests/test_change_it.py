@@ -13,7 +13,7 @@ from torch import Tensor
 import grpo
 import memtrain
 import rollout
-from command import command
+from helpers import command
 from engine.config import Config
 from engine.models import load_model
 from grpo import Group

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from command import command
+from helpers import command
 from engine import sampling
 from engine.config import Config
 from engine.errors import UserError

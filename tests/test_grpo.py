@@ -6,7 +6,7 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
-from tiny_turns import CONFIGS, LENGTHS, parameter_gradient, random_turns, tiny_model, unpadded_logprobs
+from helpers import CONFIGS, LENGTHS, parameter_gradient, random_turns, tiny_model, unpadded_logprobs
 from transformers import Gemma2Config
 
 from grpo import (

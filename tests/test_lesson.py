@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_turns import CONFIGS, VOCABULARY, Ends, ending_model
+from helpers import CONFIGS, VOCABULARY, Ends, ending_model
 
 import rollout
 from engine import sampling

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_turns import VOCABULARY, tiny_model, unpadded_logprobs
+from helpers import VOCABULARY, tiny_model, unpadded_logprobs
 
 import memtrain
-from command import command
+from helpers import command
 from engine.attention import enable_packing
 from engine.config import Config
 from engine.models import load_policy

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shared_data import shared
-from stand_ins import small_bpe
+from helpers import shared
+from helpers import small_bpe
 from transformers import AutoTokenizer
 
 import masking

@@ -10,12 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
-from shared_data import shared
-from tiny_turns import tiny_model
+from helpers import shared
+from helpers import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memtrain
-from command import command
+from helpers import command
 from engine import packing, sampling
 from engine.attention import enable_packing
 from engine.config import Config

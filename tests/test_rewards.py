@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import combinations, islice
 
 import pytest
-from shared_data import records
+from helpers import records
 
 from rewards import (
     answer_reward,

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared_data import shared
-from stand_ins import uncut
-from tiny_turns import CONFIGS, EOS, VOCABULARY, Ends, ending_model, tiny_model
+from helpers import shared
+from helpers import uncut
+from helpers import CONFIGS, EOS, VOCABULARY, Ends, ending_model, tiny_model
 from transformers import AutoTokenizer, GenerationConfig
 
 import rollout

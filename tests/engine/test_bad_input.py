@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import command
+from helpers import command
 
 from engine.models import load_model
 from engine.errors import UserError

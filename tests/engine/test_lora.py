@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
+from helpers import command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

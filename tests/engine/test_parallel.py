@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from processes import start, wait
+from helpers import start, wait
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine import packing, parallel

@@ -14,11 +14,11 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import processes
+import helpers
 import pytest
 import torch
-from command import command
-from processes import wait
+from helpers import command
+from helpers import wait
 from safetensors.torch import load_file
 
 import memtrain

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import start, wait
+from helpers import start, wait
 from safetensors.torch import load_file
 from test_parallel import KEPT, model, step_turns
 

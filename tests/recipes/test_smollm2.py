@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_data import shared
+from helpers import shared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import models, packing, sampling

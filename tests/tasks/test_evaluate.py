@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import command
-from random_model import random_qwen
-from shared_data import shared
-from stand_ins import uncut
+from helpers import command
+from helpers import random_qwen
+from helpers import shared
+from helpers import uncut
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config import Config

@@ -9,8 +9,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from command import command
-from random_model import random_qwen
+from helpers import command
+from helpers import random_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memtrain

@@ -1,6 +1,6 @@
 """tasks/search.py: the searching agent, with a script of answers in the model's place."""
 
-from stand_ins import uncut
+from helpers import uncut
 
 from masking import Document
 from rollout import EMPTY_MEMORY, Limits, Turn, answered

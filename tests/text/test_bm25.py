@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from shared_data import records
+from helpers import records
 
 from engine.errors import UserError
 from text.bm25 import BM25

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import spacy
-from shared_data import records, shared
+from helpers import records, shared
 
 from engine import files
 from engine.errors import UserError

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from command import command
+from helpers import command
 
 from engine.report import check_files, differences, paired_bootstrap, plot, row, table, wilson
 

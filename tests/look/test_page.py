@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from command import command
+from helpers import command
 from engine.page import ceiling, difference, figure, marked, write
 from engine.report import row
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_turns
 import torch
-from tiny_turns import CONFIGS, EOS, LENGTHS, VOCABULARY, parameter_gradient, random_turns, turn_of, unpadded_logprobs
+from helpers import CONFIGS, EOS, LENGTHS, VOCABULARY, parameter_gradient, random_turns, turn_of, unpadded_logprobs
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, CohereConfig, FalconConfig, FalconForCausalLM, Gemma2Config, GemmaConfig,
     GPT2Config, GraniteConfig, MistralConfig, OPTConfig, Starcoder2Config,

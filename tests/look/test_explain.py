@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memtrain
-from command import command
+from helpers import command
 from engine import explain, parallel
 from engine.config import Config
 from engine.explain import loss_by_hand
