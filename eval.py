@@ -9,7 +9,7 @@ memory. The control measures how much can be answered without a memory.
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 import rollout
 from engine import metrics, models, parallel
-from engine.config import Config, check, run_with_flags
+from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
 from engine.files import check_writable
 from masking import Document, draw_recall, load_corpus
@@ -33,12 +33,23 @@ def load_task(config: Config, model, tokenizer, left_out: Counter | None = None)
     For memtrain: masked documents, and the agent that reads them. `left_out` counts passages that can't be used, by
     reason. Raises UserError.
     """
-    if config.task != "memtrain":
-        from tasks.sources import load_task as load
+    if config.task == "memtrain":
+        source, agent = load_corpus(config, tokenizer, left_out), read
+    else:
+        from tasks.sources import load_questions_task
 
-        return load(config, model, tokenizer, left_out)
-    check_window(config, model, tokenizer)
-    return load_corpus(config, tokenizer, left_out), read
+        source, agent = load_questions_task(config, tokenizer, left_out)
+    check_fits(config, model, tokenizer, source)
+    return source, agent
+
+
+def check_fits(config: Config, model, tokenizer, source) -> None:
+    """Raises UserError where a conversation of the task can't fit the model's window."""
+    if config.task == "searchqa":
+        from tasks.search import check_search_window
+
+        return check_search_window(config, model, tokenizer, source.longest_question)
+    check_window(config, model, tokenizer, source.longest_question)
 
 
 def evaluate(
@@ -110,56 +121,46 @@ def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
 class Evaluation(Config):
     """The settings of a run, and what an evaluation adds to them."""
 
-    out: str | None = field(
-        default=None, metadata={"help": "where the rows go as JSON (default: eval.json in a local model's folder)"}
+    out: str | None = option(None, "where the rows go as JSON (default: eval.json in a local model's folder)")
+    lengths: list[int] | None = option(
+        None, "chunks of a document, several values (default: trained x 1/2, 1, 2, 4, 8)"
     )
-    lengths: list[int] | None = field(
-        default=None, metadata={"help": "chunks of a document, several values (default: trained x 1/2, 1, 2, 4, 8)"}
+    controls: list[str] = option(
+        ["empty"], "in the memory's place: empty; in longqa also full (text) and oracle (gold paragraphs)"
     )
-    controls: list[str] = field(
-        default_factory=lambda: ["empty"],
-        metadata={"help": "in the memory's place: empty; in longqa also full (text) and oracle (gold paragraphs)"},
-    )
-    against: list[str] = field(
-        default_factory=list,
-        metadata={"help": "further models, on the same questions: differences with a paired bootstrap"},
-    )
-    report: str | None = field(
-        default=None, metadata={"help": "folder of a run: write a page to look at, report.html, and evaluate nothing"}
-    )
-    plot: str | None = field(
-        default=None, metadata={"help": "where to write a plot of accuracy by length (needs matplotlib)"}
-    )
+    against: list[str] = option([], "further models, on the same questions: differences with a paired bootstrap")
+    report: str | None = option(None, "folder of a run: write a page to look at, report.html, and evaluate nothing")
+    plot: str | None = option(None, "where to write a plot of accuracy by length (needs matplotlib)")
 
 
 def main(evaluation: Evaluation) -> None:
-    if evaluation.report:
-        from look import page
+    from look import compare, page  # training needs neither
 
+    if evaluation.report:
         return print(f"wrote {page.write(evaluation.report)}")
     check(evaluation)
-    check_evaluation(evaluation)
+    check_controls(evaluation)
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))
     check_writable(out)
     if evaluation.plot:
-        from look import plot
-
-        plot.check_picture(evaluation.plot)
-    task, rows = None, []
+        compare.check_picture(evaluation.plot)
+    source, rows = None, []
     for name in (evaluation.model, *evaluation.against):
-        sample = load_sampler(name, evaluation, given="--against" if task else "--model")
-        task = task or load_task(evaluation, sample.model, sample.tokenizer)  # the same documents for all models
+        sample = load_sampler(name, evaluation, given="--against" if source else "--model")
+        if source:  # the same documents for all models
+            check_fits(evaluation, sample.model, sample.tokenizer, source)
+        else:
+            source, agent = load_task(evaluation, sample.model, sample.tokenizer)
         when = name if evaluation.against else "now"
-        source, agent = task
         rows += evaluate(sample, agent, source, evaluation, when, evaluation.lengths, tuple(evaluation.controls))
         out.write_text(json.dumps(rows, indent=1))  # after each model: a large one takes hours
-    print(metrics.table(rows), *metrics.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
+    print(metrics.table(rows), *compare.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:
-        plot.plot(rows, evaluation.plot)
+        compare.plot(rows, evaluation.plot)
 
 
-def check_evaluation(evaluation: Evaluation) -> None:
+def check_controls(evaluation: Evaluation) -> None:
     """Raises UserError for controls that the task doesn't have, nothing to evaluate, and models that can be none."""
     task, controls = evaluation.task, evaluation.controls
     if bad := [control for control in controls if control not in ("empty", "full", "oracle")]:

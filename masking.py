@@ -143,6 +143,8 @@ class Corpus:
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
         self.passage_tokens: dict[int, int] = {}  # passage -> its tokens, of those counted so far
 
+    longest_question = QUESTION
+
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from engine import models, parallel
 from engine.models import chat_parts, end_ids
-from masking import QUESTION, Document, RecallTarget, draw_recall
+from masking import Document, RecallTarget, draw_recall
 from rewards import boxed
 
 EMPTY_MEMORY = "(empty)"
@@ -323,7 +323,7 @@ def recall(
 # ---- the model's window ---------------------------------------------------------------------------------
 
 
-def check_window(config, model, tokenizer, question: str = QUESTION) -> None:
+def check_window(config, model, tokenizer, question: str) -> None:
     """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
     overhead = prompt_overhead(tokenizer, READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT)
     texts = len(tokenizer(question)["input_ids"]) + config.memory_tokens + config.chunk_tokens

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import lora
 from engine.errors import UserError
 from engine.files import flush
+from engine.models import is_adapter
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -96,7 +96,9 @@ def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
     """Bring model, optimizer and this process' random state to where `folder` has them -> its training.json."""
     state = json.loads((folder / "training.json").read_text())
     # Into the tensors that are there: fresh ones may be aligned otherwise, and some kernels then round otherwise.
-    if (folder / lora.CONFIG).exists():
+    if is_adapter(folder):
+        from engine import lora
+
         lora.load_weights(model, folder)
     else:
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())

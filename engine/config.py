@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def option(default, help: str, **more):
+    """A field with its help text; `more` are argparse's."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -82,7 +85,7 @@ class Config:
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
     # Training: the rollout and its rewards
-    out: str = option("runs/tiny", "folder of this run; it must not hold another")
+    out: str = option("runs/tiny", "folder of this run; the same command again resumes it, another run is refused")
     steps: int = option(22, "training steps; each reads its documents, then updates (paper: 300)")
     documents: int = option(8, "documents a step (paper: 32)")
     g1: int = option(8, "trajectories a document, a group")
@@ -120,10 +123,6 @@ class Config:
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
     save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
     keep: int = option(2, "checkpoints to keep")
-    resume: str = option(
-        "auto", "auto: go on with an unfinished run of the same settings in --out; never: refuse to",
-        choices=["auto", "never"],
-    )
     max_bad_steps: int = option(
         3, "stop after so many steps in a row whose gradient is not finite; their updates are left out"
     )

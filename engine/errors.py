@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 
+import torch
+
 
 class UserError(Exception):
     """A mistake of the user's, as that one line; `run_script` prints it."""
@@ -27,11 +29,7 @@ def run_script(main, help: str = "") -> None:
     except UserError as error:
         rank = os.environ.get("RANK")
         message = f"{error}" + (f" (process {rank})" if rank else "")
-    except RuntimeError as error:
-        import torch  # here, as a server that searches by words should not wait for it
-
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError as error:
         message = (
             f"out of GPU memory ({first_line(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
             "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference "

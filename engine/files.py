@@ -40,14 +40,10 @@ def must_write(path: Path) -> bool:
     Not in a collective: these have a time limit, and a large file takes hours. torchrun ends those that wait in vain.
     The folder must be one that all machines share.
     """
-    waits = 0
     while not path.exists():
         if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
             return True
         time.sleep(0.5)
-        waits += 1
-        if waits == 40:
-            print(f"process {os.environ['RANK']} waits for process 0 to write {path}", flush=True)
     return False
 
 

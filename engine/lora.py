@@ -1,8 +1,7 @@
 """LoRA (arXiv 2106.09685), by peft: only two thin matrices beside every linear layer but the head are trained.
 
-    attach, attach_saved    give a model an adapter, a fresh one or that of a checkpoint
+    begin, attach_saved     give a model an adapter, a fresh one or that of a checkpoint
     as_it_began             within, the model is what it was at the start: so the reference of the KL costs no memory
-    merged                  the adapter added to the weights (python -m recipes.merge)
     load_weights            an adapter brought to where a checkpoint has it
 
 peft is needed only where an adapter is.
@@ -46,6 +45,17 @@ def base_of(name: str, given: str) -> str | None:
     return base
 
 
+def begin(model, config) -> None:
+    """Give the model the adapter that is trained: a fresh one, or that of --model. Raises UserError."""
+    folder = config.model
+    if not (Path(folder) / CONFIG).is_file():
+        return attach(model, config.lora, config.seed)
+    rank = json.loads((Path(folder) / CONFIG).read_text()).get("r", 0)
+    if rank != config.lora:
+        raise UserError(f"--lora {config.lora}: the adapter in {folder} has rank {rank}; give --lora {rank}")
+    attach_saved(model, folder, [START, "default"])  # the first stays as it is
+
+
 def attach(model, rank: int, seed: int) -> None:
     """Freeze the model's weights and give it a fresh adapter, which changes nothing yet."""
     peft = require_peft(f"--lora {rank}")
@@ -83,10 +93,6 @@ def add(model, settings, name: str) -> None:
     model.eval()
 
 
-def rank_of(folder: str) -> int:
-    return json.loads((Path(folder) / CONFIG).read_text()).get("r", 0)
-
-
 @contextmanager
 def as_it_began(model):
     """Within, the model is without its adapter, or with the one that it began with."""
@@ -99,17 +105,6 @@ def as_it_began(model):
     finally:
         model.enable_adapters()
         model.set_adapter("default")  # and its weights are trained again
-
-
-def merged(model):
-    """Add the adapter to the model's weights, in place -> the model. In bfloat16 small changes would round away."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
-            model.set_submodule(name, module.base_layer)
-    model._hf_peft_config_loaded = False  # or it would save an adapter only
-    del model.peft_config
-    return model
 
 
 def load_weights(model, folder: Path, name: str = "default") -> None:

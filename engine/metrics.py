@@ -25,15 +25,6 @@ def share(right: float, n: int) -> str:
     return f"{right / max(1, n):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
-    difference = np.asarray(second) - np.asarray(first)  # (questions,)
-    rng = np.random.default_rng(0)
-    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)  # (draws,)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
-
-
 # ---- an evaluation -------------------------------------------------------------------------------------
 
 
@@ -49,13 +40,6 @@ def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float]
     place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(values)}
     accuracy = {"accuracy": float(np.mean(values)), "low": low, "high": high}
     return place | accuracy | more | {"scores": values, "documents": documents}
-
-
-def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
-    """The scores of two rows on the documents that both have."""
-    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
-    shared = sorted(one.keys() & other.keys())
-    return [one[number] for number in shared], [other[number] for number in shared]
 
 
 def table(rows: list[dict]) -> str:
@@ -93,21 +77,6 @@ def cell(row: dict | None, measure: str) -> str:
         return "-"
     interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if measure == "accuracy" else ""
     return f"{row[measure]:.2f}{interval}"
-
-
-def differences(rows: list[dict]) -> list[str]:
-    """For each row of a further model a line: its scores minus the first model's, on the same questions."""
-    lines = []
-    for row in rows:
-        first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
-        if first is not row:
-            scores = paired(first, row)
-            if not scores[0]:
-                continue
-            mean, low, high = paired_bootstrap(*scores)
-            names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
-            lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return lines
 
 
 # ---- a step --------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import lora
 from engine.config import flag
 from engine.errors import UserError, first_line
+
+ADAPTER = "adapter_config.json"  # peft's: a folder with this file holds an adapter, and no whole model
+
 
 # ---- loading --------------------------------------------------------------------------------------------
 
@@ -21,7 +23,11 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     would round small changes away.
     """
     check_model(name, given)
-    base = lora.base_of(name, given)  # None for a whole model
+    base = None
+    if is_adapter(name):
+        from engine import lora
+
+        base = lora.base_of(name, given)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer, name, given)  # before the weights, which may take minutes
@@ -53,9 +59,13 @@ def check_finite(model, name: str, given: str) -> None:
         raise UserError(f"{given} {name}: its logits are not finite; look at its weights, or try another --dtype")
 
 
+def is_adapter(name: str) -> bool:
+    return (Path(name) / ADAPTER).is_file()
+
+
 def check_model(name: str, given: str) -> None:
     """Raises UserError where `name`, given by this argument, can be no model's."""
-    configs = Path(name) / "config.json", Path(name) / lora.CONFIG
+    configs = Path(name) / "config.json", Path(name) / ADAPTER
     if Path(name).is_dir() and not any(config.is_file() for config in configs):
         raise UserError(f"{given} {name}: holds no config.json, so it is no model folder")
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -131,7 +141,7 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_logits(model, name: str) -> None:
-    """Raises UserError for a model whose own logits `logits_of` doesn't give: training would look right and be wrong."""
+    """Raises UserError for a model whose own logits `logits_of` doesn't give: training would be silently wrong."""
     ids = torch.arange(4, device=model.device)[None]  # (1, 4)
     own = model(input_ids=ids).logits.float()[0]  # (4, vocabulary)
     ours = logits_of(model, model.get_decoder()(input_ids=ids).last_hidden_state[0]).float()
@@ -157,22 +167,25 @@ def check_window(model, needed: int, config, shown: str) -> None:
 
 def load_policy(config, device: str):
     """(model to be trained, tokenizer): all of --model, or with --lora an adapter on it. Raises UserError."""
-    base = lora.base_of(config.model, "--model")
-    if not config.lora and base:
+    saved = is_adapter(config.model)
+    if saved and not config.lora:
         raise UserError(
-            f"--model {config.model}: is an adapter; go on with it by --lora {lora.rank_of(config.model)}, or merge it "
-            f"by `python -m recipes.merge {config.model} FOLDER` and train all weights of that"
+            f"--model {config.model}: is an adapter; train it further by --lora RANK, or merge it by "
+            f"`python -m recipes.merge {config.model} FOLDER` and train all weights of that"
         )
     if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
-    model, tokenizer = load_model(base or config.model, device, config.dtype)
+    if saved:
+        from engine import lora
+
+        model, tokenizer = load_model(lora.base_of(config.model, "--model"), device, config.dtype)
+    else:
+        model, tokenizer = load_model(config.model, device, config.dtype)
     check_logits(model, config.model)
-    if config.lora and base:
-        if (rank := lora.rank_of(config.model)) != config.lora:
-            raise UserError(f"--lora {config.lora}: the adapter in {config.model} has rank {rank}; give --lora {rank}")
-        lora.attach_saved(model, config.model, [lora.START, "default"])  # the first stays as it is
-    elif config.lora:
-        lora.attach(model, config.lora, config.seed)
+    if config.lora:
+        from engine import lora
+
+        lora.begin(model, config)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer
@@ -192,6 +205,8 @@ def load_reference(config, policy, device: str):
 def as_reference(model, config, device: str):
     """Within, the model is on the device, and a policy with an adapter is what it was at the start."""
     if config.lora:
+        from engine import lora
+
         with lora.as_it_began(model):
             yield
     else:
@@ -199,20 +214,3 @@ def as_reference(model, config, device: str):
         yield
         if config.offload_reference:
             model.to("cpu")
-
-
-# ---- new folders ----------------------------------------------------------------------------------------
-
-
-def check_new(folder: Path) -> None:
-    """Raises UserError for a model folder that would be written over."""
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; delete it, or name another folder")
-
-
-def save_new(model, tokenizer, folder: Path) -> None:
-    """Write a model folder that isn't there yet: whole, or not at all."""
-    fresh = folder.with_name(f"{folder.name}.new")
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    fresh.rename(folder)

@@ -5,11 +5,8 @@
 
 import fcntl
 import json
-import os
-import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,7 +26,7 @@ ROUNDING = {
     "shard_optimizer", "fast",
 }
 # All that may differ when a run resumes.
-FREE = {"out", "resume", "save_every", "sample_every", "keep", "max_bad_steps", "explain"} | ROUNDING
+FREE = {"out", "save_every", "sample_every", "keep", "max_bad_steps", "explain"} | ROUNDING
 
 
 class Run:
@@ -50,7 +47,7 @@ class Run:
         if self.rank == 0:
             settings = settings_of(config)
             self.lock = lock(self.out)
-            resuming = holds_run(self.out, settings, config.resume)
+            resuming = holds_run(self.out, settings)
             write_config(self.out, settings, resuming)
         resuming = parallel.gather(resuming)[0]
         if not all(parallel.gather((self.out / "config.json").exists())):
@@ -185,7 +182,7 @@ class Run:
     def finish(self) -> None:
         """Mark the run as finished, or say how to resume it."""
         if self.stopped:
-            self.say(f"stopped after step {self.state['step']}; resume with: {command(self.processes)}")
+            self.say(f"stopped after step {self.state['step']}; run the same command again to resume")
         else:
             if self.rank == 0:
                 (self.out / "finished").touch()
@@ -221,7 +218,7 @@ def lock(out: Path):
     return file  # the system lets go of it when this process ends, however it ends
 
 
-def holds_run(out: Path, settings: dict, resume: str) -> bool:
+def holds_run(out: Path, settings: dict) -> bool:
     """Whether `out` holds a run of these very settings to resume. Raises UserError where it holds something else."""
     if not any(map(worth_keeping, out.iterdir())):
         return False
@@ -243,8 +240,6 @@ def holds_run(out: Path, settings: dict, resume: str) -> bool:
         )
         more = " ..." if differing[5:] else ""
         raise UserError(f"{held}, {flags}{more}; {advice}, or give its settings to resume it")
-    if resume == "never":
-        raise UserError(f"{held}; {advice}, or resume it by --resume auto")
     return True
 
 
@@ -299,10 +294,3 @@ def catch_signals() -> list[int]:
 def release_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def command(processes: int) -> str:
-    """The command line that started this run, as far as a process can know it."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    start = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(local)]
-    return shlex.join(start + sys.argv) + (" on every machine, as before" if local < processes else "")

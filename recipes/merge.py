@@ -10,7 +10,19 @@ from pathlib import Path
 
 from engine import lora
 from engine.errors import UserError, run_script
-from engine.models import check_new, load_model, save_new
+from engine.models import load_model
+from recipes.folders import check_new, save_new
+
+
+def merged(model):
+    """Add the adapter to the model's weights, in place -> the model. In bfloat16 small changes would round away."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            model.set_submodule(name, module.base_layer)
+    model._hf_peft_config_loaded = False  # or it would save an adapter only
+    del model.peft_config
+    return model
 
 
 def main() -> None:
@@ -21,7 +33,7 @@ def main() -> None:
         raise UserError(f"{source}: holds no {lora.CONFIG}, so it is no adapter")
     check_new(out)
     model, tokenizer = load_model(source, "cpu", given="merge")
-    save_new(lora.merged(model), tokenizer, out)
+    save_new(merged(model), tokenizer, out)
     print(f"{out}: the merged model, in float32")
 
 

@@ -98,7 +98,9 @@ def control_memory(control: str, document, sample, config: Config) -> str:
     """The text that stands in for the memory in a control that doesn't read."""
     if control == "full":
         return full_text(document, sample, config)
-    return document.gold if control == "oracle" else EMPTY_MEMORY
+    if control == "oracle":
+        return "\n\n".join(f"{title}\n{text}" for title, text in document.gold)
+    return EMPTY_MEMORY
 
 
 def full_text(document, sample, config: Config) -> str:

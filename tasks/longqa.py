@@ -1,17 +1,19 @@
 """Long-text QA for the reading agent (paper 4.2): a question's gold paragraphs hidden in a text of any length.
 
-    Pool            passages to fill a long text with
-    long_document   one question's gold paragraphs among numbered documents, cut into chunks
-    LongQA          a source of such documents to train and evaluate on, like masking.Corpus
+    measured   paragraphs and what each takes in tokens: the pool to fill texts from
+    LongText   one question's text, as long as is asked for
+    LongQA     a source of such documents to train and evaluate on, like masking.Corpus
 
 MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs stand at the same places in every
 sample of a length. Here each question has places of its own.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -21,60 +23,43 @@ from masking import Document
 from rewards import normalize
 from tasks.questions import Paragraph, Question, draw
 from text.chunking import cut_chunks
-from text.matching import Span
 
 
 @dataclass
 class LongDocument(Document):
     """A Document about a real question: `title` is its id. Nothing is masked, nothing can be recalled."""
 
-    gold: str = ""  # the gold paragraphs alone: an oracle's memory; "" where the source doesn't tell
-    gold_texts: tuple[str, ...] = ()  # the same one by one, without their titles
+    gold: tuple[Paragraph, ...] = ()  # an oracle's memory; empty where the source doesn't tell
 
 
-@dataclass(slots=True)
-class Measured:
-    """A paragraph, what it costs as one document of a long text, and the keys that tell whether two are the same."""
+def long_document(question: Question, index: int, chunks: list[str], gold=()) -> LongDocument:
+    pairs = tuple((title, text) for title, text, _ in gold)
+    nothing = [[] for _ in chunks]  # to recall
+    return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=pairs)
+
+
+class Measured(NamedTuple):
+    """A paragraph, and the tokens it takes as one numbered document of a long text."""
 
     title: str
     text: str
     tokens: int
-    title_key: int
-    text_key: int
-
-
-def key(text: str) -> int:
-    """A number for a text: equal for equal texts, and as good as never for others."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-def measured(paragraphs: Iterable[Paragraph], tokenizer) -> list[Measured]:
-    """`paragraphs` with their costs and keys; empty ones are left out."""
-    paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
-    texts = [numbered_document(1, title, text) for title, text in paragraphs]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [
-        Measured(title, text, len(tokens), key(normalize(title)), key("".join(text.split())))
-        for (title, text), tokens in zip(paragraphs, encoded, strict=True)
-    ]
 
 
 def numbered_document(number: int, title: str, text: str) -> str:
     return f"Document {number}: {title}\n{text}\n\n"
 
 
-class Pool:
-    """Passages to fill long texts with, measured once by `tokenizer`; build it once for all lengths."""
-
-    def __init__(self, paragraphs: Iterable[Paragraph], tokenizer):
-        self.tokenizer = tokenizer
-        self.passages: list[Measured] = []
-        paragraphs = iter(paragraphs)
-        bar = tqdm(desc="pool", unit=" passages", delay=5, mininterval=1)
-        while some := list(islice(paragraphs, 4096)):  # token ids of all at once are gigabytes
-            self.passages += measured(some, tokenizer)
-            bar.update(len(some))
-        bar.close()
+def measured(paragraphs: list[Paragraph], tokenizer) -> list[Measured]:
+    """`paragraphs` with their tokens; empty ones are left out. A pool is measured once, for texts of any length."""
+    paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
+    found = []
+    for start in tqdm(range(0, len(paragraphs), 4096), desc="pool", delay=5):  # token ids of all at once are gigabytes
+        some = paragraphs[start : start + 4096]
+        texts = [numbered_document(1, title, text) for title, text in some]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found += [Measured(title, text, len(ids)) for (title, text), ids in zip(some, encoded, strict=True)]
+    return found
 
 
 def shuffled(n: int, rng) -> Iterator[int]:
@@ -86,188 +71,144 @@ def shuffled(n: int, rng) -> Iterator[int]:
         swapped[other] = swapped.get(i, i)
 
 
-class Draft:
+def filler(gold: list[Measured], own: list[Measured], pool: list[Measured], rng) -> Iterator[Measured]:
+    """The question's own distractors, then the pool in random order. No text comes twice.
+
+    A pool's other paragraph of a gold title is left out: it may answer the question. A distractor is labelled not to.
+    """
+    titles = {normalize(paragraph.title) for paragraph in gold}
+    texts = {"".join(paragraph.text.split()) for paragraph in gold}
+    pooled = (pool[n] for n in shuffled(len(pool), rng))
+    for paragraph in chain(own, (p for p in pooled if normalize(p.title) not in titles)):
+        text = "".join(paragraph.text.split())
+        if text not in texts:
+            texts.add(text)
+            yield paragraph
+
+
+class LongText:
     """A question's gold paragraphs and, behind them, as much filler as is asked for; each has its place in the text.
 
-    Random by (seed, index) alone: a longer text keeps the order of a shorter one's documents. Filler is first the
-    question's own distractors, then the pool; none repeats a text, none from the pool has a gold title.
+    Random by (seed, index) alone: a longer text keeps the order of a shorter one's paragraphs.
     """
 
-    def __init__(self, question: Question, index: int, pool: Pool, seed: int):
-        self.passages = measured(question.gold, pool.tokenizer)
-        self.gold, self.places = len(self.passages), []
-        self.filler = self._filler(measured(question.other, pool.tokenizer), pool, np.random.default_rng([seed, index]))
-        self.rng = np.random.default_rng([seed, index, 2])
+    def __init__(self, question: Question, index: int, pool: list[Measured], tokenizer, seed: int, chunk_tokens: int):
+        self.question, self.index, self.seed = question, index, seed
+        self.tokenizer, self.chunk_tokens = tokenizer, chunk_tokens
+        self.gold = measured(question.gold, tokenizer)
+        self.paragraphs = list(self.gold)
+        own, rng = measured(question.other, tokenizer), np.random.default_rng([seed, index])
+        self.filler = filler(self.gold, own, pool, rng)
 
-    def _filler(self, own: list[Measured], pool: Pool, rng) -> Iterator[Measured]:
-        titles = {passage.title_key for passage in self.passages}
-        texts = {passage.text_key for passage in self.passages}
-        for passage in own:
-            if passage.text_key not in texts:
-                texts.add(passage.text_key)
-                yield passage
-        for passage in (pool.passages[n] for n in shuffled(len(pool.passages), rng)):
-            # A pool's other passage of a gold title may answer the question; a distractor is labelled as not doing so.
-            if passage.text_key not in texts and passage.title_key not in titles:
-                texts.add(passage.text_key)
-                yield passage
+    def draw(self, n: int) -> int:
+        """Draw filler up to n paragraphs in all. Returns n, or how many there are where the pool is too small."""
+        self.paragraphs += islice(self.filler, max(0, n - len(self.paragraphs)))
+        return min(n, len(self.paragraphs))
 
-    def reach(self, n: int) -> bool:
-        """Whether there are n passages; they are drawn then."""
-        self.passages += islice(self.filler, max(0, n - len(self.passages)))
-        self.places += self.rng.random(len(self.passages) - len(self.places)).tolist()
-        return len(self.passages) >= n
+    def in_order(self, n: int) -> list[Measured]:
+        """The first n paragraphs, as they stand in the text."""
+        places = np.random.default_rng([self.seed, self.index, 2]).random(n)  # of any n the same at the beginning
+        return [self.paragraphs[i] for i in np.argsort(places, kind="stable")]
 
-    def in_order(self, taken: Iterable[int]) -> list[Measured]:
-        """These passages, as they stand in the text."""
-        return [self.passages[n] for n in sorted(taken, key=lambda n: self.places[n])]
+    def document(self, n: int) -> LongDocument:
+        """A document of the first n paragraphs."""
+        text, headings = "", []  # no cut within a heading or just below it: the next chunk would lose the title
+        for number, (title, body, _) in enumerate(self.in_order(n), 1):
+            numbered = numbered_document(number, title, body)
+            headings.append((len(text), len(text) + len(numbered) - len(body) - 1))
+            text += numbered
+        chunks = cut_chunks(text.rstrip("\n"), headings, self.tokenizer, self.chunk_tokens)
+        return long_document(self.question, self.index, chunks, self.gold)
 
-
-def long_documents(questions: list[Question], pool: Pool, **how) -> list[LongDocument]:
-    """long_document() of every question, its index being its place in the list."""
-    return [long_document(question, index, pool, **how) for index, question in enumerate(questions)]
-
-
-def long_document(
-    question: Question, index: int, pool: Pool, *, seed: int, chunk_tokens: int, documents: int
-) -> LongDocument:
-    """The gold paragraphs among so many numbered documents. Raises UserError for a pool that is too small."""
-    draft = Draft(question, index, pool, seed)
-    if documents < draft.gold:
-        gold = f"{draft.gold} are gold; ask for more"
-        raise UserError(f"question {question.id}: {documents} documents wanted, but {gold}")
-    if not draft.reach(documents):
-        made = len(draft.passages)
-        raise UserError(
-            f"question {question.id}: {documents} documents wanted, but the pool makes {made}; bring a larger pool"
-        )
-    return finished(draft, range(documents), question, index, pool.tokenizer, chunk_tokens)
-
-
-def finished(
-    draft: Draft, taken: Iterable[int], question: Question, index: int, tokenizer, chunk_tokens: int
-) -> LongDocument:
-    """The passages `taken` of a draft as a document."""
-    text, headings = _numbered(draft.in_order(taken))
-    chunks = cut_chunks(text, headings, tokenizer, chunk_tokens)
-    gold = draft.passages[: draft.gold]
-    oracle, texts = "\n\n".join(f"{one.title}\n{one.text}" for one in gold), tuple(one.text for one in gold)
-    nothing = [[] for _ in chunks]  # to recall
-    return LongDocument(
-        index, question.id, question.question, question.answers, chunks, nothing, gold=oracle, gold_texts=texts
-    )
-
-
-def _numbered(passages: list[Measured]) -> tuple[str, list[Span]]:
-    """(these passages as one text, spans in which it must not be cut).
-
-    A heading and the first character below it are such a span, or the next chunk would lose the title.
-    """
-    texts, headings, offset = [], [], 0
-    for number, passage in enumerate(passages, 1):
-        document = numbered_document(number, passage.title, passage.text)
-        headings.append((offset, offset + len(document) - len(passage.text) - 1))
-        texts.append(document)
-        offset += len(document)
-    return "".join(texts).rstrip("\n"), headings
-
-
-def predicted_chunks(passages: list[Measured], limit: int) -> int:
-    """Chunks that cut_chunks should make of these: it ends one with a document, if the chunk is half full by then."""
-    chunks, used = 1, 0
-    for passage in passages:
-        if used + passage.tokens > limit and used >= limit / 2:
-            chunks, used = chunks + 1, 0
-        used += passage.tokens
-        while used > limit:
-            chunks, used = chunks + 1, used - limit
-    return chunks
-
-
-class LongQA:
-    """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks).
-
-    A question that brings its text keeps that text's length.
-    """
-
-    def __init__(self, questions: dict[str, list[Question]], pool: Pool, *, seed: int, chunk_tokens: int, chunks: int):
-        self.questions, self.pool, self.seed = questions, pool, seed
-        self.chunk_tokens, self.chunks = chunk_tokens, chunks
-        self.kept: dict[tuple, LongDocument] = {}  # of evaluations: asked for before and after, and for every model
-
-    def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
-        """Raises UserError where the question can't be brought to that length; in training others are tried before."""
-        chunks = chunks or self.chunks
-        if split != "train" and (index, split, chunks) in self.kept:
-            return self.kept[index, split, chunks]
-        questions = self.questions[split]
-        rng = np.random.default_rng([self.seed, index, 1])
-        question = draw(questions, index, self.seed)
-        for _ in range(20 if split == "train" else 1):
-            try:
-                document = self._filled(question, index, chunks)
-            except UserError as error:
-                last = error
-                question = questions[int(rng.integers(len(questions)))]
-                continue
-            if split != "train":
-                self.kept[index, split, chunks] = document
-            return document
-        raise last
-
-    def texts(self) -> list[str]:
-        """Every question that may be asked."""
-        return [item.question for items in self.questions.values() for item in items]
-
-    def lengths(self, asked: list[int], split: str) -> list[int]:
-        """`asked`. Where questions bring texts, the first one's length: it then labels texts of any length."""
-        return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
-
-    def _filled(self, question: Question, index: int, chunks: int) -> LongDocument:
-        """With about as many documents as `chunks` chunks hold."""
-        tokenizer, limit = self.pool.tokenizer, self.chunk_tokens
-        if question.context is not None:
-            given = cut_chunks(question.context, [], tokenizer, limit)
-            return LongDocument(index, question.id, question.question, question.answers, given, [[] for _ in given])
-        draft = Draft(question, index, self.pool, self.seed)
-        size = self._estimate(draft, chunks)
-        few, many, best = 0, None, None  # numbers of documents: too few, too many
-        while True:
-            document = finished(draft, range(size), question, index, tokenizer, limit)
+    def of_chunks(self, chunks: int) -> LongDocument:
+        """A document of so many chunks; of fewer where the next paragraph takes several. Raises UserError."""
+        few, many, best = len(self.gold) - 1, math.inf, None  # numbers of paragraphs: too few, too many
+        size = self.estimate(chunks)
+        while few < size < many:
+            document = self.document(size)
             made = len(document.chunks)
             if made == chunks:
                 return document
             if made < chunks:
                 few, best = size, document
-            elif size == draft.gold:
-                raise UserError(
-                    f"question {question.id}: its {size} gold paragraphs take {made} chunks of {limit} tokens, "
-                    f"{chunks} wanted; ask for a longer text or longer chunks"
-                )
             else:
                 many = size
-            if many == few + 1:  # the next document takes two chunks
-                return best
-            size = max(few + 1, draft.gold, round(size * (chunks - 0.5) / (made - 0.5)))
-            size = min(size, many - 1) if many else size
-            if not draft.reach(size):
-                size = len(draft.passages)
-                if size == few:
-                    raise UserError(
-                        f"question {question.id}: {chunks} chunks wanted, but all {size} passages make "
-                        f"{len(best.chunks)}; bring a larger pool"
-                    )
+            size = round(size * (chunks - 0.5) / (made - 0.5))  # as if paragraphs were of one length
+            size = self.draw(min(max(size, few + 1), many - 1))
+        if many == math.inf:
+            raise UserError(
+                f"question {self.question.id}: {chunks} chunks wanted, but all {few} passages make {made}; bring a "
+                "larger pool"
+            )
+        if best is None:
+            raise UserError(
+                f"question {self.question.id}: its {many} gold paragraphs take {made} chunks of {self.chunk_tokens} "
+                f"tokens, {chunks} wanted; ask for a longer text or longer chunks"
+            )
+        return best
 
-    def _estimate(self, draft: Draft, chunks: int) -> int:
-        """The largest number of documents that should make no more than these chunks."""
-        size, used = 0, 0
-        while used < chunks * self.chunk_tokens and draft.reach(size + 1):
-            used += draft.passages[size].tokens
-            size += 1
-        low, high = draft.gold, max(size, draft.gold)
-        draft.reach(high)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = predicted_chunks(draft.in_order(range(middle)), self.chunk_tokens) <= chunks
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+    def estimate(self, chunks: int) -> int:
+        """The largest number of paragraphs that should make no more than these chunks: saves cutting the text often."""
+        least = most = len(self.gold)
+        tokens = sum(paragraph.tokens for paragraph in self.gold)
+        while tokens < chunks * self.chunk_tokens and self.draw(most + 1) > most:
+            tokens += self.paragraphs[most].tokens
+            most += 1
+        sizes = range(most, least, -1)  # falling, as bisect_left finds the first for which the key is True
+        return most - bisect_left(sizes, True, key=lambda n: self.predicted_chunks(n) <= chunks)
+
+    def predicted_chunks(self, n: int) -> int:
+        """Chunks that cut_chunks should make: it ends one with a paragraph, if the chunk is half full by then."""
+        chunks, used = 1, 0
+        for paragraph in self.in_order(n):
+            if used + paragraph.tokens > self.chunk_tokens and used >= self.chunk_tokens / 2:
+                chunks, used = chunks + 1, 0
+            used += paragraph.tokens
+            while used > self.chunk_tokens:
+                chunks, used = chunks + 1, used - self.chunk_tokens
+        return chunks
+
+
+class LongQA:
+    """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks).
+
+    `pool` is measured() by the tokenizer. A question that brings its text keeps that text's length.
+    """
+
+    def __init__(
+        self, questions: dict[str, list[Question]], pool: list[Measured], tokenizer, *, seed: int, chunk_tokens: int,
+        chunks: int,
+    ):
+        self.questions, self.pool, self.tokenizer = questions, pool, tokenizer
+        self.seed, self.chunk_tokens, self.chunks = seed, chunk_tokens, chunks
+        self.kept: dict[tuple, LongDocument] = {}  # of evaluations: asked for before and after, and for every model
+
+    def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
+        """Raises UserError where the question can't be brought to that length; in training others are tried before."""
+        questions, place = self.questions[split], (index, split, chunks or self.chunks)
+        if place in self.kept:
+            return self.kept[place]
+        question = draw(questions, index, self.seed)
+        if split != "train":
+            self.kept[place] = self._made(question, index, chunks or self.chunks)
+            return self.kept[place]
+        for other in np.random.default_rng([self.seed, index, 1]).integers(len(questions), size=20):
+            try:
+                return self._made(question, index, chunks or self.chunks)
+            except UserError as error:
+                question, failure = questions[other], error
+        raise failure
+
+    @property
+    def longest_question(self) -> str:
+        return max((item.question for items in self.questions.values() for item in items), key=len)
+
+    def lengths(self, asked: list[int], split: str) -> list[int]:
+        """`asked`. Where questions bring texts, the first one's length: it then labels texts of any length."""
+        return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
+
+    def _made(self, question: Question, index: int, chunks: int) -> LongDocument:
+        if question.context is not None:
+            return long_document(question, index, cut_chunks(question.context, [], self.tokenizer, self.chunk_tokens))
+        text = LongText(question, index, self.pool, self.tokenizer, self.seed, self.chunk_tokens)
+        return text.of_chunks(chunks)

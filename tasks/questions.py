@@ -7,7 +7,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,23 +38,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
     MemAgent's files bring their texts along. Raises UserError naming the file, the record and what it lacks.
     """
-    questions: list[Question] = []
-    for record, where in _records(path):
-        if {"input", "extra_info", "reward_model"} & record.keys():
-            id, question, answers, context = _memagent(record, where)
-            id = len(questions) if id is None else id
-            questions.append(Question(str(id), question, answers, [], [], context))
-            continue
-        if "context" in record:
-            gold, other = _from_context(record, where)
-        elif "paragraphs" in record:
-            gold, other = _from_paragraphs(record, where)
-        else:
-            fields = ", ".join(record)
-            raise UserError(f"{where}: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has {fields}")
-        id = str(record.get("_id", record.get("id", len(questions))))
-        questions.append(Question(id, _text(record, "question", where), _answers(record, where), gold, other))
-    return questions
+    return [_question(record, where, number) for number, (record, where) in enumerate(_records(path))]
 
 
 def load_search(path: str | Path) -> list[tuple[str, list[str]]]:
@@ -63,76 +46,61 @@ def load_search(path: str | Path) -> list[tuple[str, list[str]]]:
     return [(_text(record, "question", where), _answers(record, where)) for record, where in _records(path)]
 
 
-def _records(path: str | Path) -> Iterator[tuple[dict, str]]:
-    """read_rows, of at least one."""
-    found = False
-    for found in read_rows(Path(path)):
-        yield found
-    if not found:
+def _records(path: str | Path) -> list[tuple[dict, str]]:
+    records = list(read_rows(Path(path)))
+    if not records:
         raise UserError(f"{path}: holds no record")
+    return records
 
 
-def _text(record: dict, field: str, where: str) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: " + (f"field {field!r} holds no text" if field in record else f"no field {field!r}"))
-    return _unquote(value.strip())
-
-
-def _unquote(text: str) -> str:
-    """`'"Who said ""I am""?"'` is `'Who said "I am"?'`: some published sets kept the quotes of a CSV file."""
-    if re.fullmatch(r'"([^"]|"")+"', text) and '""' in text[1:-1]:
-        return text[1:-1].replace('""', '"')
-    return text
-
-
-def _answers(record: dict, where: str) -> list[str]:
-    """The gold answers, each once, of whichever field the set has them in."""
-    field = next((name for name in ("golden_answers", "answers", "answer") if name in record), "answer")
-    found, aliases = record.get(field), record.get("answer_aliases") or []
-    found = (found if isinstance(found, list) else [found]) + (aliases if isinstance(aliases, list) else [aliases])
-    answers = dict.fromkeys(_unquote(a.strip()) for a in found if isinstance(a, str) and a.strip())
-    if not answers:
-        raise UserError(f"{where}: no answer in field {field!r}")
-    return list(answers)
-
-
-def _memagent(record: dict, where: str) -> tuple[object, str, list[str], str]:
-    """(id or None, question, answers, text) of MemAgent's layouts.
-
-    Evaluation: context, input, answers, index. Training: context, extra_info {question, index}, reward_model
-    {ground_truth}.
-    """
-    if "input" in record:
-        id, question, answers = record.get("index"), _text(record, "input", where), _answers(record, where)
+def _question(record: dict, where: str, number: int) -> Question:
+    if {"input", "extra_info", "reward_model"} & record.keys():
+        return _memagent(record, where, number)
+    if "context" in record:
+        read, field, label = _hotpotqa, "context", "supporting_facts"
+        shape = "'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]"
+    elif "paragraphs" in record:
+        read, field, label = _musique, "paragraphs", "is_supporting"
+        shape = "a paragraph of 'paragraphs' lacks 'title', 'paragraph_text' or 'is_supporting'"
     else:
-        parts = (record.get(name) for name in ("extra_info", "reward_model"))
-        extra, reward = (part if isinstance(part, dict) else {} for part in parts)
-        id, question = extra.get("index"), _text(extra, "question", f"{where}, extra_info")
-        answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
-    _text(record, "context", where)
-    return id, question, answers, record["context"]  # as it is, not stripped
+        fields = ", ".join(record)
+        raise UserError(f"{where}: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has {fields}")
+    if record.get("answerable") is False:
+        raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
+    try:
+        gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: {shape}") from None
+    if not gold:
+        raise UserError(f"{where}: no {label!r}, so no gold paragraph")
+    for title, text in gold:
+        if not text:
+            raise UserError(f"{where}: {field!r} has no text for the supporting fact {title!r}")
+    other = [(title, text) for title, text in paragraphs if text and (title, text) not in gold]
+    id = str(record.get("_id", record.get("id", number)))
+    return Question(id, _text(record, "question", where), _answers(record, where), list(gold), other)
 
 
-def _from_context(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
-    """(gold, other) of HotpotQA's layout: context [[title, [sentence]]], supporting_facts [[title, sentence number]].
+def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
+    """(gold, all) of context [[title, [sentence]]] and supporting_facts [[title, sentence number]].
 
     Where two paragraphs have a gold title, both are gold: the facts don't tell which is meant.
     """
-    try:
-        context = record["context"]
-        paragraphs = dict.fromkeys((" ".join(title.split()), _join(sentences)) for title, sentences in context)
-        titles = dict.fromkeys(" ".join(title.split()) for title, _ in record.get("supporting_facts") or [])
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(
-            f"{where}: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]"
-        ) from None
-    gold = [(title, text) for wanted in titles for title, text in paragraphs if title == wanted and text]
-    if missing := titles.keys() - {title for title, _ in gold}:
-        raise UserError(f"{where}: 'context' has no text for the supporting fact {sorted(missing)[0]!r}")
-    if not gold:
-        raise UserError(f"{where}: no 'supporting_facts', so no gold paragraph")
-    return gold, [(title, text) for title, text in paragraphs if title not in titles and text]
+    paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in record["context"]]
+    gold = []
+    for fact, _ in record.get("supporting_facts") or []:
+        fact = " ".join(fact.split())
+        gold += [(title, text) for title, text in paragraphs if title == fact and text] or [(fact, "")]
+    return gold, paragraphs
+
+
+def _musique(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
+    """(gold, all) of paragraphs [{title, paragraph_text, is_supporting}]."""
+    gold, paragraphs = [], []
+    for one in record["paragraphs"]:
+        paragraphs.append((" ".join(one["title"].split()), one["paragraph_text"].strip()))
+        gold += paragraphs[-1:] if one["is_supporting"] else []
+    return gold, paragraphs
 
 
 def _join(sentences: list[str]) -> str:
@@ -143,23 +111,46 @@ def _join(sentences: list[str]) -> str:
     return text.strip()
 
 
-def _from_paragraphs(record: dict, where: str) -> tuple[list[Paragraph], list[Paragraph]]:
-    """(gold, other) of MuSiQue's layout: paragraphs [{title, paragraph_text, is_supporting}]."""
-    if record.get("answerable") is False:
-        raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
-    gold, other = {}, {}  # as sets that keep their order
-    try:
-        for paragraph in record["paragraphs"]:
-            title, text = " ".join(paragraph["title"].split()), paragraph["paragraph_text"].strip()
-            (gold if paragraph["is_supporting"] else other)[title, text] = True
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(
-            f"{where}: a paragraph of 'paragraphs' lacks 'title', 'paragraph_text' or 'is_supporting'"
-        ) from None
-    if not all(text for _, text in gold) or not gold:
-        why = "a supporting paragraph is empty" if gold else "no paragraph with 'is_supporting' true"
-        raise UserError(f"{where}: {why}")
-    return list(gold), [(title, text) for title, text in other if text and (title, text) not in gold]
+def _memagent(record: dict, where: str, number: int) -> Question:
+    """A record of MemAgent's evaluation: context, input, answers, index.
+
+    Or of its training: context, extra_info {question, index}, reward_model {ground_truth}.
+    """
+    if "input" in record:
+        extra, question, answers = record, _text(record, "input", where), _answers(record, where)
+    else:
+        parts = (record.get(name) for name in ("extra_info", "reward_model"))
+        extra, reward = (part if isinstance(part, dict) else {} for part in parts)
+        question = _text(extra, "question", f"{where}, extra_info")
+        answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
+    _text(record, "context", where)  # only checked: it is read as it stands, not stripped
+    id = number if extra.get("index") is None else extra["index"]
+    return Question(str(id), question, answers, [], [], record["context"])
+
+
+def _text(record: dict, field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: " + (f"field {field!r} holds no text" if field in record else f"no field {field!r}"))
+    return _unquote(value.strip())
+
+
+def _answers(record: dict, where: str) -> list[str]:
+    """The gold answers, each once, of whichever field the set has them in."""
+    field = next((name for name in ("golden_answers", "answers", "answer") if name in record), "answer")
+    both = (record.get(field), record.get("answer_aliases"))
+    found = [answer for part in both for answer in (part if isinstance(part, list) else [part])]
+    answers = dict.fromkeys(_unquote(a.strip()) for a in found if isinstance(a, str) and a.strip())
+    if not answers:
+        raise UserError(f"{where}: no answer in field {field!r}")
+    return list(answers)
+
+
+def _unquote(text: str) -> str:
+    """`'"Who said ""I am""?"'` is `'Who said "I am"?'`: some published sets kept the quotes of a CSV file."""
+    if re.fullmatch(r'"([^"]|"")+"', text) and '""' in text[1:-1]:
+        return text[1:-1].replace('""', '"')
+    return text
 
 
 # ---- splits ---------------------------------------------------------------------------------------

@@ -117,9 +117,9 @@ class SearchQA:
     def __init__(self, questions: dict[str, list[tuple[str, list[list[str]]]]], seed: int):
         self.questions, self.seed = questions, seed
 
-    def texts(self) -> list[str]:
-        """Every question that may be asked."""
-        return [question for items in self.questions.values() for question, _ in items]
+    @property
+    def longest_question(self) -> str:
+        return max((question for items in self.questions.values() for question, _ in items), key=len)
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
         """One: the number of objectives."""

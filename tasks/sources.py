@@ -5,15 +5,15 @@ from functools import partial
 
 from engine.config import Config
 from engine.errors import UserError
-from rollout import check_window, read
-from tasks.longqa import LongQA, Pool
+from rollout import read
+from tasks.longqa import LongQA, measured
 from tasks.questions import load_questions, load_search, split_questions, subject
 from tasks.retrieval import open_retriever
-from tasks.search import SearchQA, check_search_window, objectives, search
+from tasks.search import SearchQA, objectives, search
 from text.corpus import load_passages
 
 
-def load_task(config: Config, model, tokenizer, left_out: Counter | None = None) -> tuple:
+def load_questions_task(config: Config, tokenizer, left_out: Counter | None = None) -> tuple:
     """(source, agent): see eval.load_task. Raises UserError."""
     if config.task == "longqa":
         source, agent = load_longqa(config, tokenizer, left_out), read
@@ -25,9 +25,6 @@ def load_task(config: Config, model, tokenizer, left_out: Counter | None = None)
             raise UserError(
                 f"--questions {config.questions}: no question is left for {name!r}; bring more, or --eval-questions"
             )
-    longest = max(source.texts(), key=len)
-    check = check_window if config.task == "longqa" else check_search_window
-    check(config, model, tokenizer, longest)
     return source, agent
 
 
@@ -39,8 +36,8 @@ def load_longqa(config: Config, tokenizer, left_out: Counter | None) -> LongQA:
         config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
         max_passages=config.max_passages, left_out=left_out,
     )
-    pool = Pool([(passage.title, passage.text) for passage in passages], tokenizer)
-    return LongQA(questions, pool, seed=config.seed, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
+    pool = measured([(passage.title, passage.text) for passage in passages], tokenizer)
+    return LongQA(questions, pool, tokenizer, seed=config.seed, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
 
 
 def load_searchqa(config: Config) -> SearchQA:

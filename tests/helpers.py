@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +34,10 @@ from transformers import (
 )
 
 import memtrain
-from engine import checkpoints
 from engine.config import Config, run_with_flags
+from engine.models import as_reference
+from engine.run import release_signals
+from grpo import batch_loss, fixed_logprobs, set_weights, update_batches
 from rollout import Turn
 
 # ---- the shared data beside the repository; a test that asks for it skips where it is absent
@@ -69,7 +72,7 @@ def small_bpe() -> PreTrainedTokenizerFast:
 
 
 class Scripted:
-    """A stand-in for rollout.Sampler: `sample(prompts, new_tokens, done)` is a test's function, `cut` leaves texts whole."""
+    """In rollout.Sampler's place: a test's function `sample(prompts, new_tokens, done)`; `cut` leaves texts whole."""
 
     def __init__(self, sample, cut=lambda text, tokens: text):
         self.sample, self.cut = sample, cut
@@ -100,6 +103,10 @@ class Ends:
     """The little of a tokenizer that sampling looks at without `done`."""
 
     pad_token_id = eos_token_id = EOS
+
+    @staticmethod
+    def decode(ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
 
 
 def ending_model(config_class=Qwen3Config, **settings):
@@ -141,6 +148,31 @@ def parameter_gradient(model):
     return gradient
 
 
+def update(policy, optimizer, turns: list[Turn], lr: float, config: Config, reference=None) -> Counter:
+    """The loop's fifth part, for tests of what stands below it -> sums of its stats, and the norms of its gradients."""
+    _, micro_batches, token_logprobs = memtrain.twins(config, policy, reference)
+    twins = micro_batches, token_logprobs
+    if reference is not None:
+        with as_reference(reference, config, "cpu"):
+            for turn, logprobs in fixed_logprobs(reference, turns, config, *twins):
+                turn.reference_logprobs = logprobs
+    updates = update_batches(turns, config)
+    if len(updates) > 1:
+        for turn, logprobs in fixed_logprobs(policy, turns, config, *twins):
+            turn.old_logprobs = logprobs
+    policy.train(config.gradient_checkpointing)
+    stats = Counter()
+    for part in updates:
+        if set_weights(part):
+            for batch in micro_batches(part, config.train_tokens):
+                loss, own = batch_loss(policy, batch, config, token_logprobs)
+                loss.backward()
+                stats.update({name: value.item() for name, value in own.items()})
+            stats["grad_norm"] += optimizer.step(lr, config.grad_clip)
+    policy.eval()
+    return stats
+
+
 # ---- a random model's folder
 
 def random_qwen(folder: Path, tokenizer) -> Path:
@@ -173,7 +205,7 @@ def command(*arguments, script="memtrain"):
             traceback.print_exc()
             code = 1
         finally:
-            checkpoints.release_signals()
+            release_signals()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
@@ -229,30 +261,34 @@ def wait(started: list, seconds: float = 120) -> list[int | None]:
 def run(arguments: list, log: Path, deadly: str | None = None) -> None:
     """Run memtrain.py; rank 0 prints to `log`.
 
-    "function:n" kills it at the n-th call of that function of engine/checkpoints.py, "function:n:TERM" asks it to end;
-    of several processes the last. "anything:n" kills it at the n-th call of any function, Python's or C's; with n = 0
-    the number of all calls is printed in the end.
+    "module.function:n" kills it at the n-th call of a function that is looked up in that module, in engine.checkpoints
+    if none is named; "function:n:TERM" asks it to end, "function:n:INT" is Ctrl-C; of several processes the last.
+    "anything:n" kills it at the n-th call of any function, Python's or C's; with n = 0 the number of all calls is
+    printed in the end.
     """
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if deadly and rank == ranks - 1:
         name, n, *gently = deadly.split(":")
+        sent = signal.Signals[f"SIG{gently[0] if gently else 'KILL'}"]
         calls = [0]
 
         def count() -> None:
             calls[0] += 1
             if calls[0] == int(n):
-                os.kill(os.getpid(), signal.SIGTERM if gently else signal.SIGKILL)
+                os.kill(os.getpid(), sent)
 
         if name == "anything":
             sys.setprofile(lambda frame, event, _: event in ("call", "c_call") and count())
         else:
-            real = getattr(checkpoints, name)
+            place, _, function = name.rpartition(".")
+            module = importlib.import_module(place or "engine.checkpoints")
+            real = getattr(module, function)
 
             def counted(*more):
                 count()
                 return real(*more)
 
-            setattr(checkpoints, name, counted)
+            setattr(module, function, counted)
     sys.argv = ["memtrain.py", *map(str, arguments)]
     if rank == 0:
         sys.stdout = sys.stderr = open(log, "w")

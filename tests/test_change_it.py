@@ -7,19 +7,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
-import torch
-from torch import Tensor
+from helpers import command
 
 import grpo
 import memtrain
 import rollout
-from helpers import command
 from engine.config import Config
 from engine.models import load_model
-from grpo import Group
 from masking import Corpus, Document
-from rewards import boxed, f1_score
-from rollout import Completion, Turn, limits_of, read, sampler, until_end
+from rewards import boxed
+from rollout import Budget, Sampler, Trajectory, Turn, read, until_end
+from tasks.evaluate import f1_score
 from text.corpus import Passage
 
 SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--chunks", 2, "--steps", 1, "--eval_documents", 0]
@@ -78,17 +76,18 @@ def test_a_new_proxy_reward(monkeypatch, tmp_path):
 
 
 def test_another_advantage(monkeypatch):
-    """RLOO (arXiv 2402.14740): a sample against the mean of the others of its group, and no group is left out."""
+    """RLOO (arXiv 2402.14740): a sample against the mean of the others of its group."""
 
-    def group_advantages(rewards: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-        others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (groups, size)
-        return rewards - others, torch.zeros(len(rewards), dtype=torch.bool)
+    def group_advantages(rewards: list[float], mode: str) -> list[float]:
+        others = [(sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
+        return [reward - other for reward, other in zip(rewards, others, strict=True)]
 
     monkeypatch.setattr(grpo, "group_advantages", group_advantages)
-    turns = [Turn([5], [6], True, "") for _ in range(4)]
-    kept = grpo.assign_advantages([Group(0, [[turn] for turn in turns], [1.0, 0.0, 0.0, 0.5])], "rloo")
-    assert kept == turns
-    assert [turn.advantage for turn in turns] == pytest.approx([1 - 0.5 / 3, -0.5, -0.5, 0.5 - 1 / 3])
+    document, rewards = Document(0, "", "", ["y"], [], []), (1.0, 0.0, 0.0, 0.5)
+    trajectories = [Trajectory(document, [Turn([5], [6], True, "")], reward=reward) for reward in rewards]
+    kept = grpo.assign_advantages(trajectories, Config(g1=4))
+    assert kept == [t.turns[0] for t in trajectories]
+    assert [turn.advantage for turn in kept] == pytest.approx([1 - 0.5 / 3, -0.5, -0.5, 0.5 - 1 / 3])
 
 
 class Server(BaseHTTPRequestHandler):
@@ -97,8 +96,9 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/completions" and asked["temperature"] == 0.0
-        made = rollout.generate(*self.server.model, asked["prompt"], asked["max_tokens"], greedy=True)
-        answer = json.dumps({"choices": [{"index": n, "token_ids": c.ids} for n, c in enumerate(made)]}).encode()
+        made = rollout.generate(*self.server.model, asked["prompt"], asked["max_tokens"], None, True, Budget(10_000))
+        choices = [{"index": n, "token_ids": turn.completion_ids} for n, turn in enumerate(made)]
+        answer = json.dumps({"choices": choices}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(answer)
@@ -122,19 +122,18 @@ def test_another_sampler(tiny, url):
 
     opener = build_opener(ProxyHandler({}))  # a proxy would look for 127.0.0.1 on its own machine
 
-    def generate(url, tokenizer, prompts, new_tokens, done=None, greedy=False):
+    def generate(url, tokenizer, prompts, new_tokens, done, greedy, budget):
         how = {"max_tokens": new_tokens, "temperature": 0.0 if greedy else 1.0, "return_token_ids": True}
         body = json.dumps({"model": "policy", "prompt": prompts} | how).encode()
         request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         with opener.open(request, timeout=60) as answer:
             choices = sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
         cut = [until_end(choice["token_ids"], [tokenizer.eos_token_id], tokenizer, done) for choice in choices]
-        return [Completion(*own, padding=0) for own in cut]
+        texts = tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        return [Turn(prompt, *own, text) for prompt, own, text in zip(prompts, cut, texts, strict=True)]
 
     documents = [Document(0, "", "What is Ulm known for?", ["x"], ["Ulm stands in Germany."] * 2, [[], []])]
-    remote_sample = sampler(generate, url, tiny[1], greedy=True)
-    local_sample = sampler(rollout.generate, *tiny, greedy=True)
-    limits = limits_of(Config(), tiny[1])
-    (remote,), (local,) = read(remote_sample, documents, limits), read(local_sample, documents, limits)
-    assert remote.memories == local.memories and remote.prediction == local.prediction
-    assert [turn.completion_ids for turn in remote.turns] == [turn.completion_ids for turn in local.turns]
+    remote_sample = Sampler(generate, url, tiny[1], Budget(10_000), greedy=True)
+    local_sample = Sampler(rollout.generate, *tiny, Budget(10_000), greedy=True)
+    (remote,), (local,) = (read(sample, documents, Config()) for sample in (remote_sample, local_sample))
+    assert remote == local and len(remote.turns) == 3

@@ -1,13 +1,10 @@
 """Random input to what reads text that others wrote: no exception but the user's error, and its promises hold.
 
-With -m slow over 10,000 cases: 2,500 for each of three readers of text, and 3,000 requests. Else 500 of each, the same
-ones at each run.
+With -m slow over 10,000 cases: 2,500 for each of three readers of text, and 3,000 replies of a server. Else 500 of
+each, the same ones at each run.
 """
 
 import json
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,11 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from engine.errors import UserError  # noqa: E402
 from masking import mask  # noqa: E402
-from rewards import boxed, exact_match, f1_score, objective_scores, recall_reward, substring_match  # noqa: E402
-from rollout import READ_PROMPT, cut_text, encode_prompt, fill  # noqa: E402
-from tasks.retrieval import open_retriever  # noqa: E402
-from tasks.retrieval_server import MAX_TOPK, Server, read_request  # noqa: E402
+from rewards import boxed, exact_match, objective_scores, recall_reward  # noqa: E402
+from rollout import READ_PROMPT, Sampler, encode_prompt, fill  # noqa: E402
+from tasks.evaluate import f1_score, substring_match  # noqa: E402
+from tasks.questions import load_questions, load_search  # noqa: E402
+from tasks.retrieval import Http, read_passages  # noqa: E402
 from tasks.search import SEARCH  # noqa: E402
 from text.chunking import cut_chunks  # noqa: E402
 from text.corpus import load_passages, split_paragraphs  # noqa: E402
@@ -89,6 +87,7 @@ def test_masking(cases):
 @few_or_many(500, 2500)
 def test_prompts(cases, tokenizer):
     """Text in a slot opens no turn and closes no slot, and a chunk is never longer than asked."""
+    cut = Sampler(None, None, tokenizer, None).cut
 
     @fuzz(cases, st.text(max_size=40) | any_text)
     def check(content):
@@ -104,7 +103,7 @@ def test_prompts(cases, tokenizer):
         def tokens(text):
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        assert all(tokens(chunk) <= 32 for chunk in chunks) and tokens(cut_text(tokenizer, content, 5)) <= 10
+        assert all(tokens(chunk) <= 32 for chunk in chunks) and tokens(cut(content, 5)) <= 10
 
 
 row = any_text.map(lambda t: json.dumps({"title": t[:5], "text": t}).encode())
@@ -138,59 +137,83 @@ def test_odd_but_legal_passages(tmp_path, suffix, capsys):
     assert "1 not UTF-8" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def url():
-    server = Server("127.0.0.1", 0)
-    server.server_bind()
-    server.retriever = open_retriever("bm25", ROOT / "tiny/passages_all.jsonl")
-    server.server_activate()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/retrieve"
-    server.shutdown()
-
-
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 anything = st.recursive(
     plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-with_queries = st.fixed_dictionaries(
-    {"queries": st.lists(any_text, max_size=3) | anything},
-    optional={"topk": st.integers(-1, 60) | anything, "return_scores": anything},
-)
-
-
 def encoded(value) -> bytes:
     return json.dumps(value).encode()
 
 
-request = st.binary(max_size=60) | anything.map(encoded) | with_queries.map(encoded)
+# Records of each layout, with one field as it should be and now and then as anything else.
+named = any_text.filter(str.strip)
+titled = st.lists(st.tuples(named, st.lists(named, min_size=1, max_size=2)), min_size=1, max_size=2)
+paragraph = st.fixed_dictionaries({"title": named, "paragraph_text": named, "is_supporting": st.booleans() | anything})
+asked = {"question": named, "answer": named | st.lists(named, max_size=2)}
+LAYOUTS = [
+    titled.map(lambda own: {"context": own, "supporting_facts": [[own[0][0], 0]]}),
+    st.lists(paragraph, min_size=1, max_size=2).map(lambda own: {"paragraphs": own}),
+    st.fixed_dictionaries({"input": named, "answers": st.lists(named, min_size=1), "context": named}),
+    st.fixed_dictionaries({"title": any_text, "text": any_text}), st.fixed_dictionaries({"contents": any_text}),
+]
 
 
-@few_or_many(450, 2800)
-def test_requests(cases):
-    """A request is read, or refused with a reason."""
+@st.composite
+def records(draw) -> bytes:
+    """A JSON record of some layout; in a third of them one field is spoilt."""
+    record = draw(st.sampled_from(LAYOUTS).flatmap(lambda own: own)) | draw(st.fixed_dictionaries(asked))
+    if draw(st.integers(0, 2)) == 0:
+        record[draw(st.sampled_from(sorted(record)))] = draw(anything)
+    return encoded(record)
 
-    @fuzz(cases, request)
+
+def test_files_of_records(tmp_path):
+    """Any records: questions with answers, passages with text, or a user's error that names the file."""
+    file, taken = tmp_path / "records.jsonl", []
+
+    @fuzz(400, st.lists(records() | anything.map(encoded), min_size=1, max_size=2))
+    def check(lines):
+        file.write_bytes(b"\n".join(lines))
+        for read in (load_questions, load_search, read_passages):
+            try:
+                found = read(file)
+            except UserError as error:
+                assert str(file) in str(error) and "\n" not in str(error)
+            else:
+                assert len(found) == len(lines)
+                taken.append(read)
+
+    assert set(taken) == {load_questions, load_search, read_passages}
+
+
+@st.composite
+def replies(draw) -> bytes:
+    """What Search-R1's server answers to one query; in half of them something is spoilt."""
+    hit = {"document": {"contents": draw(any_text)}, "score": 1.0}
+    reply = {"result": [[hit] * draw(st.integers(0, 3))]}
+    spoilt = draw(st.sampled_from([None, None, None, reply, hit, hit["document"], "bytes"]))
+    if spoilt == "bytes":
+        return encoded(reply)[draw(st.integers(0, 40)) :]
+    if spoilt is not None:
+        spoilt[draw(st.sampled_from(sorted(spoilt)))] = draw(anything)
+    return encoded(reply)
+
+
+@few_or_many(500, 3000)
+def test_replies(cases):
+    """Whatever a server answers: a list of passages that a tokenizer takes, or a user's error that names the server."""
+    retriever, taken = Http("http://127.0.0.1:9/retrieve"), []
+
+    @fuzz(cases, st.binary(max_size=60) | anything.map(encoded) | replies())
     def check(body):
+        retriever._post = lambda asked: body
         try:
-            queries, k, scores = read_request(body)
-        except ValueError as error:
-            assert str(error)
+            (found,) = retriever.search(["who?"], 2)
+        except UserError as error:
+            assert "http://127.0.0.1:9/retrieve" in str(error) and "\n" not in str(error)
         else:
-            assert all(isinstance(query, str) for query in queries) and 1 <= k <= MAX_TOPK and isinstance(scores, bool)
+            assert len(found) <= 2 and all(passage.keys() == {"title", "text"} for passage in found)
+            taken.extend(f"{passage['title']} {passage['text']}".encode() for passage in found)  # no half characters
 
-
-@few_or_many(50, 200)
-def test_the_server_answers_every_request(cases, url):
-    """200 with as many results as queries, or 400 with a reason; never 500."""
-
-    @fuzz(cases, request)
-    def check(body):
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(urllib.request.Request(url, body), timeout=20) as answer:
-                assert len(json.loads(answer.read())["result"]) == len(json.loads(body)["queries"])
-        except urllib.error.HTTPError as error:
-            with error:
-                assert error.code == 400 and json.loads(error.read())["error"]
+    assert len(taken) > cases / 20

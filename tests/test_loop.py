@@ -1,21 +1,21 @@
 """memtrain.py's loop itself: what reaches the update, against rewards, advantages and losses written out here."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_model, unpadded_logprobs
+from helpers import VOCABULARY, command, tiny_model, unpadded_logprobs
 
 import memtrain
-from helpers import command
-from engine.attention import enable_packing
 from engine.config import Config
 from engine.models import load_policy
-from grpo import Group
+from engine.optimizer import MasterAdamW
+from fast.attention import packs
+from grpo import assign_advantages, token_logprobs
 from masking import Document
-from memtrain import control_rewards, draw_targets, store_reference_logprobs, update
-from rollout import Trajectory, Turn
+from rollout import Trajectory, Turn, draw_targets
 
 DOCUMENTS, G1, G2, STEPS, WEIGHT = 3, 4, 3, 3, 0.5
 
@@ -35,7 +35,7 @@ class Script:
         source, _ = self.real_task(*given)
         return source, self.read
 
-    def read(self, sample, documents, limits, samples):
+    def read(self, sample, documents, config, samples):
         right = self.rng.random((len(documents), samples)) < 0.5
         right[0] = len(self.steps) % 2  # a group whose answers are all alike: recall alone may tell them apart
         trajectories = []
@@ -44,27 +44,30 @@ class Script:
                 turns = [turn(self.rng) for _ in range(len(document.chunks) + 1)]
                 said = document.answers[0] if hit else "wrong"
                 trajectories.append(Trajectory(document, turns, ["m"] * len(document.chunks), said))
-        step = {"right": right, "trajectories": trajectories, "draws": [], "recalled": [], "hits": np.zeros((0, G2))}
+        step = {"right": right, "trajectories": trajectories, "draws": [], "hits": np.zeros((0, G2)), "references": []}
         self.steps.append(step)
         return trajectories
 
-    def recall(self, sample, trajectories, targets, limits, samples):
+    def recall(self, sample, trajectories, config, samples):
         now = self.steps[-1]
-        now["draws"] = [target for target in targets if target]
-        assert trajectories == now["trajectories"] and len(now["draws"]) in (0, len(targets))
+        now["draws"] = [t.target for t in trajectories if t.target]
+        assert trajectories == now["trajectories"] and len(now["draws"]) in (0, len(trajectories))
         now["hits"] = self.rng.random((len(now["draws"]), samples)) < 0.5
-        now["recalled"] = [[turn(self.rng) for _ in range(samples)] for _ in now["draws"]]
-        for turns, draw, hits in zip(now["recalled"], now["draws"], now["hits"], strict=True):
-            for answer, hit in zip(turns, hits, strict=True):
-                answer.text = "so \\boxed{" + (draw.entity if hit else "something else") + "}"
-        return now["recalled"] or [[] for _ in targets]
+        for t, hits in zip(trajectories if now["draws"] else [], now["hits"], strict=True):
+            t.recalls = [turn(self.rng) for _ in range(samples)]
+            for answer, hit in zip(t.recalls, hits, strict=True):
+                answer.text = "so \\boxed{" + (t.target.entity if hit else "something else") + "}"
 
-    def update(self, policy, optimizer, turns, lr, config, guard):
-        references = [t.reference_logprobs for t in turns]
-        trained = {id(t): (t.place, t.advantage) for t in turns}
-        self.steps[-1] |= {"lr": lr, "references": references, "trained": trained}
+    def fixed_logprobs(self, model, turns, config, *twins):
+        assert not any(weight.requires_grad for weight in model.parameters())  # the reference, not the policy
+        self.steps[-1]["references"] += map(id, turns)
+        return ((t, ("log-probs of", id(t))) for t in turns)
+
+    def update_batches(self, turns, config):
+        self.steps[-1]["trained"] = {id(t): (t.place, t.advantage) for t in turns}
+        self.steps[-1]["stored"] = [t.reference_logprobs for t in turns]
         assert len(turns) == len(self.steps[-1]["trained"])  # none comes twice
-        return {"loss": 0.0, "used_tokens": 1, "padded_tokens": 1, "grad_norm": 0.0, "updates": 1, "bad_updates": 0}
+        return []
 
 
 def advantages(rewards: list[float], mode: str) -> list[float] | None:
@@ -92,14 +95,8 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
     """Three steps with made-up rewards: each turn is trained with its document and advantage, or left out."""
     script = Script()
     script.real_task = memtrain.load_task
-    for name in ("load_task", "recall", "update"):
+    for name in ("load_task", "recall", "fixed_logprobs", "update_batches"):
         monkeypatch.setattr(memtrain, name, getattr(script, name))
-
-    def marked(model, turns, field, config):
-        for t in turns:
-            setattr(t, field, ("log-probs of", id(t)))
-
-    monkeypatch.setattr(memtrain, "store_logprobs", marked)
     done = command(
         "--out", tmp_path / "run", "--documents", DOCUMENTS, "--g1", G1, "--g2", G2, "--steps", STEPS,
         "--eval_documents", 0, "--lr", 1, "--lr_warmup", 2, "--recall_weight", WEIGHT, "--ablation", ablation,
@@ -107,6 +104,7 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
     )
     assert done.returncode == 0, done.stderr
     assert len(script.steps) == STEPS
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     left_out = 0
     for number, step in enumerate(script.steps):
         expected, hits = {}, step["hits"].astype(float)
@@ -120,7 +118,7 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
                 expected |= {id(t): (document, advantage) for t in step["trajectories"][n].turns}
             for n in group if len(hits) else []:
                 own = advantages(hits[n].tolist(), mode) or [None] * G2
-                for answer, advantage in zip(step["recalled"][n], own, strict=True):
+                for answer, advantage in zip(step["trajectories"][n].recalls, own, strict=True):
                     expected[id(answer)] = document, advantage
         kept = {key: value for key, value in expected.items() if value[1] is not None}
         left_out += len(expected) - len(kept)
@@ -136,11 +134,12 @@ def test_rewards_become_the_advantages_of_the_turns(tmp_path, monkeypatch, ablat
             per_document = [len(set(draws[d * G1 : (d + 1) * G1])) for d in range(DOCUMENTS)]
             assert per_document == [1] * DOCUMENTS if "--shared_recall_draw" in more else max(per_document) > 1
         if "--kl" in more:
-            assert step["references"] == [("log-probs of", key) for key in step["trained"]]
+            assert step["references"] == list(step["trained"])
+            assert step["stored"] == [("log-probs of", key) for key in step["trained"]]
         else:
-            assert set(step["references"]) <= {None}
+            assert step["references"] == [] and set(step["stored"]) <= {None}
         warm, cosine = min(1.0, (number + 1) / 2), 0.5 * (1 + math.cos(math.pi * number / STEPS))
-        assert step["lr"] == pytest.approx(warm if "--kl" in more else warm * cosine)
+        assert rates[number] == pytest.approx(warm if "--kl" in more else warm * cosine)
     assert left_out > 0
 
 
@@ -151,7 +150,8 @@ def drawn(places, step: int = 0, **settings) -> list[list[tuple]]:
     """What is recalled of one document at these places of a step: at each, the draws of four trajectories."""
     documents = [Document(0, "t", "q", ["y"], [" ".join(NAMES)] * 6, [NAMES] * 6, place=place) for place in places]
     trajectories = [Trajectory(document) for document in documents for _ in range(4)]
-    draws = [(d.memory_turn, d.chunk, d.entity) for d in draw_targets(trajectories, Config(g1=4, **settings), step)]
+    draw_targets(trajectories, Config(g1=4, **settings), step)
+    draws = [(t.target.memory_turn, t.target.chunk, t.target.entity) for t in trajectories]
     return [draws[n : n + 4] for n in range(0, len(draws), 4)]
 
 
@@ -163,21 +163,35 @@ def test_what_is_recalled_follows_from_seed_step_and_place(shared):
     assert all(len(set(draws)) == (1 if shared else 4) for draws in whole)
     step, seed = (drawn(range(4), shared_recall_draw=shared, **other) for other in ({"step": 1}, {"seed": 1}))
     for other in (step, seed, whole[1:]):
-        assert all(one != another for one, another in zip(whole, other))
+        assert all(one != another for one, another in zip(whole, other, strict=False))
+
+
+def test_nothing_is_drawn_where_nothing_is_recalled():
+    """End-to-end, and in the tasks, where there are no names to recall."""
+    for settings in ({"ablation": "end_to_end"}, {"task": "longqa"}):
+        trajectory = Trajectory(Document(0, "t", "q", ["y"], [" ".join(NAMES)] * 6, [NAMES] * 6))
+        draw_targets([trajectory], Config(g1=1, **settings), 0)
+        assert trajectory.target is None
 
 
 def test_the_control_deals_rewards_out_anew_in_each_step_and_process(monkeypatch):
     """The orders of equal groups are those of a seed, a step and a process; without the control nothing moves."""
     def dealt(step=0, seed=0, ablation="shuffled_rewards"):
-        groups = [Group(0, [[]] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]) for _ in range(4)]
-        control_rewards(groups, Config(ablation=ablation, seed=seed), step)
-        return [group.rewards for group in groups]
+        document, config = Document(0, "t", "q", ["y"], [], []), Config(ablation=ablation, seed=seed, g1=6)
+        trajectories = [Trajectory(document, [Turn([1], [2], True, "")], reward=float(n % 6)) for n in range(24)]
+        assign_advantages(trajectories, config, shuffle=memtrain.control(config, step))
+        return [t.turns[0].advantage for t in trajectories]
 
     first = dealt()
     assert first == dealt() and first not in (dealt(1), dealt(seed=1))
-    assert dealt(ablation="none") == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]] * 4
+    for ablation in ("none", "end_to_end", "decoupled"):
+        assert memtrain.control(Config(ablation=ablation), 0) is None
+    assert dealt(ablation="none") == 4 * sorted(first[:6]) != first and sorted(dealt(ablation="none")) == sorted(first)
     monkeypatch.setattr(memtrain.parallel, "rank", lambda: 1)
     assert dealt() != first
+
+
+# ---- the update ------------------------------------------------------------------------------------------
 
 
 class Descent:
@@ -195,9 +209,46 @@ class Descent:
         return norm.item()
 
 
-@pytest.mark.parametrize("twin", ["packed", "fast", "plain"])
+class OneStep:
+    """In Run's place: a single step, of which it keeps what is logged."""
+
+    logged: dict
+
+    def __init__(self, config, device):
+        pass
+
+    def steps(self):
+        return [0]
+
+    def log(self, step, trajectories, stats, more):
+        OneStep.logged = dict(stats) | more
+
+    def ignore(self, *given):
+        pass
+
+    evaluate = resume = lap = save_if_due = finish = ignore
+
+
+def train(monkeypatch, config: Config, policy, turns: list[Turn], reference=None, optimizer=None) -> dict:
+    """A step of the loop in which these turns and advantages came out of the rollout -> what is logged of it."""
+    stand_ins = {
+        "Run": OneStep, "load_task": lambda *_: (None, lambda *_, **more: []), "draw_documents": lambda *_: [],
+        "assign_advantages": lambda *_, **more: turns, "make_optimizer": lambda *_: optimizer or Descent(policy),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(memtrain, name, stand_in)
+    monkeypatch.setattr(memtrain.models, "load_policy", lambda *_: (policy, None))
+    monkeypatch.setattr(memtrain.models, "load_reference", lambda *_: reference)
+    memtrain.main(config)
+    return OneStep.logged
+
+
+ONE = dict(lr_warmup=1, lr_schedule="constant")
+
+
+@pytest.mark.parametrize("twin", ["plain", "packed", "unpacked"])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_updates_of_a_step_equal_the_formula(kl, twin):
+def test_updates_of_a_step_equal_the_formula(monkeypatch, kl, twin):
     """Three updates after one rollout: ratios are clipped, as the policy has moved from the old log-probs."""
     policy, plain, reference = tiny_model(), tiny_model(), tiny_model(seed=1)
     rng, turns = np.random.default_rng(1), []
@@ -209,15 +260,17 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
             made.place, made.advantage = document, float(rng.normal()) * 3
             turns.append(made)
     config = Config(
-        documents=3, update_batch=1, eps_low=0.02, eps_high=0.03, kl=kl, grad_clip=0.5, train_tokens=30,
-        plain=twin == "plain",
+        documents=3, update_batch=1, eps_low=0.02, eps_high=0.03, kl=kl, grad_clip=0.5, train_tokens=30, lr=0.2, **ONE,
+        fast=twin != "plain",
     )
-    if twin == "packed":
-        assert enable_packing(policy) and enable_packing(reference)
+    if twin == "unpacked":  # the fast twins of a model that can't pack
+        for model in (policy, reference):
+            model.set_attn_implementation("eager")
     with torch.no_grad():
         old, anchor = ([unpadded_logprobs(model, t)[0] for t in turns] for model in (plain, reference))
-    store_reference_logprobs(reference if kl else None, turns, config, "cpu")
-    totals = update(policy, Descent(policy), turns, 0.2, config)
+    logged = train(monkeypatch, config, policy, turns, reference.requires_grad_(False) if kl else None)
+    if twin != "plain":
+        assert packs(policy) == (twin == "packed")
 
     descent, clipped, tokens, means, norms = Descent(plain), 0, 0, [], []
     for document in range(3):
@@ -236,20 +289,49 @@ def test_updates_of_a_step_equal_the_formula(kl, twin):
         means.append(sum(losses) / len(mine))
         means[-1].backward()
         norms.append(descent.step(0.2, 0.5))
-    assert totals["updates"] == 3 and totals["tokens"] == tokens and 0 < totals["clipped"] == clipped < tokens
-    assert totals["loss"] == pytest.approx(sum(means).item() / 3, abs=1e-4)
-    assert totals["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and (totals["kl"] > 0) == bool(kl)
+    assert (logged["updates"], logged["bad_updates"], logged["lr"]) == (3, 0, 0.2)
+    assert logged["tokens"] == tokens and 0 < logged["clipped"] == clipped < tokens
+    assert logged["loss"] == pytest.approx(sum(means).item() / 3, abs=1e-4)
+    assert logged["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and (logged["kl"] > 0) == bool(kl)
     for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_an_update_without_turns_is_none(monkeypatch):
+    """Of three documents the middle one has no turn: two updates are counted; without any turn nothing moves."""
+    policy, rng, turns = tiny_model(), np.random.default_rng(0), []
+    for place in (0, 2):
+        turns.append(turn(rng))
+        turns[-1].place, turns[-1].advantage = place, 1.0
+    config = Config(documents=3, update_batch=1, **ONE)
+    assert train(monkeypatch, config, policy, turns)["updates"] == 2
+    before = [weight.clone() for weight in policy.parameters()]
+    logged = train(monkeypatch, config, policy, [])
+    assert (logged["updates"], logged["bad_updates"], logged["grad_norm"], logged["loss"]) == (0, 0, 0.0, 0.0)
+    assert all(map(torch.equal, before, policy.parameters()))
+
+
 @pytest.mark.parametrize("asked", [False, True])
-def test_only_gradient_checkpointing_computes_a_layer_twice(asked):
+def test_only_gradient_checkpointing_computes_a_layer_twice(monkeypatch, asked):
     """With it, backward computes a layer's activations again; an update leaves the policy in eval mode."""
-    config, modes, rng = Config(gradient_checkpointing=asked, documents=1), [], np.random.default_rng(0)
+    config, modes, rng = Config(gradient_checkpointing=asked, documents=1, **ONE), [], np.random.default_rng(0)
     policy, _ = load_policy(config, "cpu")
     policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda part, given: modes.append(part.training))
     made = turn(rng)
     made.place, made.advantage = 0, 1.0
-    update(policy, Descent(policy), [made], 0.1, config)
+    train(monkeypatch, config, policy, [made])
     assert modes == ([True, True] if asked else [False]) and not policy.training
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_positive_advantage_raises_the_probability(monkeypatch, fast):
+    """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
+    model = tiny_model()
+    turns = [
+        Turn([1, 2, 3], [4, 5, 6], True, "", place=0, advantage=1.0),
+        Turn([1, 2, 3], [7, 8], True, "", place=0, advantage=-1.0),
+    ]
+    before = token_logprobs(model, turns)[0].sum(1)
+    logged = train(monkeypatch, Config(fast=fast, lr=1e-3, **ONE), model, turns, optimizer=MasterAdamW(model, 1e-3))
+    after = token_logprobs(model, turns)[0].sum(1)
+    assert after[0] > before[0] and after[1] < before[1] and logged["tokens"] == 5 and logged["updates"] == 1

@@ -1,28 +1,30 @@
 """memtrain.py and eval.py as commands: a run on the tiny default, real tokenizers and text, and bad input."""
 
+import gc
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from itertools import cycle, groupby
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from helpers import shared
-from helpers import tiny_model
+from helpers import command, shared, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grpo
 import memtrain
-from helpers import command
-from engine import packing, sampling
-from engine.attention import enable_packing
+import rollout
+from engine import models
 from engine.config import Config
-from engine.optimizer import MasterAdamW
-from grpo import token_logprobs
-from memtrain import learning_rate, update
-from rollout import Turn
+from engine.errors import UserError
+from engine.models import load_model
+from engine.run import worth_keeping
+from fast import packing, sampling
+from memtrain import learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,12 +46,19 @@ def every_group_counts(monkeypatch):
         monkeypatch.setattr(memtrain, name, lambda said, wanted, right=right: next(right))
 
 
+@pytest.fixture
+def one_length(monkeypatch):
+    """Evaluations are of two chunks only: eight times as many take eight times as long."""
+    real = memtrain.evaluate
+    monkeypatch.setattr(memtrain, "evaluate", lambda *given: real(*given, lengths=[2]))
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tiny"
     done = process(
         "--steps", 2, "--chunks", 2, "--documents", 3, "--g1", 4, "--g2", 2, "--eval_documents", 2, "--out", out,
-        "--kl", 1e-3,
+        "--kl", 1e-3, "--memory_tokens", 24,
     )
     assert done.returncode == 0, done.stderr
     return out, done
@@ -61,9 +70,8 @@ def test_a_run_writes_all_it_promises(tiny_run):
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2]
     for m in metrics:
-        assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 64
+        assert 0 <= m["end_to_end"] <= 1 and 0 <= m["degenerate"] <= 1 and 0 < m["memory_tokens"] <= 24
         assert m["entropy"] >= 0 and m["tokens_per_second"] > 0 and m["seconds_update"] > 0
-        assert 0 <= m["padding_rollout"] < 0.15 and 0 <= m["padding_update"] < 0.15
         assert m["approx_kl"] == pytest.approx(0, abs=1e-6) and m["clip_fraction"] == 0  # one update a rollout
     rows = json.loads((out / "eval.json").read_text())
     assert {(r["when"], r["task"], r["memory"], r["chunks"]) for r in rows} == {
@@ -121,24 +129,29 @@ def test_ablations_and_switches_run(tmp_path, every_group_counts, extra, updates
     assert (m["updates"], m["bad_updates"], m["lr"]) == (updates, 0, pytest.approx(lr))
 
 
-def test_batches_keep_their_budgets_and_only_evaluation_is_greedy(tmp_path, monkeypatch, every_group_counts):
+@pytest.mark.parametrize("fast", [False, True])
+def test_batches_keep_their_budgets_and_only_evaluation_is_greedy(
+    tmp_path, monkeypatch, every_group_counts, one_length, fast
+):
     """--rollout-tokens bounds all sampling, --train-tokens all passes of reference, pi_old and policy."""
     sampled, passes = [], {}
+    sampler, trainer = (sampling, packing) if fast else (rollout, grpo)
 
-    def generate(*given, budget, sample=sampling.generate):
-        sampled.append((given[-1], budget.tokens))  # the last one is `greedy`
-        return sample(*given, budget=budget)
+    def generate(*given, sample=sampler.generate):
+        *_, greedy, budget = given
+        sampled.append((greedy, budget.tokens))
+        return sample(*given)
 
-    def token_logprobs(model, turns, with_entropy=False, compute=packing.token_logprobs):
-        _, padded = packing.batch_tokens(model, turns)
+    def token_logprobs(model, turns, with_entropy=False, compute=trainer.token_logprobs):
+        rows = packing.rows_of(model, turns)
+        padded = len(rows) * max(packing.row_tokens([turns[i] for i in row]) for row in rows)
         passes.setdefault((id(model), torch.is_grad_enabled()), []).append(padded)
         return compute(model, turns, with_entropy)
 
-    monkeypatch.setattr(sampling, "generate", generate)
-    monkeypatch.setattr(packing, "token_logprobs", token_logprobs)
-    monkeypatch.setattr(memtrain, "default_lengths", lambda chunks: [2])
+    monkeypatch.setattr(sampler, "generate", generate)
+    monkeypatch.setattr(trainer, "token_logprobs", token_logprobs)
     done = command(
-        *SMALL, "--eval_documents", 1, "--chunks", 2, "--steps", 1, "--update_batch", 1, "--kl", 0.1,
+        *SMALL, "--eval_documents", 1, "--chunks", 2, "--steps", 1, "--update_batch", 1, "--kl", 0.1, "--fast", fast,
         "--rollout_tokens", 1700, "--train_tokens", 250, "--out", tmp_path / "run",
     )
     assert done.returncode == 0, done.stderr
@@ -147,19 +160,105 @@ def test_batches_keep_their_budgets_and_only_evaluation_is_greedy(tmp_path, monk
     assert len(passes) == 3 and all(max(tokens) <= 250 < sum(tokens) for tokens in passes.values())
 
 
+# ---- the plain functions and their twins ------------------------------------------------------------------
+
+
+def watch(monkeypatch, *places) -> list[str]:
+    """The names of these functions, each given as (module, name), whenever one is called."""
+    called = []
+
+    def watched(module, name):
+        real = getattr(module, name)
+
+        def wrapper(*given, **named):
+            called.append(f"{module.__name__}.{name}")
+            return real(*given, **named)
+
+        return wrapper
+
+    for module, name in places:
+        monkeypatch.setattr(module, name, watched(module, name))
+    return called
+
+
+PLAIN = (rollout, "generate"), (grpo, "micro_batches"), (grpo, "token_logprobs")
+TWINS = (sampling, "generate"), (packing, "micro_batches"), (packing, "token_logprobs")
+
+
+def names(places) -> set[str]:
+    return {f"{module.__name__}.{name}" for module, name in places}
+
+
 @pytest.mark.parametrize("task", ["memtrain", "longqa", "searchqa"])
-def test_the_plain_twins_run_every_task(tmp_path, task):
-    """--plain True samples and trains by the lesson's own code; nothing of engine/ is asked for tokens or log-probs."""
-    with mock.patch("engine.sampling.generate_batch", None), mock.patch("engine.packing.layout", None):
-        done = command(
-            "--task", task, *SMALL, "--chunks", 1 if task == "longqa" else 2, "--steps", 1, "--eval_documents", 1,
-            "--searches", 1, "--plain", "True", "--out", tmp_path / "run",
-        )
+def test_the_default_is_the_lesson(tmp_path, monkeypatch, every_group_counts, one_length, task):
+    """Every task samples and trains by the functions of rollout.py and grpo.py; fast/ can't even be imported."""
+    for name in ["fast", *(name for name in sys.modules if name.startswith("fast."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    called = watch(monkeypatch, *PLAIN)
+    done = command(
+        "--task", task, *SMALL, "--chunks", 1 if task == "longqa" else 2, "--steps", 1, "--eval_documents", 1,
+        "--searches", 1, "--out", tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
+    assert set(called) == names(PLAIN)
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1 and (tmp_path / "run/checkpoint/model.safetensors").exists()
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert {row["when"] for row in rows} == {"before", "after"}
+
+
+def test_fast_puts_the_twins_in_their_place(tmp_path, monkeypatch, every_group_counts, one_length):
+    """With --fast True none of the plain three is called; greedy rows, before any update, are the same."""
+    arguments = [*SMALL, "--chunks", 2, "--steps", 1, "--eval_documents", 8]
+    rows = []
+    for fast, places in ((False, PLAIN), (True, TWINS)):
+        with monkeypatch.context() as patched:
+            called = watch(patched, *PLAIN, *TWINS)
+            done = command(*arguments, "--fast", fast, "--out", tmp_path / f"fast{fast}")
+        assert done.returncode == 0, done.stderr
+        assert set(called) == names(places)
+        rows.append(json.loads((tmp_path / f"fast{fast}/eval.json").read_text()))
+    first, second = ([row for row in some if row["when"] == "before"] for some in rows)
+    assert first == second and any(row["accuracy"] for row in first)
+
+
+def test_a_run_that_an_exception_ended_resumes(tmp_path, monkeypatch):
+    """A user's error is its line, a bug its traceback; the same command resumes after the last checkpoint.
+
+    The weights in the end are those of a run that never stopped, and so are the metrics, times aside.
+    """
+    arguments = [*SMALL, "--chunks", 2, "--memory_tokens", 16, "--steps", 3, "--save_every", 1, "--out"]
+    assert command(*arguments, tmp_path / "whole").returncode == 0
+    real = memtrain.draw_targets
+
+    def stopped_at(bad_step: int, error: type[Exception]):
+        def fails(trajectories, config, step):
+            if step == bad_step:
+                raise error("it gave out")
+            real(trajectories, config, step)
+
+        torch.manual_seed(123)  # what this process drew in between must not matter
+        with monkeypatch.context() as patched:
+            patched.setattr(memtrain, "draw_targets", fails)
+            done = command(*arguments, tmp_path / "run")
+        gc.collect()  # the folder's lock goes with the last frame that holds it, here not with a process
+        folder = (tmp_path / "run/checkpoint").resolve().name
+        return done.returncode, done.stderr.strip().splitlines()[-1], "Traceback" in done.stderr, folder, done.stdout
+
+    *ended, _ = stopped_at(1, UserError)
+    assert ended == [2, "error: it gave out", False, "step-000001"]
+    *ended, told = stopped_at(2, KeyError)
+    assert ended == [1, "KeyError: 'it gave out'", True, "step-000002"] and "resuming after step 1" in told
+    *ended, told = stopped_at(3, KeyError)
+    assert ended[::3] == [0, "step-000003"] and "resuming after step 2" in told and (tmp_path / "run/finished").exists()
+    ours, theirs = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    ours, theirs = ([{k: v for k, v in json.loads(row).items() if "second" not in k} for row in own] for own in lines)
+    assert ours == theirs and len(ours) == 3
+
+
+# ---- real text --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [
@@ -178,21 +277,88 @@ def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
     done = command(
         "--model", tmp_path / "model", "--corpus", shared("wiki/passages.jsonl"), "--max_passages", 600,
         "--chunk_tokens", 512, "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2,
-        "--out", tmp_path / "run", *SMALL,
+        "--fast", "True", "--out", tmp_path / "run", *SMALL,
     )
     assert done.returncode == 0, done.stderr
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 2
-    for m in metrics:
-        assert m["padding_rollout"] < 0.15 and m["padding_update"] < 0.15
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    sample = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])
+    sizes = [len(tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in sample["document"]]
+    assert len(sizes) == 2 and 400 < min(sizes) <= max(sizes) <= 512
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------
 
 
 def test_a_mistake_as_a_process(tmp_path):
-    """As users see it: one line on stderr, exit code 2 and no folder; tests/engine/test_bad_input.py has many."""
+    """As users see it: one line on stderr, exit code 2, and no run in the folder; engine/test_bad_input.py has many."""
     (tmp_path / "malformed.jsonl").write_text('{"title": "B", "te\n')
     done = process("--corpus", tmp_path / "malformed.jsonl", "--out", tmp_path / "run")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not any(map(worth_keeping, (tmp_path / "run").iterdir()))
+
+
+MISSING = {
+    "--lora 4": "--lora 4: needs peft; run `pip install peft`",
+    "--ner en_none": "--ner en_none: not installed; run `python -m spacy download en_none`, or use --ner rules",
+    "--task longqa --questions no.json": "--questions no.json: no such file",
+    "--task searchqa --eval_questions no.json": "--eval-questions no.json: no such file",
+    "--g1 1": "--g1 and --g2 must be at least 2: an advantage compares the samples of a group",
+}
+
+
+@pytest.mark.parametrize("script", ["memtrain", "eval"])
+@pytest.mark.parametrize("arguments", MISSING)
+def test_what_is_missing_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, script, arguments):
+    """No weights, no passages and no folder: a package, a pipeline or a file that isn't there is one line at once."""
+    def reached(*given):
+        pytest.fail("a model was loaded first")
+
+    monkeypatch.setattr(models, "load_model", reached)
+    monkeypatch.setattr(models, "load_policy", reached)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    done = command(*arguments.split(), "--out", tmp_path / "out", script=script)
+    assert done.returncode == 2 and done.stderr.strip() == f"error: {MISSING[arguments]}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def model_copy(tmp_path):
+    shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("template, why", [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ messages[0].content.no_such.field }}", "no_such"),
+    ("{% for %}", "Expected"),
+    ("{{ 'a template without the message' }}", "unpack"),
+])
+def test_a_chat_template_that_cannot_be_rendered_is_refused(model_copy, monkeypatch, template, why):
+    """It is a program of the model's authors: refused before the weights, which may take minutes, are read."""
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model_copy)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **more: pytest.fail("too late"))
+    with pytest.raises(UserError, match=why) as caught:
+        load_model(str(model_copy), "cpu", given="--against")
+    start = f"--against {model_copy}: its chat template can't be rendered with one user message ("
+    assert str(caught.value).startswith(start) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_without_finite_logits_are_refused(model_copy, name, value):
+    """Greedy sampling would write nonsense without a word."""
+    model = AutoModelForCausalLM.from_pretrained(model_copy)
+    with torch.no_grad():
+        model.get_parameter(name).fill_(value)
+    model.save_pretrained(model_copy)
+    with pytest.raises(UserError, match="its logits are not finite; look at its weights, or try another --dtype"):
+        load_model(str(model_copy), "cpu")
+
+
+# ---- the rate ---------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_schedule():
@@ -201,17 +367,3 @@ def test_learning_rate_schedule():
     assert [learning_rate(constant, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     cosine = Config(lr=1.0, lr_warmup=1, lr_schedule="cosine", steps=10)
     assert learning_rate(cosine, 5) == pytest.approx(0.5) and learning_rate(cosine, 9) < 0.03
-
-
-def test_a_positive_advantage_raises_the_probability():
-    """One update makes the rewarded completion likelier and the other less so: the sign of everything together."""
-    model = tiny_model()
-    assert enable_packing(model)
-    turns = [
-        Turn([1, 2, 3], [4, 5, 6], True, "", place=0, advantage=1.0),
-        Turn([1, 2, 3], [7, 8], True, "", place=0, advantage=-1.0),
-    ]
-    before = token_logprobs(model, turns)[0].sum(1)
-    stats = update(model, MasterAdamW(model, 1e-3), turns, 1e-3, Config())
-    after = token_logprobs(model, turns)[0].sum(1)
-    assert after[0] > before[0] and after[1] < before[1] and stats["tokens"] == 5 and stats["updates"] == 1

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import shared
-from helpers import uncut
-from helpers import CONFIGS, EOS, VOCABULARY, Ends, ending_model, tiny_model
+from helpers import CONFIGS, EOS, VOCABULARY, Ends, Scripted, ending_model, shared, tiny_model
 from transformers import AutoTokenizer, GenerationConfig
 
 import rollout
 from engine.config import Config
-from masking import QUESTION, Document, Recall
-from rollout import EMPTY_MEMORY, Limits, Turn, cut_text, encode_prompt, generate, limits_of, read, recall, sampler
+from engine.models import end_ids
+from masking import QUESTION, Document, RecallTarget
+from rollout import EMPTY_MEMORY, Budget, Sampler, StopWhere, Turn, encode_prompt, generate, read, recall
 from tasks.search import SEARCH_PROMPT
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +27,10 @@ def tokenizer():
 def document(n: int, name: str = "d") -> Document:
     chunks = [f"Chunk {i} of {name}. " for i in range(n)]
     return Document(0, name, f"Who is it in {name}?", ["SECRET"], chunks, [[] for _ in chunks])
+
+
+SMALL = Config(memory_tokens=40, answer_tokens=9)
+PLENTY = Budget(100_000)
 
 
 def said(text: str) -> Turn:
@@ -44,10 +47,10 @@ def test_read_hands_on_the_memory_and_nothing_else():
     def sample(prompts, new_tokens, done=None):
         calls.append((prompts, new_tokens, done))
         memory, number = new_tokens == 40, len(calls)
-        return [said(f"memory {number} row {n}" if memory else r"\boxed{row %d}" % n) for n in range(len(prompts))]
+        return [said(f"memory {number} row {n}" if memory else f"\\boxed{{row {n}}}") for n in range(len(prompts))]
 
     documents = [document(3, "long"), document(1, "short")]
-    trajectories = read(sample, documents, Limits(40, 9, 0, 0, uncut), samples=2)
+    trajectories = read(Scripted(sample), documents, SMALL, samples=2)
     assert [len(prompts) for prompts, *_ in calls] == [4, 2, 2, 4]  # the short ones wait for the answer step
     assert [done for *_, done in calls] == [None, None, None, rollout.answered]
     assert [t.document.title for t in trajectories] == ["long", "long", "short", "short"]
@@ -71,13 +74,13 @@ def test_an_empty_memory_answers_without_reading():
         prompts_of.append(prompts)
         return [said(r"\boxed{a}") for _ in prompts]
 
-    (trajectory,) = read(sample, [document(3)], Limits(40, 9, 0, 0, uncut), empty_memory=True)
+    (trajectory,) = read(Scripted(sample), [document(3)], SMALL, empty_memory=True)
     ((prompt,),) = prompts_of
     assert EMPTY_MEMORY in prompt and "Chunk" not in prompt and trajectory.prediction == "a" and not trajectory.memories
 
 
 def test_recall_sees_the_memory_after_step_k_and_the_section():
-    """G2 answers a target, from memory m_k and the masked chunk; [] without a target; the control sees no memory."""
+    """G2 answers a target, from memory m_k and the masked chunk; none without a target; the control sees no memory."""
     seen = []
 
     def sample(prompts, new_tokens, done=None):
@@ -85,16 +88,18 @@ def test_recall_sees_the_memory_after_step_k_and_the_section():
         assert new_tokens == 9 and done is rollout.answered
         return [said(f"a{n}") for n in range(len(prompts))]
 
-    limits = Limits(40, 9, 0, 0, uncut)
-    trajectory = rollout.Trajectory(document(3), memories=["first note", "second note", "third note"])
-    target = Recall(memory_turn=2, chunk=1, entity="X", section="[TARGET] slept.")
-    answers = recall(sample, [trajectory] * 3, [target, None, target], limits, samples=3)
-    assert [[turn.text for turn in group] for group in answers] == [["a0", "a1", "a2"], [], ["a3", "a4", "a5"]]
+    notes = ["first note", "second note", "third note"]
+    asked, idle, other = (rollout.Trajectory(document(3), memories=notes) for _ in range(3))
+    asked.target = other.target = RecallTarget(memory_turn=2, chunk=1, entity="X", masked_chunk="[TARGET] slept.")
+    recall(Scripted(sample), [asked, idle, other], SMALL, samples=3)
+    answers = [[turn.text for turn in t.recalls] for t in (asked, idle, other)]
+    assert answers == [["a0", "a1", "a2"], [], ["a3", "a4", "a5"]]
     assert all("second note" in text and "[TARGET] slept." in text and "first" not in text for text in seen)
     seen.clear()
-    recall(sample, [trajectory], [target], limits, empty_memory=True)
-    assert len(seen) == 1 and EMPTY_MEMORY in seen[0] and "note" not in seen[0]
-    assert recall(sample, [trajectory], [None], limits) == [[]]
+    recall(Scripted(sample), [asked], SMALL, empty_memory=True)
+    assert len(seen) == 1 and EMPTY_MEMORY in seen[0] and "note" not in seen[0] and len(asked.recalls) == 1
+    recall(Scripted(sample), [idle], SMALL)
+    assert idle.recalls == []
 
 
 def test_a_memory_is_stripped_and_a_blank_one_is_empty():
@@ -105,7 +110,7 @@ def test_a_memory_is_stripped_and_a_blank_one_is_empty():
         prompts.extend(given)
         return [said(next(texts))]
 
-    (trajectory,) = read(sample, [document(2)], Limits(40, 9, 0, 0, uncut))
+    (trajectory,) = read(Scripted(sample), [document(2)], SMALL)
     assert trajectory.memories == ["(empty)", "a  note"] and trajectory.prediction is None
     held = [prompt.split("<memory>\n")[1].split("\n</memory>")[0] for prompt in prompts]
     assert held == ["(empty)", "(empty)", "a  note"]
@@ -113,38 +118,45 @@ def test_a_memory_is_stripped_and_a_blank_one_is_empty():
 
 def test_a_memory_over_its_limit_is_cut(tokenizer):
     """The next prompt gets the first memory_tokens tokens, not characters; a shorter memory stays to the letter."""
-    limits, text = limits_of(Limits(8, 8, 0, 0, uncut), tokenizer), "Rome is old. Ulm is new. " * 9
-    (trajectory,) = read(lambda prompts, *more: [said(text)] * len(prompts), [document(1)], limits)
+    cut, text = Sampler(None, None, tokenizer, None).cut, "Rome is old. Ulm is new. " * 9
+    sample = Scripted(lambda prompts, *more: [said(text)] * len(prompts), cut)
+    (trajectory,) = read(sample, [document(1)], Config(memory_tokens=8, answer_tokens=8))
     (memory,) = trajectory.memories
     assert text.startswith(memory) and len(tokenizer(memory)["input_ids"]) == 8 < len(memory)
-    assert cut_text(tokenizer, "Rome <eos> is old", 8) == "Rome <eos> is old"
+    assert cut("Rome <eos> is old", 8) == "Rome <eos> is old"
 
 
-def test_limits_are_those_of_the_settings(tokenizer):
-    """Each limit comes from the setting of its name."""
-    config = Config(memory_tokens=3, answer_tokens=4, result_tokens=5, searches=6)
-    limits = limits_of(config, tokenizer)
-    assert (limits.memory_tokens, limits.answer_tokens, limits.result_tokens, limits.searches) == (3, 4, 5, 6)
+# ---- what is read and recalled in a step --------------------------------------------------------------------
+
+
+def test_processes_share_out_the_documents_of_a_step(monkeypatch):
+    """Each takes every count-th place; places number a step, documents all steps, and none is read twice."""
+    source = SimpleNamespace(document=lambda i: Document(i, "t", "q", ["y"], [], []))
+    read_by = []
+    monkeypatch.setattr(rollout.parallel, "count", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(rollout.parallel, "rank", lambda rank=rank: rank)
+        documents = rollout.draw_documents(source, Config(documents=7), step=2)
+        read_by.append([(d.index, d.place) for d in documents])
+    assert read_by == [[(14 + n, n) for n in range(rank, 7, 3)] for rank in range(3)]
 
 
 # ---- the sampler and plain generate -------------------------------------------------------------------------
 
 
-def test_a_sampler_encodes_prompts_and_hands_token_ids_on(tokenizer):
-    """Trained are the ids that were sampled, EOS included; the text is their decoding without special tokens."""
-    given = []
+def test_a_sampler_encodes_prompts_and_hands_them_on(tokenizer):
+    """Generate gets token ids, and the sampler's own model, tokenizer, budget and greediness; no prompts, no call."""
+    given, turns, model = [], [said("a"), said("b")], object()
 
-    def script(model, tokenizer, prompts, new_tokens, done, greedy):
-        given.append((prompts, new_tokens, done, greedy))
-        ids = tokenizer("so it is")["input_ids"] + [tokenizer.eos_token_id]
-        return [rollout.Completion(ids, True, 3) for _ in prompts]
+    def script(*more):
+        given.append(more)
+        return turns
 
-    turns = sampler(script, None, tokenizer, greedy=True)(["Who?", "What?"], 7, "done")
-    assert given == [([encode_prompt(tokenizer, "Who?"), encode_prompt(tokenizer, "What?")], 7, "done", True)]
-    assert [turn.prompt_ids for turn in turns] == given[0][0]
-    assert all(turn.completion_ids[-1] == tokenizer.eos_token_id and turn.ended for turn in turns)
-    assert [" ".join(turn.text.split()) for turn in turns] == ["so it is"] * 2 and turns[0].padding == 3
-    assert sampler(script, None, tokenizer)([], 7) == [] and len(given) == 1
+    sample = Sampler(script, model, tokenizer, PLENTY, greedy=True)
+    assert sample(["Who?", "What?"], 7, "done") is turns
+    encoded = [encode_prompt(tokenizer, "Who?"), encode_prompt(tokenizer, "What?")]
+    assert given == [(model, tokenizer, encoded, 7, "done", True, PLENTY)]
+    assert sample([], 7) == [] and len(given) == 1
 
 
 def test_a_sampler_encodes_each_prompt_once(tokenizer):
@@ -158,12 +170,10 @@ def test_a_sampler_encodes_each_prompt_once(tokenizer):
             encoded.append(text)
             return tokenizer(text, **more)
 
-        decode = tokenizer.decode
+    def script(model, tokenizer, prompts, new_tokens, done, greedy, budget):
+        return [Turn(prompt, [1], True, "") for prompt in prompts]
 
-    def script(model, tokenizer, prompts, new_tokens, done, greedy):
-        return [rollout.Completion([1], True, 0) for _ in prompts]
-
-    turns = sampler(script, None, Counting())(["a", "b", "a", "a"], 5)
+    turns = Sampler(script, None, Counting(), PLENTY)(["a", "b", "a", "a"], 5)
     assert encoded == ["a\n", "b\n"] and turns[0].prompt_ids == turns[2].prompt_ids != turns[1].prompt_ids
 
 
@@ -174,26 +184,49 @@ def test_a_completion_ends_with_a_token_of_the_model_or_the_tokenizer(of_model, 
     """The model's one id or several and the tokenizer's, each once; without a padding token one of them pads."""
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=of_model))
     tokenizer = SimpleNamespace(eos_token_id=of_tokenizer, pad_token_id=0)
-    assert rollout.end_ids(model, tokenizer) == ends and rollout.pad_id(model, tokenizer) == 0
+    assert end_ids(model, tokenizer) == ends and rollout.pad_id(model, tokenizer) == 0
     tokenizer.pad_token_id = None
     assert rollout.pad_id(model, tokenizer) in ends
+
+
+def random_prompts(count: int, rng: random.Random) -> list[list[int]]:
+    return [[rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(1, 20))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 12])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_greedy_completions_equal_an_unpadded_argmax_loop(kind, new_tokens):
     """Left padding changes no token, and a completion ends at its first EOS, or without one at the limit."""
-    model, rng = ending_model(CONFIGS[kind]), random.Random(0)
-    prompts = [[rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(1, 20))] for _ in range(13)]
+    model, prompts = ending_model(CONFIGS[kind]), random_prompts(13, random.Random(0))
     ended = 0
-    completions = generate(model, Ends, prompts, new_tokens, greedy=True)
-    for prompt, (ids, end, padding) in zip(prompts, completions, strict=True):
+    turns = generate(model, Ends, prompts, new_tokens, None, True, PLENTY)
+    for prompt, turn in zip(prompts, turns, strict=True):
         expected: list[int] = []
         while len(expected) < new_tokens and EOS not in expected:
             expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        assert ids == expected and end == (expected[-1] == EOS) and padding == max(map(len, prompts)) - len(prompt)
-        ended += end
+        assert turn.prompt_ids == prompt and turn.completion_ids == expected
+        assert turn.ended == (expected[-1] == EOS) and turn.text == Ends.decode(expected)
+        ended += turn.ended
     assert ended < 13 if new_tokens == 1 else ended > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_prompts_are_taken_in_slices_of_the_budget(rows, monkeypatch):
+    """No batch is larger than the budget, a prompt over it goes alone, and slices write the tokens of one slice."""
+    model, prompts = ending_model(), random_prompts(13, random.Random(0))
+    whole = generate(model, Ends, prompts, 12, None, True, PLENTY)
+    sizes, real = [], model.generate
+
+    def counted(input_ids, **more):
+        sizes.append(tuple(input_ids.shape))
+        return real(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "generate", counted)
+    width = max(map(len, prompts)) + 12
+    budget = Budget(width - 1 if rows == 1 else rows * width + width - 1)
+    assert generate(model, Ends, prompts, 12, None, True, budget) == whole
+    assert [n for n, _ in sizes] == [rows] * (13 // rows) + [13 % rows] * (13 % rows > 0)
+    assert all(n == 1 or n * (longest + 12) <= budget.tokens for n, longest in sizes)
 
 
 def test_sampling_follows_the_model_and_not_its_generation_config():
@@ -207,28 +240,67 @@ def test_sampling_follows_the_model_and_not_its_generation_config():
     )
     own = model.generation_config
     torch.manual_seed(0)
-    first = [completion.ids[0] for completion in generate(model, Ends, [prompt] * n, 1)]
+    first = [turn.completion_ids[0] for turn in generate(model, Ends, [prompt] * n, 1, None, False, PLENTY)]
     seen = torch.bincount(torch.tensor(first), minlength=VOCABULARY) / n
     assert (seen - wanted).abs().max() < 5 * (0.25 / n) ** 0.5  # five standard errors
     assert (seen > 0).sum() > 20 and model.generation_config is own
 
 
+def test_a_failure_while_sampling_leaves_the_model_its_config(monkeypatch):
+    """An evaluation, or the caller who caught it, samples on with the folder's own settings."""
+    model = ending_model()
+    own = model.generation_config
+
+    def fails(**more):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(model, "generate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, Ends, [[1, 2]], 3, None, True, PLENTY)
+    assert model.generation_config is own
+
+
 def test_a_completion_ends_where_it_is_done(tokenizer):
-    """The shortest prefix for which `done` holds is kept, and counts as ended."""
+    """The shortest prefix for which `done` holds is kept, and counts as ended; its text is that prefix's."""
     model, rng = tiny_model(vocab_size=len(tokenizer)), random.Random(0)
     prompts = [[rng.randrange(8, 300) for _ in range(5)] for _ in range(8)]
-    free = generate(model, tokenizer, prompts, 12, greedy=True)
-    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in free]
-    lengths = [max(1, len(text) // 2) for text in texts]
+    free = generate(model, tokenizer, prompts, 12, None, True, PLENTY)
+    lengths = [max(1, len(turn.text) // 2) for turn in free]
 
     def done(text: str) -> bool:
-        return any(full.startswith(text) and len(text) >= n for full, n in zip(texts, lengths, strict=True))
+        return any(turn.text.startswith(text) and len(text) >= n for turn, n in zip(free, lengths, strict=True))
 
-    held = generate(model, tokenizer, prompts, 12, done, greedy=True)
-    for (ids, ended, _), (whole, _, _) in zip(held, free, strict=True):
-        prefixes = [whole[:n] for n in range(1, len(whole) + 1)]
-        assert ended and ids == next(p for p in prefixes if done(tokenizer.decode(p, skip_special_tokens=True)))
-        assert len(ids) < len(whole)
+    for turn, whole in zip(generate(model, tokenizer, prompts, 12, done, True, PLENTY), free, strict=True):
+        prefixes = [whole.completion_ids[:n] for n in range(1, len(whole.completion_ids) + 1)]
+        texts = [tokenizer.decode(prefix, skip_special_tokens=True) for prefix in prefixes]
+        first = next(n for n, text in enumerate(texts) if done(text))
+        assert turn.ended and turn.completion_ids == prefixes[first] and turn.text == texts[first]
+        assert len(turn.completion_ids) < len(whole.completion_ids)
+
+
+def test_rows_end_where_done_holds_of_what_is_new_in_them(tokenizer):
+    """Row by row, and whatever the prompt says."""
+    he, ulm, bern = (tokenizer(word)["input_ids"] for word in ("He", "Ulm", "Bern"))
+    assert len(he) == len(ulm) == len(bern) == 1
+    stop = StopWhere(lambda text: "Ulm" in text, tokenizer, width=2)
+    for new, ended in (
+        ([[], [], []], [False, False, False]),
+        ([he, ulm, bern], [False, True, False]),
+        ([he + he, ulm + bern, bern + ulm], [False, True, True]),
+    ):
+        rows = torch.tensor([ulm + ulm + tokens for tokens in new])
+        assert stop(rows, None).tolist() == ended
+
+
+def test_sampling_stops_once_every_row_is_done(tokenizer):
+    """No further token is computed, though none is an EOS; without `done` all twenty are."""
+    model, prompts, passes = tiny_model(vocab_size=len(tokenizer)), [[9, 10, 11], [12]], []
+    model.register_forward_hook(lambda *given: passes.append(1))
+    for done in (None, lambda text: len(text) > 2):
+        passes.clear()
+        turns = generate(model, tokenizer, prompts, 20, done, True, PLENTY)
+        assert len(passes) == max(len(turn.completion_ids) for turn in turns)
+    assert len(passes) < 6 and all(turn.ended and len(turn.text) > 2 for turn in turns)
 
 
 # ---- prompts --------------------------------------------------------------------------------------------

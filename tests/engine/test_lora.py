@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command
+from helpers import command, update
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import lora, models, packing
+from engine import lora, models
 from engine.config import Config
 from engine.errors import UserError
 from engine.optimizer import MasterAdamW
-from memtrain import store_reference_logprobs, update
-from rollout import ANSWER_PROMPT, Turn, encode_prompt, fill, generate
+from grpo import token_logprobs
+from recipes import merge
+from rollout import ANSWER_PROMPT, Budget, Turn, encode_prompt, fill, generate
 
 peft = pytest.importorskip("peft", reason="needs peft")
 RANK = 4
@@ -32,7 +33,8 @@ def written() -> list[tuple[list[int], list[int]]]:
     torch.manual_seed(0)
     text = encode_prompt(tokenizer, fill(ANSWER_PROMPT, problem="Where is Ada?", memory="Ada is in Ulm."))
     prompts = [text[: len(text) - max(0, n - 3)] for n in range(8)]
-    return [(p, c.ids) for p, c in zip(prompts, generate(model, tokenizer, prompts, 8), strict=True)]
+    found = generate(model, tokenizer, prompts, 8, None, False, Budget(10_000))
+    return [(turn.prompt_ids, turn.completion_ids) for turn in found]
 
 
 def turns() -> list[Turn]:
@@ -42,7 +44,7 @@ def turns() -> list[Turn]:
 
 def logprobs(model, some: list[Turn]) -> torch.Tensor:
     with torch.no_grad():
-        return packing.token_logprobs(model, some)[0]
+        return token_logprobs(model, some)[0]
 
 
 def exact_logprobs(model) -> torch.Tensor:
@@ -54,13 +56,9 @@ def trained(config: Config, steps: int = 3):
     """A policy after some updates, its tokenizer, and what the updates counted."""
     policy, tokenizer = models.load_policy(config, "cpu")
     reference = models.load_reference(config, policy, "cpu")
-    packing.enable(policy, reference)
-    if config.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
     optimizer, some = MasterAdamW(policy, 1e-3), turns()
     for _ in range(steps):
-        store_reference_logprobs(reference, some, config, "cpu")
-        stats = update(policy, optimizer, some, 1e-3, config)
+        stats = update(policy, optimizer, some, 1e-3, config, reference)
     return policy, tokenizer, stats
 
 
@@ -79,7 +77,7 @@ def adapter(tmp_path_factory):
 
 
 def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
-    """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do lora.merged,
+    """W + 32 / rank * B A, added by hand from the file, gives the adapter's log-probs to 1e-5; so do merge.merged,
     load_model and plain transformers. An adapter that did nothing would be told from it."""
     folder, policy = adapter
     wanted, tensors = exact_logprobs(policy), load_file(folder / lora.WEIGHTS)
@@ -91,7 +89,7 @@ def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
                 path = name.removeprefix("base_model.model.").replace("lora_B.", "")
                 full.get_parameter(path).add_(32 / RANK * b @ tensors[name.replace("lora_B", "lora_A")])
     loaded, _ = models.load_model(str(folder), "cpu")
-    merged = lora.merged(models.load_model(str(folder), "cpu")[0])
+    merged = merge.merged(models.load_model(str(folder), "cpu")[0])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     for model in (full, loaded, merged, plain):
@@ -102,14 +100,13 @@ def test_the_adapter_is_the_full_weights_that_it_stands_for(adapter):
     )
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("kl, fast", [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_moves_the_adapter_alone(kl, dtype):
+def test_a_step_moves_the_adapter_alone(kl, fast, dtype):
     """Every weight of the base is as it was, and the reference, with the adapter off, gives the base's log-probs."""
-    settings = config(kl=kl, dtype=dtype)
+    settings = config(kl=kl, dtype=dtype, fast=fast)
     policy, _, stats = trained(settings)
     base, _ = models.load_model(settings.model, "cpu", dtype)
-    packing.enable(base)
     own = {name.replace(".base_layer", ""): p for name, p in policy.state_dict().items() if "lora" not in name}
     assert own.keys() == base.state_dict().keys()
     assert all(torch.equal(own[name], tensor) for name, tensor in base.state_dict().items())
@@ -126,7 +123,6 @@ def test_a_later_run_goes_on_with_the_adapter(adapter):
     folder, first = adapter
     settings = config(model=str(folder), kl=0.1)
     policy, _ = models.load_policy(settings, "cpu")
-    packing.enable(policy)
     began = logprobs(first, turns())
     assert torch.equal(logprobs(policy, turns()), began)
     update(policy, MasterAdamW(policy, 1e-3), turns(), 1e-3, settings)
@@ -138,14 +134,11 @@ def test_a_later_run_goes_on_with_the_adapter(adapter):
 def test_bfloat16_keeps_small_changes(tmp_path):
     """What a small rate has learned is still there after loading: the loaded model is the live policy to the bit."""
     policy, tokenizer = models.load_policy(config(dtype="bfloat16"), "cpu")
-    packing.enable(policy)
     update(policy, MasterAdamW(policy, 1e-5), turns(), 1e-5, config())
     policy.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = models.load_model(str(tmp_path), "cpu", "bfloat16")
     base, _ = models.load_model(Config().model, "cpu", "bfloat16")
-    for model in (loaded, base):
-        packing.enable(model)
     assert torch.equal(logprobs(loaded, turns()), logprobs(policy, turns()))
     assert not torch.equal(logprobs(base, turns()), logprobs(policy, turns()))
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -182,7 +175,7 @@ def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
     for step in (2, 3):
         shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:06d}")
     done = command(*arguments, "--out", tmp_path / "run")
-    assert done.returncode == 0 and "going on after step 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step 1" in done.stdout, done.stderr
     found = load_file(checkpoint / lora.WEIGHTS)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     done = command("--model", checkpoint, "--eval_documents", 2, "--lengths", 2, script="eval")
@@ -195,17 +188,17 @@ def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
 
 
 def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch):
-    """`python -m engine.lora ADAPTER OUT` writes the full weights; it refuses a folder that is there or no adapter."""
+    """`python -m recipes.merge ADAPTER OUT` writes all weights; it refuses a folder that is there, and no adapter."""
     folder, policy = adapter
-    monkeypatch.setattr(sys, "argv", ["lora", str(folder), str(tmp_path / "merged")])
-    lora.main()
+    monkeypatch.setattr(sys, "argv", ["merge", str(folder), str(tmp_path / "merged")])
+    merge.main()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(exact_logprobs(merged), exact_logprobs(policy), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="merged: is there already"):
-        lora.main()
-    monkeypatch.setattr(sys, "argv", ["lora", Config().model, str(tmp_path / "other")])
+        merge.main()
+    monkeypatch.setattr(sys, "argv", ["merge", Config().model, str(tmp_path / "other")])
     with pytest.raises(UserError, match="holds no adapter_config.json, so it is no adapter"):
-        lora.main()
+        merge.main()
 
 
 def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
@@ -213,7 +206,7 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     folder, _ = adapter
     with pytest.raises(UserError, match=f"--lora 9: the adapter in .* has rank {RANK}; give --lora {RANK}"):
         models.load_policy(Config(model=str(folder), lora=9), "cpu")
-    with pytest.raises(UserError, match=f"is an adapter; go on with it by --lora {RANK}, or merge it by"):
+    with pytest.raises(UserError, match="is an adapter; train it further by --lora RANK, or merge it by"):
         models.load_policy(Config(model=str(folder)), "cpu")
     with pytest.raises(UserError, match="--offload-reference: with --lora the reference is the policy"):
         models.load_policy(config(offload_reference=True), "cpu")

@@ -1,13 +1,13 @@
-"""engine/report.py: intervals, rows that are compared document by document, tables and plots."""
+"""engine/metrics.py: intervals, rows, tables, and a step's metrics by hand."""
 
+import json
 import random
-import sys
 
-import numpy as np
 import pytest
-from helpers import command
 
-from engine.report import check_files, differences, paired_bootstrap, plot, row, table, wilson
+from engine.metrics import json_line, row, step_metrics, step_values, table, wilson
+from masking import Document, RecallTarget
+from rollout import Trajectory, Turn
 
 
 def test_a_row_is_in_the_order_of_its_documents():
@@ -16,15 +16,6 @@ def test_a_row_is_in_the_order_of_its_documents():
     other = row("now", "recall", 4, "kept", {5: 1.0, 2: 1.0, 0: 1.0, 1: 0.0})
     assert one == other and one["documents"] == [0, 1, 2, 5] and one["scores"] == [1.0, 0.0, 1.0, 1.0]
     assert one["n"] == 4 and one["accuracy"] == 0.75 and one["low"] < 0.75 < one["high"]
-
-
-def test_differences_pair_the_same_documents_and_name_the_task():
-    """A document that only one model has counts for neither."""
-    first = row("a", "recall", 4, "kept", {0: 0.0, 1: 1.0, 2: 0.0})
-    second = row("b", "recall", 4, "kept", {2: 0.0, 1: 1.0, 0: 1.0, 9: 0.0})
-    (line,) = differences([first, second])
-    name, figures = line.split(": ")
-    assert name == "b - a, recall, kept, 4" and float(figures.split()[0]) == pytest.approx(1 / 3, abs=1e-3)
 
 
 def test_wilson_covers_at_its_nominal_rate():
@@ -43,17 +34,6 @@ def test_wilson_known_value_and_edges():
     low, high = wilson(8, 10)
     assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
     assert 0 <= wilson(0, 20)[0] < 1e-9 and 1 - 1e-9 < wilson(20, 20)[1] <= 1 and wilson(0, 0) == (0.0, 1.0)
-
-
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    """On random right and wrong; equal scores differ by nothing, surely."""
-    rng = np.random.default_rng(1)
-    first, second = rng.integers(0, 2, 400).astype(float), rng.integers(0, 2, 400).astype(float)
-    mean, low, high = paired_bootstrap(first.tolist(), second.tolist())
-    half = 1.96 * (second - first).std() / 20
-    assert mean == pytest.approx((second - first).mean())
-    assert (low, high) == (pytest.approx(mean - half, abs=0.02), pytest.approx(mean + half, abs=0.02))
-    assert paired_bootstrap([0, 1, 0], [0, 1, 0]) == (0, 0, 0)
 
 
 def test_table_has_a_cell_for_every_row():
@@ -75,17 +55,47 @@ def test_table_has_a_cell_for_every_row():
     assert "0.38" in lines[3] and "F1" in lines[3] and "0.50" in lines[4] and "substring" in lines[4]
 
 
-def test_a_plot_is_a_picture(tmp_path):
-    """With matplotlib installed the rows' plot is written, in the format that its name ends with."""
-    pytest.importorskip("matplotlib")
-    rows = [row("now", "longqa", chunks, memory, {0: 1.0, 1: 0.0}) for memory in ("kept", "empty") for chunks in (2, 4)]
-    check_files(tmp_path / "rows.json", str(tmp_path / "plot.png"))
-    plot(rows, str(tmp_path / "plot.png"))
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+def turn(prompt: int, completion: int, advantage: float, ended: bool = True) -> Turn:
+    return Turn([1] * prompt, [2] * completion, ended, "", advantage=advantage)
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_evaluated(tmp_path, monkeypatch):
-    """One line says what to install, and no rows are written."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = command("--plot", tmp_path / "plot.png", "--out", tmp_path / "rows.json", script="eval")
-    assert done.returncode == 2 and "pip install matplotlib" in done.stderr and not list(tmp_path.iterdir())
+def made_up_step() -> list[Trajectory]:
+    """Two documents, read twice each: of the first one reading is right, of the second neither; one was asked."""
+    ada = Document(0, "", "Who?", ["Ada Lovelace"], [], [], leaks=2, redraws=4, place=0)
+    several = Document(1, "", "Who, when?", [["1815"], ["Ulm"]], [], [], place=1)
+    target = RecallTarget(2, 1, "Ulm", "In [TARGET].", leaky=True)
+    answers = [turn(5, 2, 0.5), turn(5, 2, -0.5, ended=False)]
+    return [
+        Trajectory(ada, [turn(10, 4, 1.0), turn(8, 2, 1.0)], prediction="Ada", target=target, recalls=answers, em=1.0,
+                   recall_rewards=[1.0, 0.0], reward=1.25),
+        Trajectory(ada, [turn(10, 6, -1.0, ended=False), turn(8, 2, -1.0)], em=0.0, reward=0.25),
+        Trajectory(several, [turn(9, 5, 0.0), turn(7, 1, 0.0)], prediction="1815", em=0.0, reward=0.0),
+        Trajectory(several, [turn(9, 1, 0.0), turn(7, 1, 0.0)], prediction="Ulm", em=0.0, reward=0.0),
+    ]
+
+
+def test_the_metrics_of_a_step_by_hand():
+    """Means over trajectories, turns, groups and documents, and sums of the update over its tokens."""
+    sums = {"loss": -0.25, "tokens": 20, "clipped": 5, "kl": 2.0, "approx_kl": 1.0, "entropy": 30.0}
+    found = step_metrics(step_values(made_up_step()), sums, {"rollout": 2.0, "update": 3.0})
+    tokens = (14 + 10 + 16 + 10) + (14 + 8 + 10 + 8) + (7 + 7)  # of the turns of both documents, and of recall
+    assert found == pytest.approx({
+        "end_to_end": 0.25, "end_to_end_std": (3 / 16) ** 0.5, "recall": 0.5, "recall_std": 0.5,
+        "reward": 0.375, "reward_std": ((0.875**2 + 0.125**2 + 2 * 0.375**2) / 4) ** 0.5,
+        "degenerate": 1 / 3,  # of the groups of two documents and one recall that of the second document
+        "leaky": 2 / 6, "recall_leaky": 1.0,  # two of the six documents that were drawn leaked
+        "y_number": 0.5, "y_person": 0.5, "y_several": 0.0, "y_word": 0.0,
+        "truncated": 2 / 10, "unboxed": 1 / 4, "memory_tokens": 4.0,
+        "loss": -0.25, "kl": 0.1, "approx_kl": 0.05, "clip_fraction": 0.25, "entropy": 1.5,
+        "tokens_per_second": tokens / 5, "seconds_rollout": 2.0, "seconds_update": 3.0,
+    })
+
+
+def test_a_step_without_recall_or_update():
+    """What nothing was measured of is None, and null in the log; so is a number that is not finite."""
+    trajectories = made_up_step()
+    trajectories[0].target, trajectories[0].recalls, trajectories[0].recall_rewards = None, [], []
+    found = step_metrics(step_values(trajectories), {"loss": float("nan")}, {"rollout": 2.0})
+    assert found["recall"] is found["recall_std"] is found["recall_leaky"] is None
+    assert found["kl"] == found["entropy"] == found["clip_fraction"] == 0 and found["degenerate"] == 0.5
+    assert json.loads(json_line(found)) == found | {"loss": None}

@@ -1,4 +1,4 @@
-"""engine/run.py and engine/checkpoints.py under faults: kills, signals, full disks, bad gradients, two runs at once.
+"""engine/run.py and engine/checkpoints.py under faults: errors, kills, signals, full disks, bad gradients, two at once.
 
 Resumed runs are compared with one that was never stopped: the same weights to the bit, the same metrics but for times.
 """
@@ -10,26 +10,23 @@ import random
 import re
 import shutil
 import signal
-import threading
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from helpers import command
-from helpers import wait
+from helpers import command, wait
 from safetensors.torch import load_file
 
+import grpo
 import memtrain
-from engine import checkpoints, packing, parallel
+from engine import checkpoints, models, parallel
 from engine.checkpoints import newest
-from engine.config import Config
 from engine.errors import UserError, run_script
-from engine.models import load_model
-from engine.run import Run
-from rollout import encode_prompt
-from tasks.sources import load_task
+from engine.metrics import row
+from engine.run import lock
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--documents", 2, "--g1", 4, "--g2", 2, "--chunks", 2, "--chunk_tokens", 32, "--memory_tokens", 16]
@@ -79,6 +76,7 @@ TASKS = {
     "bfloat16": ["--dtype", "bfloat16", "--offload_optimizer", "True", "--kl", "1e-3", "--offload_reference", "True"],
     "longqa": ["--task", "longqa", "--chunk_tokens", 64, "--memory_tokens", 40],
     "searchqa": ["--task", "searchqa", "--searches", 2, "--objectives", 1, "--g1", 6],
+    "fast": ["--fast", "True", "--kl", "1e-3", "--update_batch", 1],
 }
 
 
@@ -93,7 +91,7 @@ def test_a_resumed_run_equals_one_never_stopped(task, out, tmp_path):
     as_if_killed(out, 1)
     torch.manual_seed(123)  # what this process drew in between must not matter
     done = command(*arguments, "--out", out)
-    assert done.returncode == 0 and "going on after step 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step 1" in done.stdout, done.stderr
     assert_same_run(whole, out)
     first = load_file(whole / "checkpoints/step-000001/model.safetensors")  # and there was something to learn since
     assert any(not torch.equal(first[name], tensor) for name, tensor in weights(out).items())
@@ -101,7 +99,7 @@ def test_a_resumed_run_equals_one_never_stopped(task, out, tmp_path):
 
 def start(arguments: list, deadly: str | None = None, ranks: int = 1) -> list:
     """memtrain.py in fresh processes; its last argument is the folder, and FOLDER.log gets what it prints."""
-    return processes.start(processes.run, arguments, log_of(arguments[-1]), deadly, ranks=ranks)
+    return helpers.start(helpers.run, arguments, log_of(arguments[-1]), deadly, ranks=ranks)
 
 
 def log_of(out: Path) -> Path:
@@ -125,9 +123,9 @@ def killed_and_resumed(out: Path, deadly: str) -> bool:
         assert wait(start(arguments)) == [0]
         told = log_of(out).read_text()  # what was there was used, and the rest was not
         if last:
-            assert f"going on after step {int(last.name.removeprefix('step-'))}\n" in told
+            assert f"resuming after step {int(last.name.removeprefix('step-'))}\n" in told
         else:
-            assert "going on" not in told
+            assert "resuming" not in told
     assert Path(os.readlink(out / "checkpoint")).name == newest(out).name == f"step-{STEPS:06d}"
     return killed
 
@@ -140,7 +138,7 @@ def test_killed_while_writing(whole, out, deadly):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deadly", ["save_file:1", "flush:5", "flush:30", "point:2", "replace_text:1"])
+@pytest.mark.parametrize("deadly", ["save_file:1", "flush:5", "flush:30", "point:2", "engine.run.replace_text:1"])
 def test_killed_elsewhere_while_writing(whole, out, deadly):
     """More of these moments, the first file of the run among them."""
     assert killed_and_resumed(out, deadly)
@@ -158,14 +156,15 @@ def test_killed_at_twenty_random_moments(whole, runs):
         assert_same_run(whole, out)
 
 
-def test_sigterm_finishes_the_step_and_resumes(out, whole):
-    """Exit code 0, a checkpoint of the step that was under way, and the command to go on with; then as if never
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_finishes_the_step_and_the_run_resumes(out, whole, name):
+    """SIGTERM or Ctrl-C: exit code 0, a checkpoint of the step that was under way, and how to resume; then as if never
     stopped."""
-    arguments = [*SMALL, "--steps", STEPS, "--out", out]
-    assert wait(start(arguments, "random_state:3:TERM")) == [0]  # at the start of the second step
+    arguments = [*SMALL, "--save_every", 100, "--steps", STEPS, "--out", out]
+    assert wait(start(arguments, f"memtrain.draw_targets:2:{name}")) == [0]  # in the middle of the second step
     told = log_of(out).read_text()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 and not (out / "finished").exists()
-    assert "stopped after step 2; go on with: python memtrain.py --documents 2" in told
+    assert "stopped after step 2; run the same command again to resume" in told
     assert newest(out).name == "step-000002" and Path(os.readlink(out / "checkpoint")).name == "step-000002"
     assert wait(start(arguments)) == [0]
     assert_same_run(whole, out)
@@ -175,52 +174,65 @@ slow = [pytest.param(task, marks=pytest.mark.slow) for task in ("longqa", "searc
 
 
 def give_out(arguments: list, log: Path) -> None:
-    """processes.run, where the second of two processes meets a user's error in its second step."""
+    """helpers.run, where the second of two processes meets a user's error in its second step."""
     real, calls = memtrain.recall, []
 
     def recall(*more, **named):
         calls.append(1)
-        if len(calls) == 2 and parallel.rank() == 1:
+        if len(calls) == 2:
             raise UserError("the text gave out; bring more")
         return real(*more, **named)
 
-    memtrain.recall = recall
-    processes.run(arguments, log)
+    if os.environ["RANK"] == "1":
+        memtrain.recall = recall
+        sys.stderr = log.with_suffix(".second").open("w", buffering=1)
+    helpers.run(arguments, log)
 
 
-@pytest.mark.parametrize("task", ["memtrain", *slow])
+@pytest.mark.parametrize("task", ["fast", *slow])
 def test_two_processes_stop_together_and_resume(out, tmp_path, task):
-    """A signal to one of them, then an error of one: both stop after the same step, with all that was learned, and each
-    goes on with its own random numbers."""
+    """After a signal to one of them both stop after the same step; an error of one ends both. Each resumes with its own
+    random numbers."""
     arguments = [*SMALL, *TASKS[task], "--steps", 3, "--out"]
     assert wait(start([*arguments, tmp_path / "whole"], ranks=2)) == [0, 0]
     arguments[-1:] = ["--save_every", 100, "--out", out]
-    assert wait(start(arguments, "random_state:1:TERM", ranks=2)) == [0, 0]
+    assert wait(start(arguments, "memtrain.draw_targets:1:TERM", ranks=2)) == [0, 0]
     assert newest(out).name == "step-000001" and "stopped after step 1" in log_of(out).read_text()
-    assert wait(processes.start(give_out, arguments, log_of(out), ranks=2)) == [2, 2]
-    assert newest(out).name == "step-000002" and "error: the text gave out; bring more" in log_of(out).read_text()
+    first, second = wait(helpers.start(give_out, arguments, log_of(out), ranks=2))
+    assert first and second == 2
+    last = log_of(out).with_suffix(".second").read_text().splitlines()[-1]
+    assert last == "error: the text gave out; bring more (process 1)" and newest(out).name == "step-000001"
     assert wait(start(arguments, ranks=2)) == [0, 0]
-    assert "going on after step 2" in log_of(out).read_text()
+    assert "resuming after step 1" in log_of(out).read_text()
     assert_same_run(tmp_path / "whole", out)
 
 
 def test_the_folder_of_another_run_is_refused(out):
-    """Differing settings are named; a finished run, --resume never and a run that is going on are refused too."""
+    """Differing settings are named; a finished run and a run that is going on are refused too."""
     arguments = [*SMALL, "--steps", 1, "--out", out]
     assert command(*arguments).returncode == 0
-    other, never = ("--seed", 7, "--g1", 3), ("--resume", "never")
-    for extra in ((), other, never):
+    other = ["--seed", 7, "--g1", 3]
+    for extra in ([], other):
         done = command(*arguments, *extra)
         assert done.returncode == 2 and "is finished; choose another or delete it" in done.stderr
     (out / "finished").unlink()
-    for extra, words in ((other, ["--seed 0", "--g1 4"]), (never, ["--resume auto"])):
-        done = command(*arguments, *extra)
-        assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
-    lock = checkpoints.lock(out)
+    done = command(*arguments, *other)
+    assert done.returncode == 2 and "--seed 0" in done.stderr and "--g1 4" in done.stderr
+    held = lock(out)
     done = command(*arguments)
     assert done.returncode == 2 and "another run is writing" in done.stderr
-    lock.close()
+    held.close()
     assert command(*arguments).returncode == 0
+
+
+def test_a_start_that_failed_leaves_the_folder_free(out):
+    """The settings of a start whose model, corpus or disk was wrong are no run: corrected ones may have the folder."""
+    for wrong in (["--model", out / "nowhere"], ["--seed", 7, "--corpus", out / "nothing.jsonl"]):
+        done = command(*SMALL, "--steps", 1, *wrong, "--out", out)
+        assert done.returncode == 2 and str(wrong[-1]) in done.stderr
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
+    done = command(*SMALL, "--steps", 1, "--out", out)
+    assert done.returncode == 0 and "resuming" not in done.stdout, done.stderr
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(out, monkeypatch):
@@ -255,74 +267,60 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_at_the_start(out, monkeypa
     assert done.returncode == 0 and "are needed with --keep 2" in done.stdout
 
 
-@pytest.mark.parametrize("place", ["recall", "batch_loss"])
-@pytest.mark.parametrize("kind", [UserError, RuntimeError])
-def test_an_error_anywhere_in_a_step_loses_that_step_alone(out, tmp_path, monkeypatch, place, kind):
-    """In recall or in the update, a user's or our own: the steps before are saved, and the run goes on from there."""
-    arguments = [*SMALL, "--save_every", 100, "--steps", 3]
-    assert command(*arguments, "--out", tmp_path / "whole").returncode == 0
-    real = getattr(memtrain, place)
-    targets, started = memtrain.draw_targets, []
-    monkeypatch.setattr(memtrain, "draw_targets", lambda *more: started.append(1) or targets(*more))
+ERRORS = {  # a function of the loop, the step in which it fails, the last step saved, exit code, words
+    "a bug": ("assign_advantages", RuntimeError, 3, 2, 1, "Traceback"),
+    "a mistake": ("recall", UserError, 3, 2, 2, "error: it gave out"),
+    "memory": ("batch_loss", torch.OutOfMemoryError, 3, 2, 2, "error: out of GPU memory (it gave out)"),
+    "no checkpoint yet": ("update_batches", KeyError, 2, 0, 1, "Traceback"),
+}
+
+
+@pytest.mark.parametrize("place, kind, step, saved, code, words", ERRORS.values(), ids=ERRORS)
+def test_an_error_ends_the_run_and_the_same_command_resumes_it(
+    whole, out, monkeypatch, place, kind, step, saved, code, words
+):
+    """Anywhere in a step: a user's mistake is a line, a bug keeps its traceback. What the last checkpoint holds is
+    kept, the rest is done again, and the run ends as one that never stopped."""
+    arguments = [*SMALL, "--save_every", 2, "--steps", STEPS, "--out", out]
+    real, documents, started = getattr(memtrain, place), memtrain.draw_documents, []
+    monkeypatch.setattr(memtrain, "draw_documents", lambda *more: started.append(1) or documents(*more))
 
     def failing(*more, **named):
-        if len(started) == 2:
+        if len(started) == step:
             raise kind("it gave out")
         return real(*more, **named)
 
     monkeypatch.setattr(memtrain, place, failing)
-    done = command(*arguments, "--out", out)
-    assert done.returncode == (2 if kind is UserError else 1) and "it gave out" in done.stderr
-    assert newest(out).name == "step-000001"
+    done = command(*arguments)
+    assert done.returncode == code and words in done.stderr and "it gave out" in done.stderr
+    assert code == 1 or ("Traceback" not in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: "))
+    assert not (out / "finished").exists()
+    assert (newest(out).name == f"step-{saved:06d}") if saved else not newest(out)
     monkeypatch.undo()
-    done = command(*arguments, "--out", out)
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 1" in done.stdout
-    assert_same_run(tmp_path / "whole", out)
+    assert f"resuming after step {saved}\n" in done.stdout if saved else "resuming" not in done.stdout
+    assert_same_run(whole, out)
 
 
-def test_the_next_documents_are_built_while_a_step_samples(tmp_path):
-    """They are those that would be drawn then, and another thread has them before they are asked for."""
+def test_an_evaluation_that_failed_is_made_again(out, monkeypatch):
+    """All steps are saved by then; the same command makes the last evaluation alone, and the first one only once."""
+    asked = []
 
-    class Source:
-        def __init__(self):
-            self.threads = {}
+    def measured(sample, agent, source, config, when):
+        asked.append(when)
+        if asked == ["before", "after"]:
+            raise UserError("the retriever gave out")
+        return [row(when, "recall", 2, "kept", {0: 1.0, 1: 0.0})]
 
-        def document(self, index):
-            self.threads[index] = threading.get_ident()
-            return SimpleNamespace(index=index)
-
-    run, source = Run(Config(out=str(tmp_path / "run"), documents=3, steps=3)), Source()
-    first = run.draw(source, 0)
-    run.built[1].result(timeout=10)
-    assert sorted(source.threads) == [0, 1, 2, 3, 4, 5] and source.threads[3] != source.threads[0]
-    assert [[d.index for d in documents] for documents in (first, run.draw(source, 1), run.draw(source, 2))] == [
-        [0, 1, 2], [3, 4, 5], [6, 7, 8]
-    ]
-    assert [d.place for d in first] == [0, 1, 2] and not run.built
-
-
-def test_documents_and_prompts_are_encoded_by_tokenizers_of_their_own(tmp_path):
-    """Encoding switches a tokenizer's treatment of special tokens, and two threads must not meet in that."""
-    config = Config()
-    model, tokenizer = load_model(config.model, "cpu")
-    source, _ = load_task(config, model, tokenizer, tmp_path)
-    assert source.tokenizer is not tokenizer
-    stop, wrong, wanted = threading.Event(), [], encode_prompt(tokenizer, "Who <eos> is it? <pad>")
-
-    def build():
-        while not stop.is_set():
-            wrong.extend(n for n in range(3) if source.document(n).chunks != chunks[n])
-
-    chunks = [source.document(n).chunks for n in range(3)]
-    thread = threading.Thread(target=build, daemon=True)
-    thread.start()
-    try:
-        assert all(encode_prompt(tokenizer, "Who <eos> is it? <pad>") == wanted for _ in range(2000))
-    finally:
-        stop.set()
-        thread.join()
-    assert not wrong
+    monkeypatch.setattr(memtrain, "evaluate", measured)
+    arguments = [*SMALL, "--eval_documents", 2, "--steps", 1, "--out", out]
+    done = command(*arguments)
+    assert done.returncode == 2 and "the retriever gave out" in done.stderr and newest(out).name == "step-000001"
+    assert command(*arguments).returncode == 0 and (out / "finished").exists()
+    assert asked == ["before", "after", "after"]
+    assert [row["when"] for row in json.loads((out / "eval.json").read_text())] == ["before", "after"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_disk_that_is_full_elsewhere_is_a_line(capsys):
@@ -354,7 +352,7 @@ def test_a_run_resumes_with_an_offloaded_optimizer(whole, out):
     (out / "checkpoints/deleted-step-000000").mkdir()  # as a kill while it was being deleted leaves it
     assert wait(start([*SMALL, "--steps", STEPS, "--offload_optimizer", "True", "--out", out])) == [0]
     told = log_of(out).read_text()
-    assert "going on after step 2" in told and "going on with another --offload-optimizer" in told
+    assert "resuming after step 2" in told and "resuming with another --offload-optimizer" in told
     assert not list((out / "checkpoints").glob("deleted-*"))
     a, b = weights(whole), weights(out)
     base = load_file(ROOT / "tiny/model/model.safetensors")
@@ -375,11 +373,12 @@ def test_a_resumed_run_remembers_what_memory_allowed(whole, out):
 def test_what_cannot_be_trained_is_refused(out, monkeypatch, capsys):
     """Logits that training would get wrong, more processes than documents or GPUs, a full GPU: one line each and exit
     code 2."""
-    monkeypatch.setattr(packing, "logits_agree", lambda model: False)
-    done = command(*SMALL, "--out", out)
-    assert done.returncode == 2 and not out.exists() and "Qwen3ForCausalLM scales or caps its logits" in done.stderr
     assert wait(start([*SMALL, "--documents", 1, "--out", out], ranks=2)) == [2, 2] and not out.exists()
     assert "--documents 1: each of the 2 processes needs at least one" in log_of(out).read_text()
+    real = models.logits_of
+    monkeypatch.setattr(models, "logits_of", lambda *more: 2 * real(*more))
+    done = command(*SMALL, "--out", out)
+    assert done.returncode == 2 and "Qwen3ForCausalLM scales or caps its logits" in done.stderr
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -397,7 +396,7 @@ def test_what_cannot_be_trained_is_refused(out, monkeypatch, capsys):
 def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
     """One is skipped and counted; three in a row stop the run, and the checkpoint holds the weights from before them.
     The sixth is bad from the forward pass on."""
-    real, forward, step = memtrain.grpo_loss, packing.token_logprobs, [0]
+    loss_of, forward, documents, step = memtrain.batch_loss, grpo.token_logprobs, memtrain.draw_documents, [0]
     bad = {2, 5, 6, 7}
 
     def poisoned_forward(*arguments, **named):
@@ -406,17 +405,16 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
         return logprobs * nothing, entropy * nothing, mask
 
     def poisoned(*arguments, **named):
-        loss, stats = real(*arguments, **named)
+        loss, stats = loss_of(*arguments, **named)
         return (loss * float("nan") if step[0] in bad else loss), stats
 
     def counted(*arguments, **named):
         step[0] += 1
-        return update(*arguments, **named)
+        return documents(*arguments, **named)
 
-    update = memtrain.update
-    monkeypatch.setattr(memtrain, "grpo_loss", poisoned)
-    monkeypatch.setattr(packing, "token_logprobs", poisoned_forward)
-    monkeypatch.setattr(memtrain, "update", counted)
+    monkeypatch.setattr(memtrain, "batch_loss", poisoned)
+    monkeypatch.setattr(grpo, "token_logprobs", poisoned_forward)
+    monkeypatch.setattr(memtrain, "draw_documents", counted)
     done = command(*SMALL, "--steps", 9, "--out", out, "--documents", 4, "--save_every", 4)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "not finite in 3 steps in a row" in last, done.stderr

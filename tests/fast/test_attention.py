@@ -1,4 +1,4 @@
-"""engine/attention.py: what a cache holds, and prompts held once, against torch's attention over copies."""
+"""fast/attention.py: what a cache holds, and prompts held once, against torch's attention over copies."""
 
 import random
 import weakref
@@ -7,14 +7,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, FalconConfig, FalconForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engine.attention import PACKED, PromptLayer, RoomyLayer, SharedPrompts, enable_packing, packed_mask, packed_sdpa
-from engine.attention import packs
+from engine.errors import UserError
+from fast.attention import (
+    PACKED,
+    PromptLayer,
+    RoomyLayer,
+    SharedPrompts,
+    check_version,
+    enable_packing,
+    packed_mask,
+    packed_sdpa,
+    packs,
+)
 
 
 def tiny_qwen3() -> Qwen3ForCausalLM:
@@ -143,6 +160,15 @@ def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
     keys, values = (x.repeat_interleave(heads // groups, 1) for x in inputs[1:])
     wanted = scaled_dot_product_attention(inputs[0], keys, values, everywhere, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(got, wanted)
+
+
+def test_versions_that_were_not_tested_are_refused():
+    """Any patch of a tested version passes; an older, a later and an unfinished one are refused with a way out."""
+    for version in ("5.23.0", "5.23.9", "5.24.1"):
+        check_version(version)
+    for version in ("5.22.1", "5.25.0", "6.0.0", "5.2.3", "5.25.0.dev0"):
+        with pytest.raises(UserError, match=f"{version} is installed; install one of these, or leave --fast out"):
+            check_version(version)
 
 
 def test_the_usual_attention_comes_back():

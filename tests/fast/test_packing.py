@@ -1,42 +1,35 @@
-"""engine/packing.py: batches within a budget, and log-probs against those of grpo.py, the plain twin."""
+"""fast/packing.py: batches within a budget, and log-probs against those of grpo.py, the plain twin."""
 
 import random
 from functools import partial
-from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
-import tiny_turns
 import torch
 from helpers import CONFIGS, EOS, LENGTHS, VOCABULARY, parameter_gradient, random_turns, turn_of, unpadded_logprobs
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, CohereConfig, FalconConfig, FalconForCausalLM, Gemma2Config, GemmaConfig,
-    GPT2Config, GraniteConfig, MistralConfig, OPTConfig, Starcoder2Config,
-)
+from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, GemmaConfig, GraniteConfig, MistralConfig
 
 import grpo
-from engine import packing
-from engine.attention import enable_packing, packs
-from engine.models import load_model
-from engine.errors import UserError
-from engine.packing import batch_tokens, by_length, by_prompt, logits_agree, micro_batches, token_logprobs
+from fast.attention import enable_packing, packs
+from fast.packing import by_length, by_prompt, enable, micro_batches, row_tokens, token_logprobs
 from grpo import conversation_weights, grpo_loss
 
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def tiny_model(*config, pack=False, **settings):
-    """That of tiny_turns, which packs on demand."""
-    model = tiny_turns.tiny_model(*config, **settings)
+    """That of helpers, which packs on demand."""
+    model = helpers.tiny_model(*config, **settings)
     assert not pack or enable_packing(model)
     return model
 
 
-def with_siblings(turns, copies, seed=5):
+def with_siblings(turns, copies, longest=12, shortest=1, seed=5):
     """Further completions of every turn's prompt, shuffled among them: what a group of samples looks like."""
     rng = np.random.default_rng(seed)
     more = [
-        turn_of(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(1, 13)).tolist())
+        turn_of(list(turn.prompt_ids), rng.integers(0, VOCABULARY, rng.integers(shortest, longest + 1)).tolist())
         for n, turn in enumerate(turns) for _ in range(copies if n % 3 else 0)
     ]  # every third prompt keeps its one completion
     both = [*turns, *more]
@@ -77,7 +70,7 @@ def test_micro_batches_keep_the_token_budget():
 
     def places(model, turns, budget):
         order = [id(turn) for turn in turns]  # some of them are equal
-        return [[order.index(id(turn)) for turn in batch] for batch in micro_batches(model, turns, budget)]
+        return [[order.index(id(turn)) for turn in batch] for batch in micro_batches(turns, budget, model)]
 
     assert places(model, turns, 20) == [[3], [1, 5], [4], [2, 0]]  # 30 alone, 10 + 10, 9 is too far from 4, 4 + 3
     assert places(model, turns, 0) == [[3], [1], [5], [4], [2], [0]] and places(model, [], 20) == []
@@ -85,7 +78,7 @@ def test_micro_batches_keep_the_token_budget():
     assert places(packing_model, turns[1:3], 12) == [[0], [1]]
     many = with_siblings(random_turns(np.random.default_rng(0).integers(1, 200, (200, 2)).tolist()), 4)
     for packed in (False, True):
-        batches = micro_batches(packing_model if packed else model, many, 2048)
+        batches = micro_batches(many, 2048, packing_model if packed else model)
         padded = used = 0
         for batch in batches:
             rows = {}
@@ -94,7 +87,7 @@ def test_micro_batches_keep_the_token_budget():
             sizes = [len(row[0].prompt_ids) + sum(len(t.completion_ids) for t in row) for row in rows.values()]
             assert max(sizes) * len(sizes) <= 2048
             assert not packed or len({len(row) > 1 for row in rows.values()}) == 1
-            assert batch_tokens(packing_model if packed else model, batch) == (sum(sizes), max(sizes) * len(sizes))
+            assert [row_tokens(row) for row in rows.values()] == sizes
             padded, used = padded + max(sizes) * len(sizes), used + sum(sizes)
         assert sorted(id(turn) for batch in batches for turn in batch) == sorted(map(id, many))
         assert padded < 1.1 * used and len(batches) < 1.5 * used / 2048
@@ -106,7 +99,7 @@ def test_micro_batches_keep_the_token_budget():
 @every_kind
 def test_training_logprobs_equal_rollout_logprobs(kind, monkeypatch):
     """What HF generate sampled from, left-padded in a batch, is what training scores: same tokens, 1e-4, pad = EOS."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 7)
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", 7)
     model, turns = tiny_model(CONFIGS[kind]), random_turns([(p, 1) for p in (3, 11, 7, 1, 5, 8)])
     width = max(len(turn.prompt_ids) for turn in turns)
     prompts = torch.tensor([[EOS] * (width - len(turn.prompt_ids)) + turn.prompt_ids for turn in turns])
@@ -132,13 +125,16 @@ def test_training_logprobs_equal_rollout_logprobs(kind, monkeypatch):
     assert mask.sum(1).tolist() == ends
 
 
-@pytest.mark.parametrize("recompute, head_tokens", [(False, 1), (False, 1000), (True, 16)])
+@pytest.mark.parametrize(
+    "recompute, head_tokens, even", [(False, 1, False), (False, 1000, True), (False, 1000, False), (True, 16, False)]
+)
 @pytest.mark.parametrize("config", [*CONFIGS.values(), partial(MistralConfig, sliding_window=None), GemmaConfig])
-def test_packed_and_unpacked_completions_equal_the_twins(config, recompute, head_tokens, monkeypatch):
+def test_packed_and_unpacked_completions_equal_the_twins(config, recompute, head_tokens, even, monkeypatch):
     """One row each, or one for a prompt and all its completions: the log-probs, entropies and gradient of grpo's
-    token_logprobs to 1e-5, whatever the chunks of the head."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", head_tokens)
-    model, turns = tiny_model(config), with_siblings(random_turns(LENGTHS), 3)
+    token_logprobs to 1e-5, with padding or with all turns of one length, whatever the slices of the head."""
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", head_tokens)
+    model = tiny_model(config)
+    turns = with_siblings(random_turns([(6, 5)] * 5), 3, 5, 5) if even else with_siblings(random_turns(LENGTHS), 3)
     if recompute:
         model.activation_checkpointing_enable()
         model.train()
@@ -149,7 +145,8 @@ def test_packed_and_unpacked_completions_equal_the_twins(config, recompute, head
     )
     for how in ("twin", "plain", "packed"):
         assert how != "packed" or enable_packing(model)
-        logprobs, entropy, mask = (grpo if how == "twin" else packing).token_logprobs(model, turns, with_entropy=True)
+        compute = grpo.token_logprobs if how == "twin" else token_logprobs
+        logprobs, entropy, mask = compute(model, turns, with_entropy=True)
         assert logprobs.dtype == torch.float32 and not logprobs[~mask].any() and not entropy.requires_grad
         (coefficients[:, : logprobs.shape[1]] * logprobs).sum().backward()
         results.append((logprobs.detach(), entropy, mask, parameter_gradient(model)))
@@ -228,7 +225,7 @@ def test_empty_completions_and_prompts(kind, pack):
 
 def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits(monkeypatch):
     """Forward and backward make logits of at most HEAD_TOKENS positions, only of completions, and store none."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", 8)
     model, turns, seen, stored = tiny_model(), random_turns(LENGTHS), [], []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
 
@@ -245,58 +242,34 @@ def test_head_never_sees_more_than_its_chunk_and_keeps_no_logits(monkeypatch):
     assert sum(rows for rows, _ in seen) == 2 * tokens and max(seen) == (8, VOCABULARY)
 
 
-def test_soft_capped_logits_are_capped_and_scaled_ones_found_out():
-    """Gemma's tanh on the logits is applied; models that scale or cap them by settings of their own are told apart."""
-    model, turns = tiny_model(Gemma2Config, final_logit_softcapping=2.0), random_turns(LENGTHS[:2])
-    capped, _, _ = token_logprobs(model, turns)
-    torch.testing.assert_close(capped, grpo.token_logprobs(model, turns)[0], atol=1e-5, rtol=0)
-    assert logits_agree(model) and logits_agree(tiny_model())
-    for config_class, setting in ((CohereConfig, "logit_scale"), (GraniteConfig, "logits_scaling")):
-        assert not logits_agree(tiny_model(config_class, **{setting: 0.5}))
+CAPPED, SCALED = partial(Gemma2Config, final_logit_softcapping=2.0), partial(GraniteConfig, logits_scaling=0.5)
 
 
-def test_enable_packs_warns_or_refuses(capsys):
-    """Policy and reference pack; a model that can't is told of and goes on; one whose logits would be wrong is refused
-    with the way out."""
-    policy, reference = tiny_model(), tiny_model()
-    packing.enable(policy, reference)
+@pytest.mark.parametrize("config, packed", [(CAPPED, False), (SCALED, True)], ids=["Gemma 2", "Granite"])
+def test_logits_that_are_capped_or_scaled(config, packed):
+    """The twin takes the model's own logits, capped as Gemma's or scaled as Granite's, packed too where it can be."""
+    model, turns = tiny_model(config), with_siblings(random_turns(LENGTHS[:4]), 2)
+    wanted = [unpadded_logprobs(model, turn)[0].detach() for turn in turns]
+    found = [token_logprobs(model, turns)[0].detach()]
+    assert enable_packing(model) == packed
+    found.append(token_logprobs(model, turns)[0].detach())
+    for logprobs in found:
+        for row, own in zip(logprobs, wanted, strict=True):
+            torch.testing.assert_close(row[: len(own)].double(), own, atol=2e-5, rtol=0)
+
+
+def test_enable_packs_or_tells(capsys):
+    """Policy and reference pack, and batches are the policy's; a model that can't is told of and goes on unpacked."""
+    policy, reference, turns = tiny_model(), tiny_model(), with_siblings(random_turns(LENGTHS), 3)
+    batches = enable(policy, reference)
     assert packs(policy) and packs(reference) and not capsys.readouterr().out
+    assert batches(turns, 40) == micro_batches(turns, 40, policy) != micro_batches(turns, 40, tiny_model())
     falcon = FalconForCausalLM(
         FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=False)
     )
-    packing.enable(falcon)
-    assert not packs(falcon) and "completions are not packed behind shared prompts" in capsys.readouterr().out
-    with pytest.raises(UserError, match="GraniteForCausalLM scales or caps its logits .* --plain True trains it"):
-        packing.enable(tiny_model(GraniteConfig, logits_scaling=0.5))
-
-
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        OPTConfig(
-            **SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, activation_dropout=0.5
-        ),
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
-        ),
-        Starcoder2Config(
-            **SMALL, intermediate_size=48, num_key_value_heads=2, residual_dropout=0.5, embedding_dropout=0.5
-        ),
-        FalconConfig(**SMALL, hidden_dropout=0.5),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_dropout_stays_off_in_train_mode(config, tmp_path):
-    """Checkpointing of activations needs train mode; the passes of a step must all be of one network."""
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "tiny/model").save_pretrained(tmp_path)
-    model, _ = load_model(str(tmp_path), "cpu")
-    ids = torch.arange(20)[None]
-    quiet = model(input_ids=ids).logits
-    assert torch.equal(model.train()(input_ids=ids).logits, quiet)
+    batches = enable(falcon)
+    assert not packs(falcon) and "completions are not packed behind their prompts" in capsys.readouterr().out
+    assert batches(turns, 40) == micro_batches(turns, 40, tiny_model())
 
 
 # ---- micro-batches of one update ------------------------------------------------------------------------
@@ -329,13 +302,13 @@ def batch_gradient(model, turns, batches):
 @every_kind
 def test_any_micro_batch_size_gives_the_same_gradient(kind, monkeypatch):
     """One batch, cut in any way, adds up to the same loss, gradient (1e-5) and stats."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", 8)
     model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
     loss, gradient, stats = batch_gradient(model, turns, [turns])
     assert gradient.norm() > 1e-3 and 0 < stats["clipped"] < stats["tokens"] == sum(c for _, c in LENGTHS[:6])
     cuts = [[[i] for i in range(7)], [[0, 1], [2, 3], [4, 5], [6]], [[6, 2, 0], [1, 3, 4, 5]]]
     by_place = [[[turns[i] for i in batch] for batch in cut] for cut in cuts]
-    for cut in (*by_place, micro_batches(model, turns, 30)):
+    for cut in (*by_place, micro_batches(turns, 30, model)):
         part_loss, part_gradient, part_stats = batch_gradient(model, turns, cut)
         assert part_loss == pytest.approx(loss, rel=1e-5)
         assert (part_gradient - gradient).norm() < 1e-5 * gradient.norm()
@@ -345,7 +318,7 @@ def test_any_micro_batch_size_gives_the_same_gradient(kind, monkeypatch):
 @every_kind
 def test_gradient_checkpointing_changes_nothing(kind, monkeypatch):
     """In train mode (dropout 0) with activation checkpointing, the gradient is the one of eval mode."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", 8)
     model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
     _, gradient, _ = batch_gradient(model, turns, [turns])
     model.activation_checkpointing_enable()
@@ -356,7 +329,7 @@ def test_gradient_checkpointing_changes_nothing(kind, monkeypatch):
 @every_kind
 def test_packed_micro_batches_give_the_same_gradient(kind, monkeypatch):
     """The whole batch packed and cut equals the whole batch plain, also where a prompt's completions are split."""
-    monkeypatch.setattr(packing, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(grpo, "HEAD_TOKENS", 8)
     model, turns = tiny_model(CONFIGS[kind]), random_turns(LENGTHS)
     for n in (1, 4, 6):
         turns[n].prompt_ids = list(turns[0].prompt_ids)
@@ -364,7 +337,7 @@ def test_packed_micro_batches_give_the_same_gradient(kind, monkeypatch):
     enable_packing(model)
     rows = []
     for budget in (14, 25, 1000):
-        batches = micro_batches(model, turns, budget)
+        batches = micro_batches(turns, budget, model)
         rows.append(sum(len(by_prompt([turn.prompt_ids for turn in batch])) for batch in batches))
         part_loss, part_gradient, _ = batch_gradient(model, turns, batches)
         assert part_loss == pytest.approx(loss, rel=1e-5)

@@ -1,4 +1,4 @@
-"""engine/sampling.py: batched sampling, where a completion ends, and what happens when memory runs out."""
+"""fast/sampling.py: batched sampling, where a completion ends, and what happens when memory runs out."""
 
 import random
 from pathlib import Path
@@ -7,15 +7,25 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM,
-    MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from engine import sampling
-from engine.attention import RoomyLayer, SharedPrompts, can_share_prompts
 from engine.errors import UserError
-from engine.sampling import Budget, Draw, Stop, closing_tokens, generate
-from rollout import answered
+from fast import sampling
+from fast.attention import RoomyLayer, SharedPrompts, can_share_prompts
+from fast.sampling import Draw, Stop, closing_tokens
+from rollout import Budget, answered
 
 ROOT = Path(__file__).parents[2]
 SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -45,10 +55,19 @@ def argmax_loop(model, prompt: list[int], new_tokens: int) -> list[int]:
     return completion
 
 
+def generate(model, tokenizer, prompts, new_tokens, done=None, greedy=False, budget=None):
+    """That of fast/sampling.py, by default with the budget of a run."""
+    return sampling.generate(model, tokenizer, prompts, new_tokens, done, greedy, budget or Budget(24576))
+
+
 class Plain:
     """The little of a tokenizer that `generate` looks at."""
 
     pad_token_id = eos_token_id = 7
+
+    @staticmethod
+    def decode(ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -60,9 +79,9 @@ def test_greedy_batches_equal_one_unpadded_argmax_loop_a_prompt(kind):
     ended = 0
     for budget in (40, 10_000):
         found = generate(model, Plain, prompts, 12, greedy=True, budget=Budget(budget))
-        assert [completion.ids for completion in found] == expected
-        assert [completion.ended for completion in found] == [ids[-1] == 7 for ids in expected]
-        ended += sum(completion.ended for completion in found)
+        assert [turn.completion_ids for turn in found] == expected
+        assert [turn.ended for turn in found] == [ids[-1] == 7 for ids in expected]
+        ended += sum(turn.ended for turn in found)
     assert ended < 26  # some were cut at the limit, so both cases were seen
 
 
@@ -78,7 +97,7 @@ def test_sampling_ignores_the_models_generation_config():
     )
     own = model.generation_config
     torch.manual_seed(0)
-    first = [ids[0] for ids, *_ in generate(model, Plain, [prompt] * n, 1, budget=Budget(10**9))]
+    first = [turn.completion_ids[0] for turn in generate(model, Plain, [prompt] * n, 1, budget=Budget(10**9))]
     seen = torch.bincount(torch.tensor(first), minlength=300) / n
     assert ((seen - wanted).abs() < 5 * (wanted / n).sqrt() + 5 / n).all()  # five standard errors, or a few draws
     assert (seen > 0).sum() > 20 and model.generation_config is own
@@ -91,7 +110,7 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
     short = [rng.randrange(8, 300) for _ in range(4)]
     others = [[rng.randrange(8, 300) for _ in range(n)] for n in (9, 9, 12, 1)]
     distinct = [short, [7, 7, *short], *others]  # 7 also pads
-    attend, calls = SharedPrompts.__call__, []
+    attend, calls, widths = SharedPrompts.__call__, [], []
 
     def counted(self, *given, **named):
         calls.append(1)
@@ -101,8 +120,7 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
     # The fourth has groups of too different sizes: their prompts are copied instead.
     uneven = [distinct[2]] * 9 + [distinct[3], distinct[3][::-1]]
     for prompts in (distinct * 4, [distinct[2]] * 8, [distinct[5]] * 3, uneven):
-        prompts, calls[:] = rng.sample(prompts, len(prompts)), []
-        widths = []
+        prompts, calls[:], widths[:] = rng.sample(prompts, len(prompts)), [], []
         hook = model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
@@ -111,7 +129,7 @@ def test_shared_prompts_give_the_same_tokens(kind, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "can_share_prompts", lambda model: False)
             apart = generate(model, Plain, prompts, 12, greedy=True)
-            assert [c[:2] for c in shared] == [c[:2] for c in apart]
+            assert shared == apart
         if len(prompts[0]) > 1 and len(set(map(tuple, prompts))) == 1:
             assert widths[0] == (1, len(prompts[0]) - 1)
         assert bool(calls) == (max(map(len, prompts)) > 1)
@@ -137,9 +155,10 @@ def test_rows_that_go_on_without_the_others_write_the_same(kind, rows, monkeypat
     assert len(calls) > 1 and [n for n, _ in calls] == sorted((n for n, _ in calls), reverse=True)
     assert all(few <= many // 2 for (many, _), (few, _) in zip(calls, calls[1:], strict=False))
     expected = {tuple(prompt): argmax_loop(model, prompt, 30) for prompt in distinct}
-    for prompt, (ids, end, _) in zip(prompts, found, strict=True):
-        assert ids == expected[tuple(prompt)] and end == (ids[-1] == 7)
-    assert len({len(completion.ids) for completion in found}) > 2
+    for prompt, turn in zip(prompts, found, strict=True):
+        assert turn.prompt_ids == prompt and turn.completion_ids == expected[tuple(prompt)]
+        assert turn.ended == (turn.completion_ids[-1] == 7)
+    assert len({len(turn.completion_ids) for turn in found}) > 2
 
 
 def test_prompts_are_computed_with_others_of_their_length():
@@ -150,13 +169,12 @@ def test_prompts_are_computed_with_others_of_their_length():
     hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: computed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    found = generate(model, Plain, prompts, 1, greedy=True, budget=Budget(8 * 300))
-    padding = sum(completion.padding for completion in found)
+    generate(model, Plain, prompts, 1, greedy=True, budget=Budget(8 * 300))
     hook.remove()
     computed = [(rows, width) for rows, width in computed if width > 1]
     tokens = sum(len(prompt) - 1 for prompt in prompts) - sum(len(prompt) == 2 for prompt in prompts)
-    assert sum(rows * width for rows, width in computed) == tokens + padding
-    assert 0 < padding <= (tokens + padding) / 8
+    padded = sum(rows * width for rows, width in computed)
+    assert 0 < padded - tokens <= padded / 8
     assert all(rows * width <= 300 for rows, width in computed)
 
 
@@ -230,7 +248,7 @@ def test_models_that_cannot_share_fall_back():
     assert not can_share_prompts(model) and can_share_prompts(random_model("qwen2"))
     prompt = [9, 10, 11, 12, 13, 14]
     found = generate(model, Plain, [prompt] * 3, 5, greedy=True)
-    assert [completion.ids for completion in found] == [argmax_loop(model, prompt, 5)] * 3
+    assert [turn.completion_ids for turn in found] == [argmax_loop(model, prompt, 5)] * 3
 
 
 def test_shared_samples_are_independent():
@@ -240,7 +258,7 @@ def test_shared_samples_are_independent():
     torch.manual_seed(0)
     n = 2000
     found = generate(model, Plain, [[9, 20, 33]] * 2 * n, 1, budget=Budget(10**9))
-    first = torch.tensor([ids[0] for ids, *_ in found]).view(n, 2)
+    first = torch.tensor([turn.completion_ids[0] for turn in found]).view(n, 2)
     seen = torch.bincount(first[:, 0] * 300 + first[:, 1], minlength=300**2).view(300, 300) / n
     product = wanted[:, None] * wanted  # (300, 300)
     assert ((seen - product).abs() < 5 * (product / n).sqrt() + 5 / n).all()  # five standard errors, or a few draws
@@ -270,10 +288,12 @@ def test_an_answer_ends_where_its_box_closes():
         free = generate(model, tokenizer, prompts, 20, greedy=True)
         held = generate(model, tokenizer, prompts, 20, greedy=True, done=done)
         stopped = 0
-        for (ids, end, _), (whole, whole_end, _) in zip(held, free, strict=True):
+        for turn, unstopped in zip(held, free, strict=True):
+            whole = unstopped.completion_ids
             ends = [n for n, token in enumerate(whole, 1) if set("}>") & set(decode([token]))]
             closing = [n for n in ends if done(decode(whole[:n]))]
-            assert ids == whole[: closing[0] if closing else len(whole)] and end == (bool(closing) or whole_end)
+            assert turn.completion_ids == whole[: closing[0] if closing else len(whole)]
+            assert turn.ended == (bool(closing) or unstopped.ended) and turn.text == decode(turn.completion_ids)
             stopped += bool(closing) and closing[0] < len(whole)
     assert stopped > 10
     # The random model hardly ever writes a box, so one is scripted: the criterion alone, on rows that do.
@@ -295,11 +315,11 @@ def test_the_budget_is_never_exceeded(attention, monkeypatch):
     model.set_attn_implementation(attention)
 
     def measured(model, prompts, *tokens):
-        cache, shared, padding = real(model, prompts, *tokens)
+        cache, shared = real(model, prompts, *tokens)
         layer = cache.layers[0]
         keys = layer.keys if shared is None else layer.prompt_keys  # (prompts or rows, heads, tokens, size)
         held.append((len(prompts), keys.shape[0] * (keys.shape[2] + 1) + len(prompts) * 6))
-        return cache, shared, padding
+        return cache, shared
 
     monkeypatch.setattr(sampling, "prefill", measured)
     for _ in range(12):
@@ -326,10 +346,10 @@ def test_the_cache_is_allocated_once_for_what_will_be_written(monkeypatch):
     assert len(buffers) == 2 * len(model.model.layers)  # keys and values of each
 
 
-class Endless:
+class Endless(Plain):
     """A tokenizer whose end the model never writes."""
 
-    pad_token_id, eos_token_id = 7, 299_999
+    eos_token_id = 299_999
 
 
 @pytest.mark.parametrize("attention, rows", [("sdpa", [32]), ("eager", [8, 8, 8, 8])])
@@ -360,7 +380,7 @@ def test_values_narrower_than_keys():
     model.generation_config = GenerationConfig(eos_token_id=7, pad_token_id=7)
     prompts = [[9, 10, 11, 12], [9, 10, 11, 12], [13, 14], [15]]
     found = generate(model, Plain, prompts, 6, greedy=True)
-    assert [completion.ids for completion in found] == [argmax_loop(model, prompt, 6) for prompt in prompts]
+    assert [turn.completion_ids for turn in found] == [argmax_loop(model, prompt, 6) for prompt in prompts]
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys):

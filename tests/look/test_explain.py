@@ -1,16 +1,17 @@
-"""`memtrain.py --explain`: what it shows is what training does, and the run's folder goes."""
+"""`memtrain.py --explain`: what it shows is what training does, and nothing is left behind."""
 
 import re
 
 import pytest
 import torch
 
-import memtrain
 from helpers import command
-from engine import explain, parallel
+
+from engine import parallel
 from engine.config import Config
-from engine.explain import loss_by_hand
 from grpo import conversation_weights, grpo_loss
+from look import explain
+from look.explain import loss_by_hand
 from rollout import Turn
 
 SMALL = ["--documents", 4, "--g1", 4, "--g2", 3, "--seed", 3]
@@ -82,7 +83,7 @@ def test_the_loss_by_hand_clips():
 def test_a_step_without_a_document_or_a_difference(tmp_path, monkeypatch, rewards, shown):
     """Search has no text to show and several answers; of equal rewards one trajectory is shown, else worst and best."""
     given = iter(rewards)
-    monkeypatch.setattr(memtrain, "answer_reward", lambda *_: next(given))
+    monkeypatch.setattr(explain, "answer_reward", lambda *_: next(given))
     done = command("--explain", "--task", "searchqa", "--documents", 2, "--g1", 2, "--out", tmp_path / "run")
     assert done.returncode == 0 and "no text" in done.stdout and "[[" in done.stdout, done.stderr
     assert re.findall(r"^3\. The memories of trajectory (.*) rewarded$", done.stdout, re.MULTILINE) == shown
@@ -97,6 +98,6 @@ def test_no_folder_can_be_made(tmp_path):
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     """Under torchrun it ends with one line that names --explain."""
-    monkeypatch.setattr(parallel, "start", lambda: (0, 2, "cpu"))
+    monkeypatch.setattr(parallel, "count", lambda: 2)
     done = command("--explain", "--out", tmp_path / "run")
     assert done.returncode == 2 and "--explain" in done.stderr and len(done.stderr.strip().splitlines()) == 1

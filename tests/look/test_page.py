@@ -9,10 +9,10 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-
 from helpers import command
-from engine.page import ceiling, difference, figure, marked, write
-from engine.report import row
+
+from engine.metrics import row
+from look.page import ceiling, difference, figure, marked, write
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"y\""
 SAMPLE = {

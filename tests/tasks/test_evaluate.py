@@ -2,22 +2,19 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command
-from helpers import random_qwen
-from helpers import shared
-from helpers import uncut
+from helpers import Scripted, command, random_qwen, shared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tasks.evaluate
 from engine.config import Config
 from engine.errors import UserError
-from rollout import EMPTY_MEMORY, Limits, Trajectory, Turn, limits_of
-from tasks.evaluate import control_memory, documents_by_length, evaluate_questions, full_text
-from tasks.longqa import LongDocument, LongQA, Pool
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, Sampler, Trajectory, Turn, encode_prompt, fill
+from tasks.evaluate import control_memory, documents_by_length, evaluate_questions
+from tasks.longqa import LongDocument, LongQA, measured
 from tasks.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +24,7 @@ SMALL = ["--documents", 2, "--g1", 2]
 def test_long_text_task_trains_and_is_evaluated(tmp_path):
     """Two steps of task training on the tiny questions: no recall, rows for each control, a model to go on from."""
     run = ["--task", "longqa", *SMALL, "--steps", 2, "--chunks", 2, "--memory_tokens", 12, "--eval_documents", 2]
-    done = command(*run, "--lr", 0.02, "--out", tmp_path / "run")  # so that the model gets worse at once
+    done = command(*run, "--g1", 8, "--lr", 0.02, "--fast", "True", "--out", tmp_path / "run")  # gets worse at once
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all(m["recall"] is None and 0 <= m["end_to_end"] <= 1 for m in metrics)
@@ -65,7 +62,7 @@ def test_real_questions_at_a_real_tokenizers_lengths(tmp_path):
 
 
 class Made:
-    """Question i of four at a length: Q0? has the answer A0, the gold paragraph "gold 0", and so on."""
+    """Question i of four at a length: Q0? has the answer A0, the gold paragraph "gold", "0", and so on."""
 
     questions = {"test": list(range(4))}
 
@@ -73,16 +70,17 @@ class Made:
         return asked
 
     def document(self, i, split, length):
-        return LongDocument(i, f"q{i}", f"Q{i}?", [f"A{i}"], ["text "] * length, [[]] * length, gold=f"gold {i}")
+        gold = (("gold", str(i)),)
+        return LongDocument(i, f"q{i}", f"Q{i}?", [f"A{i}"], ["text "] * length, [[]] * length, gold=gold)
 
 
-def test_rows_say_what_the_answers_were():
+def test_rows_say_what_the_answers_were(monkeypatch):
     """Known answers of the agent and in each control: scores, means and order, once by hand."""
     searches = []
 
-    def agent(sample, documents, limits, progress):
+    def agent(sample, documents, config, progress):
         """Right at two chunks where the number is even, always right at four; asked with a search left."""
-        searches.append(limits.searches)
+        searches.append(config.searches)
         return [
             Trajectory(d, prediction=f"A{d.index if len(d.chunks) == 4 or d.index % 2 == 0 else 99}")
             for d in documents
@@ -95,16 +93,14 @@ def test_rows_say_what_the_answers_were():
         for prompt in prompts:
             i = prompt.split("<problem>\nQ")[1][0]
             memory = prompt.split("<memory>\n")[1].split("\n</memory>")[0]
-            answers = {f"gold {i}": f"\\boxed{{A{i}}}", EMPTY_MEMORY: "I can't know"}
+            answers = {f"gold\n{i}": f"\\boxed{{A{i}}}", EMPTY_MEMORY: "I can't know"}
             said.append(answers.get(memory) or {"text": f"\\boxed{{the A{i} it is}}"}[memory[:4]])
         return [Turn([1], [2], True, text) for text in said]
 
-    def full(document):
-        return "".join(document.chunks)
-
-    limits, controls = Limits(5, 9, 0, 6, uncut), ["empty", "full", "oracle"]
-    config = Config(task="longqa", eval_documents=3)
-    rows = evaluate_questions(sample, agent, Made(), limits, config, [2, 4], "now", controls, full)
+    monkeypatch.setattr(tasks.evaluate, "full_text", lambda document, *_: "".join(document.chunks))
+    sample, controls = Scripted(sample), ("empty", "full", "oracle")
+    config = Config(task="longqa", eval_documents=3, answer_tokens=9)
+    rows = evaluate_questions(sample, agent, Made(), config, "now", [2, 4], controls)
     assert [(row["chunks"], row["memory"]) for row in rows] == [
         (length, memory) for length in (2, 4) for memory in ("kept", "empty", "full", "oracle")
     ]
@@ -118,7 +114,7 @@ def test_rows_say_what_the_answers_were():
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
 
     config = Config(task="searchqa", eval_documents=2)
-    rows = evaluate_questions(None, agent, Made(), limits, config, [2], "now")
+    rows = evaluate_questions(None, agent, Made(), config, "now", [2])
     assert searches == [6, 6, 0] and [row["scores"] for row in rows] == [[1.0, 0.0]] * 2 and "f1" not in rows[0]
 
 
@@ -128,7 +124,7 @@ def test_an_oracle_needs_gold_paragraphs():
     source.document = lambda i, split, length: LongDocument(i, f"q{i}", "Q?", ["A"], ["text"], [[]])
     config = Config(task="longqa", eval_documents=2)
     with pytest.raises(UserError, match="--controls oracle: question q0 comes without gold paragraphs"):
-        evaluate_questions(None, None, source, None, config, [1], "now", controls=["oracle"])
+        evaluate_questions(None, None, source, config, "now", [1], controls=("oracle",))
 
 
 def test_an_evaluation_asks_each_question_once_and_the_same_at_every_length(capsys):
@@ -156,13 +152,17 @@ def test_controls_show_what_they_say():
     """The oracle sees the gold paragraphs, the full text as much of its beginning as the window allows."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model")
-    pool = Pool([(f"Town {i}", f"It lies at {i}.") for i in range(900)], tokenizer)
-    source = LongQA({"test": load_questions(ROOT / "tiny/questions.jsonl")}, pool, seed=0, chunk_tokens=64, chunks=4)
-    document, full = source.document(0, "test"), partial(full_text, model, tokenizer, limits_of(Config(), tokenizer))
-    memory = {control: control_memory(control, document, full) for control in ("empty", "full", "oracle")}
-    assert memory["empty"] == EMPTY_MEMORY and memory["oracle"] == document.gold
-    assert all(line in "".join(document.chunks) for line in document.gold.split("\n") if line.endswith("."))
+    sample, config = Sampler(None, model, tokenizer, None), Config()
+    pool = measured([(f"Town {i}", f"It lies at {i}.") for i in range(900)], tokenizer)
+    questions = {"test": load_questions(ROOT / "tiny/questions.jsonl")}
+    document = LongQA(questions, pool, tokenizer, seed=0, chunk_tokens=64, chunks=4).document(0, "test")
+    memory = {control: control_memory(control, document, sample, config) for control in ("empty", "full", "oracle")}
+    gold = memory["oracle"].split("\n\n")
+    assert memory["empty"] == EMPTY_MEMORY and gold == [f"{title}\n{text}" for title, text in document.gold] != []
+    assert all(text in "".join(document.chunks) for _, text in document.gold)
     assert memory["full"] == "".join(document.chunks)
     model.config.max_position_embeddings = 100
-    short = control_memory("full", document, full)
+    short = control_memory("full", document, sample, config)
     assert 20 < len(short) < len(memory["full"]) and memory["full"].startswith(short)
+    prompt = encode_prompt(tokenizer, fill(ANSWER_PROMPT, problem=document.question, memory=short))
+    assert 90 < len(prompt) + config.answer_tokens <= 100

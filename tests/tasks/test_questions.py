@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import records, shared
+from shared_data import records, shared
 
 from engine.errors import UserError
 from masking import is_heldout
@@ -113,6 +113,7 @@ def test_the_official_files(name):
         ([HOTPOT | {"context": [["Emil", [3]]]}], ["record 1", "'context'"]),
         ([MUSIQUE | {"paragraphs": [{"title": "Emil"}]}], ["record 1", "'paragraph_text'"]),
         ([MUSIQUE | {"paragraphs": MUSIQUE["paragraphs"][1:2]}], ["record 1", "'is_supporting'"]),
+        ([MUSIQUE | {"paragraphs": [MUSIQUE["paragraphs"][0] | {"paragraph_text": " "}]}], ["record 1", "'Emil'"]),
         ([MUSIQUE | {"answerable": False}], ["record 1", "unanswerable"]),
     ],
 )

@@ -1,22 +1,21 @@
 """tasks/search.py: its questions, and --task searchqa as a command, with a server and with one that dies."""
 
 import json
-import re
-import signal
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from helpers import command
-from helpers import random_qwen
+import pytest
+from helpers import command, random_qwen
+from search_server import reply, search_r1, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memtrain
-from rollout import Turn, encode_prompt
-from tasks.retrieval import Http
-from tasks.search import SearchQA, objectives
+from engine.config import Config
+from engine.errors import UserError
+from engine.models import load_model
+from eval import load_task
+from rollout import Turn, encode_prompt, fill
+from tasks.retrieval import Http, open_retriever
+from tasks.search import SEARCH_PROMPT, SearchQA, objectives
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,90 +39,103 @@ def test_the_source_hands_out_its_questions():
     assert [d.index for d in documents] == list(range(6)) and source.lengths([4, 8], "train") == [2]
     for epoch in (documents[:3], documents[3:]):
         assert sorted((d.question, d.answers) for d in epoch) == questions
-    assert all(d.chunks == d.recall == [] for d in documents)
+    assert all(d.chunks == d.recall_candidates == [] for d in documents)
+    assert source.longest_question == "a0?; b0?"
+
+
+class Half(memtrain.Sampler):
+    """The run's own sampler, but every other first turn is a search; keeps the prompts."""
+
+    prompts: list[str]
+
+    def __call__(self, prompts, new_tokens, done=None):
+        turns = super().__call__(prompts, new_tokens, done)
+        Half.prompts += prompts
+        for n, turn in enumerate(turns):
+            if n % 2 and "Searches left: 6" in prompts[n]:
+                turn.text = "note <search>Weimar</search>"
+        return turns
 
 
 def test_search_task_over_http(tmp_path, monkeypatch):
-    """Two training steps of a random model against a server of its own, started as in the docs.
+    """Two training steps of a random model against a server that speaks Search-R1's protocol.
 
     The model samples, a script makes every other first turn a search, and the server's passages stand in the prompts
     that follow.
     """
-    real, prompts = memtrain.sampler, []
-
-    def sampler(*more, **named):
-        own = real(*more, **named)
-
-        def half_of_them_search(texts, new_tokens, done=None):
-            turns = own(texts, new_tokens, done)
-            prompts.extend(texts)
-            for n, turn in enumerate(turns):
-                if n % 2 and "Searches left: 6" in texts[n]:
-                    turn.text = "note <search>Weimar</search>"
-            return turns
-
-        return half_of_them_search
-
-    monkeypatch.setattr(memtrain, "sampler", sampler)
+    Half.prompts = []
+    monkeypatch.setattr(memtrain, "Sampler", Half)
     model = random_qwen(tmp_path / "model", AutoTokenizer.from_pretrained(ROOT / "tiny/model"))
-    serve = ["-m", "tasks.retrieval_server", "--corpus", ROOT / "tiny/passages.jsonl", "--index", tmp_path / "index"]
-    server = subprocess.Popen([sys.executable, *serve, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        url = re.search(r"http://\S+", server.stdout.readline())[0]
+    with serving(search_r1(open_retriever("bm25", ROOT / "tiny/passages.jsonl"))) as url:
         small = ["--documents", 2, "--g1", 2, "--steps", 2, "--eval_documents", 2]
         run = ["--task", "searchqa", "--model", model, "--retriever", url, *small, "--out", tmp_path / "run"]
         done = command(*run)
-    finally:
-        server.send_signal(signal.SIGTERM)
     assert done.returncode == 0, done.stderr
-    assert server.wait(timeout=20) == 0
-    shown = [text.split("<result>")[1] for text in prompts if "Searches left: 5" in text]
+    shown = [text.split("<result>")[1] for text in Half.prompts if "Searches left: 5" in text]
     assert len(shown) >= 4 and all("Weimar" in text for text in shown)
     rows = json.loads((tmp_path / "run/eval.json").read_text())
     assert [r["memory"] for r in rows] == ["kept", "empty"] * 2 and rows[0]["task"] == "searchqa"
-    assert sum("Searches left: 0" in text for text in prompts) >= 2 * 2  # the control: two questions, before and after
+    # The control: two questions, before and after.
+    assert sum("Searches left: 0" in text for text in Half.prompts) >= 2 * 2
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 
-class Dying(BaseHTTPRequestHandler):
-    """Answers two searches, then every further one with 503, as a server behind a proxy that has lost it."""
+class Searching(memtrain.Sampler):
+    """Nothing but searches; keeps the prompts."""
 
-    answered = 0
+    prompts: list[str]
 
-    def do_POST(self):
-        queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
-        Dying.answered += 1
-        body = {"result": [[{"document": {"contents": '"T"\nUlm'}, "score": 1.0}]] * len(queries)}
-        self.send_response(200 if Dying.answered <= 2 else 503)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *arguments):
-        pass
+    def __call__(self, prompts, new_tokens, done=None):
+        Searching.prompts += prompts
+        words = "note <search>Ulm</search>"
+        ids = self.tokenizer(words)["input_ids"]
+        return [Turn(encode_prompt(self.tokenizer, prompt), ids, True, words) for prompt in prompts]
 
 
-def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch):
-    """One line that names the server, exit code 2, and what was learned so far loads as a model."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Dying)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    asked, words = [], "note <search>Ulm</search>"
+def test_a_server_that_dies_ends_the_run_and_the_same_command_resumes(tmp_path, monkeypatch):
+    """One line that names the server, and exit code 2; what the last checkpoint holds is a model, and is gone on from.
 
-    def sampler(generate, model, tokenizer, greedy=False):
-        def always_searches(prompts, new_tokens, done=None):
-            asked.extend(prompts)
-            ids = tokenizer(words)["input_ids"]
-            return [Turn(encode_prompt(tokenizer, prompt), ids, True, words) for prompt in prompts]
+    The server answers the two searches of the first step, and one of the second, as behind a proxy that has lost it.
+    """
+    Searching.prompts, asked, alive = [], [], [True, True, True]
 
-        return always_searches
+    def answer(request, path):
+        asked.append(request["queries"])
+        if len(asked) > len(alive):
+            return 503, ""
+        return 200, reply(*[['"T"\nUlm']] * len(request["queries"]))
 
-    monkeypatch.setattr(memtrain, "sampler", sampler)
-    monkeypatch.setattr(Http.__init__, "__defaults__", (30, 4, 0.01, 5, 9))  # pauses of milliseconds, not of seconds
-    url = f"http://127.0.0.1:{server.server_port}/retrieve"
-    small = ["--documents", 1, "--g1", 2, "--searches", 2, "--steps", 3, "--eval_documents", 0]
-    done = command("--task", "searchqa", "--retriever", url, *small, "--out", tmp_path / "run")
-    server.shutdown()
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and url.split("/retrieve")[0] in last
-    metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert len(metrics) == 1 and len(asked) == 2 * 3 + 2  # died in step 2
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    monkeypatch.setattr(memtrain, "Sampler", Searching)
+    monkeypatch.setattr(Http.__init__, "__defaults__", (30, 4, 0.01))  # pauses of milliseconds, not of seconds
+    with serving(answer) as url:
+        small = ["--documents", 1, "--g1", 2, "--searches", 2, "--steps", 3, "--eval_documents", 0, "--save_every", 1]
+        run = ["--task", "searchqa", "--retriever", url, *small, "--out", tmp_path / "run"]
+        done = command(*run)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: ") and f"{url}/retrieve answered 503" in last
+        assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+        assert asked == [["Ulm"] * 2] * (3 + 4) and len(Searching.prompts) == 2 * (3 + 2)  # died in step 2, four tries
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+        alive += [True] * 99
+        done = command(*run)
+    assert done.returncode == 0 and "resuming after step 1" in done.stdout, done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+
+
+def test_a_turn_must_fit_the_window():
+    """The longest question, full notes, a full query and result, and what is then written: just fits, or is refused."""
+    config = Config(task="searchqa")
+    model, tokenizer = load_model(config.model, "cpu")
+    source, _ = load_task(config, model, tokenizer)
+    longest = max((q for items in source.questions.values() for q, _ in items), key=len)
+    full = {"memory": 64, "query": 64, "result": 192}
+    slots = {name: " ".join(["Ulm"] * tokens) for name, tokens in full.items()}
+    assert all(len(tokenizer(slots[name])["input_ids"]) == tokens for name, tokens in full.items())
+    prompt = fill(SEARCH_PROMPT, problem=longest, left=6, **slots)
+    needed = len(encode_prompt(tokenizer, prompt)) + config.memory_tokens + config.answer_tokens
+    model.config.max_position_embeddings = needed + 2  # joined texts may take fewer tokens than each by itself
+    assert load_task(config, model, tokenizer)[0].longest_question == longest
+    model.config.max_position_embeddings = needed - 3
+    with pytest.raises(UserError, match=f"--result-tokens 192, .* need a window of .* has {needed - 3}; make them sma"):
+        load_task(config, model, tokenizer)

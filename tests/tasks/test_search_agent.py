@@ -1,10 +1,17 @@
 """tasks/search.py: the searching agent, with a script of answers in the model's place."""
 
-from helpers import uncut
+from helpers import Scripted
 
+from engine.config import Config
 from masking import Document
-from rollout import EMPTY_MEMORY, Limits, Turn, answered
-from tasks.search import acted, search
+from rollout import EMPTY_MEMORY, Turn, answered
+from tasks.search import NOTHING, acted, search
+
+
+def settings(memory_tokens=40, answer_tokens=9, result_tokens=99, searches=6) -> Config:
+    return Config(
+        memory_tokens=memory_tokens, answer_tokens=answer_tokens, result_tokens=result_tokens, searches=searches
+    )
 
 
 class Library:
@@ -40,7 +47,7 @@ def test_search_keeps_notes_query_and_result_and_nothing_else():
 
     documents = [Document(n, name, f"Who is {name}?", ["x"], [], []) for n, name in enumerate(script)]
     library = Library()
-    found = search(sample, documents, Limits(40, 9, 99, 2, uncut), retriever=library, top=3)
+    found = search(Scripted(sample), documents, settings(searches=2), retriever=library, top=3)
     assert [t.prediction for t in found] == ["Ulm", "Bern", None, None]
     assert [len(t.turns) for t in found] == [1, 2, 1, 3]  # the third search of two allowed ends the episode
     assert library.asked == [["who is it", "again 0"], ["again 1"]]
@@ -57,8 +64,8 @@ def test_search_keeps_notes_query_and_result_and_nothing_else():
 def test_only_generated_text_is_an_action():
     """Boxes and searches that stand in the question or in a search result are nobody's action and nobody's answer."""
     trap = r"Is it \boxed{x} or <search>y</search>?"
-    limits, question = Limits(40, 9, 99, 6, uncut), Document(0, "t", trap, ["x"], [], [])
-    (found,) = search(lambda prompts, *_: [Turn([1], [2], True, "I wonder")], [question], limits, retriever=Library())
+    sample, question = Scripted(lambda *_: [Turn([1], [2], True, "I wonder")]), Document(0, "t", trap, ["x"], [], [])
+    (found,) = search(sample, [question], settings(), retriever=Library())
     assert found.prediction is None and found.searches == [] and len(found.turns) == 1
 
 
@@ -75,7 +82,7 @@ def test_notes_queries_and_results_keep_to_their_limits():
         return [Turn([1], [2], True, "notes that are long <search>words that are long</search>")]
 
     question = Document(0, "t", "Who?", ["x"], [], [])
-    search(sample, [question], Limits(5, 3, 8, 1, cut), retriever=Library(), top=1)
+    search(Scripted(sample, cut), [question], settings(5, 3, 8, 1), retriever=Library(), top=1)
     assert [new_tokens for _, new_tokens in asked] == [8, 8]
     assert cuts[:3] == [("notes that are long", 5), ("words that are long", 5), ("T0\nabout words", 8)]
     (second,) = asked[1][0]
@@ -92,5 +99,35 @@ def test_an_empty_box_is_no_answer_and_ends_nothing():
         return [Turn([1], [2], True, next(said))]
 
     question = Document(0, "t", "Who?", ["x"], [], [])
-    (found,) = search(sample, [question], Limits(40, 9, 99, 6, uncut), retriever=Library())
+    (found,) = search(Scripted(sample), [question], settings(), retriever=Library())
     assert found.searches == ["Ulm"] and found.prediction == "Bern" and len(found.turns) == 2
+
+
+def test_episodes_of_a_group_are_searched_together():
+    """G1 episodes of each question, question by question; those that search in a turn ask the retriever at once."""
+    def sample(prompts, new_tokens, done):
+        assert done is acted and new_tokens == 49
+        said = "<search>words</search>" if NOTHING in prompts[0] else r"\boxed{Ulm}"
+        return [Turn([1], [2], True, said) for _ in prompts]
+
+    documents, library = [Document(n, str(n), f"Who is {n}?", ["x"], [], []) for n in range(2)], Library()
+    found = search(Scripted(sample), documents, settings(), samples=3, retriever=library)
+    assert [t.document.index for t in found] == [0, 0, 0, 1, 1, 1] and library.asked == [["words"] * 6]
+    assert all(t.prediction == "Ulm" and len(t.turns) == 2 and t.memories == [EMPTY_MEMORY] for t in found)
+
+
+def test_a_search_that_finds_nothing_says_so():
+    """The slot of the result isn't empty, and differs from that of a search that was never made."""
+    prompts = []
+
+    class Empty:
+        def search(self, queries, k):
+            return [[] for _ in queries]
+
+    def sample(given, new_tokens, done):
+        prompts.extend(given)
+        return [Turn([1], [2], True, "<search>words</search>")]
+
+    search(Scripted(sample), [Document(0, "t", "Who?", ["x"], [], [])], settings(searches=1), retriever=Empty())
+    first, second = (prompt.split("<result>\n")[1].split("\n</result>")[0] for prompt in prompts)
+    assert (first, second) == (NOTHING, "(nothing found)")

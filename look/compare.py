@@ -1,10 +1,46 @@
-"""Accuracies by length as a picture, by matplotlib, which is needed here only."""
+"""Two models compared on the same questions, and accuracies by length as a picture (which needs matplotlib)."""
 
 from pathlib import Path
+
+import numpy as np
 
 from engine.errors import UserError
 from engine.files import check_writable
 from engine.metrics import unit_of
+
+
+def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
+    """The scores of two rows on the documents that both have."""
+    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
+    shared = sorted(one.keys() & other.keys())
+    return [one[number] for number in shared], [other[number] for number in shared]
+
+
+def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
+    difference = np.asarray(second) - np.asarray(first)  # (questions,)
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)  # (draws,)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """For each row of a further model a line: its scores minus the first model's, on the same questions."""
+    lines = []
+    for row in rows:
+        first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
+        if first is not row:
+            scores = paired(first, row)
+            if not scores[0]:
+                continue
+            mean, low, high = paired_bootstrap(*scores)
+            names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
+            lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+# ---- a picture --------------------------------------------------------------------------------------------
 
 
 def check_picture(picture: str, name: str = "--plot") -> None:

@@ -1,0 +1,19 @@
+"""Model folders that the scripts here write."""
+
+from pathlib import Path
+
+from engine.errors import UserError
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError for a model folder that would be written over."""
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; delete it, or name another folder")
+
+
+def save_new(model, tokenizer, folder: Path) -> None:
+    """Write a model folder that isn't there yet: whole, or not at all."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(folder)
