@@ -1,32 +1,45 @@
-"""Build masked documents (paper 3.2), and draw the questions of the recall task (3.3).
+"""Masked documents out of plain passages (paper 3.2), and the questions of the recall task (3.3), step by step:
 
-    mask_spans    replaces every form of an entity in a text by [MASK] or [TARGET]
-    Corpus        document i: the passage whose entity is asked for (the pivot), passages related to it and random
-                  ones, the entity masked in all of them, cut into chunks
-    draw_recall   an earlier chunk with one entity replaced by [TARGET], and the later memory that must supply it
+    find_entities    spaCy finds the named entities of every passage
+    Corpus.document  draw a passage, the pivot, and one of its entities: y, the answer
+                     add passages related to the pivot, and random ones, in random order
+                     replace every form of y by [MASK], in all of them
+                     cut the text into chunks; draw again where it still gives y away, or where the pivot doesn't fit
+                     list the other entities of each chunk: recall may ask for them
+    draw_recall      draw one of these and replace it by [TARGET] in its chunk; a later memory must supply it
 
-A form of an entity: its whole words in any case. Two names are akin if one may be part of the other, or its alias.
+A form of an entity is its whole words in any case (text/matching.py).
 """
 
 import hashlib
+import re
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
+import spacy
+from spacy.lang.en.stop_words import STOP_WORDS
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from rewards import normalize
 from text.bm25 import BM25
 from text.chunking import cut_chunks
-from text.matching import MASK, TARGET, akin, name_words, occurrences
+from text.corpus import Passage, kept_by_passage, load_text
+from text.matching import MASK, TARGET, Span, may_be_same_entity, name_words, occurrences
+from text.rules import check_ner, rules_pipeline
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
-ATTEMPTS = 200  # draws for one document before giving up
-TRIES = 5  # documents to try under one number, in training
-SMALLEST_CHUNK = 16  # tokens: cut_chunks never splits a [MASK], nor a character
 GAP = "\n\n"  # between the passages of a document
-Span = tuple[int, int]  # character positions, the end excluded
+SMALLEST_CHUNK = 16  # tokens: less may not hold a [MASK], nor an emoji
+MAX_DRAWS = 200  # of a pivot and y, for one document
+MAX_REPLACEMENTS = 4  # in training, of a document that can't be built, by others
+OVERSHOOT = 1.05  # a text may be cut from passages that fill so many times the chunks asked for
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Document:
     recall_candidates: list[list[str]]  # of each chunk, the names that recall may ask for
     leaks: int = 0  # draws, the kept one included, that gave y away
     redraws: int = 0  # draws thrown away, for a leak or as the pivot didn't fit
-    place: int = 0  # 0..documents-1 in its step, over all processes; Run.draw sets it
+    place: int = 0  # 0..documents-1 in its step, over all processes; set where a step's documents are drawn
 
 
 @dataclass
@@ -52,7 +65,84 @@ class RecallTarget:
     chunk: int  # l < k
     entity: str
     masked_chunk: str  # chunk l, with the entity as [TARGET]
-    leaky: bool = False  # one of the entity's long words is still in the section
+    leaky: bool = False  # one of the entity's long words is still in masked_chunk
+
+
+# ---- entities ----------------------------------------------------------------------------------------
+
+ENTITIES_FORMAT = 5  # raise when find_entities finds something else than before: it is part of the cache's name
+TRIM = re.compile(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*")
+
+
+def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
+    """Set the entities of every passage, by a spaCy pipeline; they are kept in the folder `cache` for the next time.
+
+    Raises UserError if the pipeline is missing or finds nothing at all.
+    """
+
+    def prepare():
+        names = frozenset(passage.name for passage in passages if ner == "rules")
+        common = common_words(passage.text for passage in passages) | {"mask", "target"}
+        return partial(entities_of, ner=ner, names=names, common=common)
+
+    settings = (ENTITIES_FORMAT, ner, spacy.__version__, spacy.util.get_package_version(ner))
+    found = kept_by_passage("entities", passages, settings, cache, prepare)
+    for passage, spans in zip(passages, found, strict=True):
+        passage.entities = [tuple(span) for span in spans]
+    if not any(passage.entities for passage in passages):
+        raise UserError(
+            f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text"
+        )
+
+
+def entities_of(texts: list[str], ner: str, names: frozenset[str], common: set[str]) -> list[list[Span]]:
+    """The spans of the entities worth masking, of each text."""
+    nlp = load_pipeline(ner, names)
+    nlp.max_length = max(nlp.max_length, *(len(text) + 1 for text in texts))  # a line may be a whole book
+    return [[(start, end) for start, end, _ in worth_masking(doc, common)] for doc in nlp.pipe(texts, batch_size=64)]
+
+
+@lru_cache(maxsize=1)  # entities_of is called for one block of texts after another
+def load_pipeline(ner: str, names: frozenset[str] = frozenset()) -> spacy.Language:
+    """The spaCy pipeline `ner`, which sets doc.ents; `rules` also know `names`. Raises UserError."""
+    check_ner(ner)
+    try:
+        return rules_pipeline(names) if ner == "rules" else spacy.load(ner, exclude=["parser", "lemmatizer"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ner {ner}: can't be loaded ({first_line(error)}); use --ner rules") from None
+
+
+def common_words(texts) -> set[str]:
+    """Words that `texts` write small in a tenth of their occurrences or more: hardly names, even with a capital."""
+    total, small = Counter(), Counter()
+    for text in texts:
+        words = re.findall(r"[^\W\d_]+", text)
+        total.update(word.lower() for word in words)
+        small.update(word for word in words if word.islower())
+    return {word for word, count in small.items() if 10 * count >= total[word]}
+
+
+def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
+    """(start, end, label) of the entities of a spaCy doc, trimmed of a lower-case article, quotes and a final 's.
+
+    Left out: a span that masking would not find again (no word edge), and one that would mask ordinary words: stop
+    words, a single word of `common`, names with neither a capital nor a digit.
+    """
+    found, text = [], doc.text  # spaCy builds it anew at each access
+    for entity in doc.ents:
+        core = TRIM.fullmatch(entity.text)
+        name, start, end = core[1], entity.start_char + core.start(1), entity.start_char + core.end(1)
+        plain = name.islower() and not any(character.isdigit() for character in name)
+        ordinary = name.lower() in common or all(word in STOP_WORDS for word in name.lower().split())
+        if 0 < len(name) <= 80 and not plain and not ordinary and _found_again(text, start, end):
+            found.append((start, end, entity.label_))
+    return found
+
+
+def _found_again(text: str, start: int, end: int) -> bool:
+    """Whether masking finds this span: a word edge of the raw text may be none in NFKC, where Ulm\u2122 is UlmTM."""
+    first = max(0, start - 8)
+    return (start - first, end - first) in occurrences(text[first : end + 8], text[start:end])
 
 
 # ---- masking -----------------------------------------------------------------------------------------
@@ -66,24 +156,22 @@ def mask(text: str, entity: str, token: str = MASK) -> str:
 def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
     """Replace every form of `entity` -> masked text, the given spans moved along, the spans of the new tokens.
 
-    Given spans that overlap a form of the entity are left out.
+    Given spans that overlap a form of the entity are left out. Ada masked in "Ada met Bob.", with the spans of both:
+
+        mask_spans("Ada met Bob.", [(0, 3), (8, 11)], "Ada") == ("[MASK] met Bob.", [(11, 14)], [(0, 6)])
     """
     forms = occurrences(text, entity)
-    pieces, tokens, copied, length = [], [], 0, 0
-    for start, end in forms:
-        pieces += [text[copied:start], token]
-        length += start - copied + len(token)
-        tokens.append((length - len(token), length))
-        copied = end
+    starts, ends = [start for start, _ in forms], [end for _, end in forms]
+    masked = token.join(text[start:end] for start, end in zip([0, *ends], [*starts, len(text)], strict=True))
     # shifts[n] is added to the positions behind the first n forms.
-    shifts = [0, *(new_end - end for (_, new_end), (_, end) in zip(tokens, forms, strict=True))]
-    starts = [start for start, _ in forms]
+    shifts = [0, *accumulate(len(token) - (end - start) for start, end in forms)]
+    tokens = [(start + shift, start + shift + len(token)) for start, shift in zip(starts, shifts[:-1], strict=True)]
     moved = []
     for start, end in spans:
         n = bisect_left(starts, end)  # forms that start before the span's end
-        if n == 0 or forms[n - 1][1] <= start:
+        if n == 0 or ends[n - 1] <= start:
             moved.append((start + shifts[n], end + shifts[n]))
-    return "".join([*pieces, text[copied:]]), moved, tokens
+    return masked, moved, tokens
 
 
 def gives_away(text: str, name: str) -> bool:
@@ -92,6 +180,38 @@ def gives_away(text: str, name: str) -> bool:
 
 
 # ---- documents ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pivots:
+    """The passages of a split that can be a pivot, by the kind of name that y can be; some have both."""
+
+    several_words: list[int]
+    one_word: list[int]
+    several_share: float  # of the names of all these passages
+
+    def of_kind(self, several: bool) -> list[int]:
+        return self.several_words if several else self.one_word
+
+
+@dataclass
+class Pool:
+    """All passages that a document about one pivot may take, in the order in which it takes them."""
+
+    numbers: np.ndarray  # (passages,) the pivot, then related passages, then random ones
+    keys: np.ndarray  # (passages,) random; sorted by them, more passages keep the order of the fewer
+    size: int  # passages of the document; where it is to fill chunks, a first guess
+
+
+@dataclass
+class Draft:
+    """Passages masked, joined and cut; all places are those in `text`."""
+
+    text: str
+    masks: list[Span]
+    entities: list[Span]  # all others
+    pivot: Span
+    chunks: list[str]  # joined, they are `text`
 
 
 def is_heldout(title: str, share: float) -> bool:
@@ -103,43 +223,31 @@ def is_heldout(title: str, share: float) -> bool:
 class Corpus:
     """Masked documents: document(i, split) is a pure function of the passages, the seed, the split and i.
 
-    With `n_chunks` a document gets as many passages as fill that many chunks. Without, it gets `n_passages` passages,
-    cut to at most `max_chunks` chunks. In the split "train" a passage with a held-out title is never the pivot, and its
-    title is never masked; in "heldout" such a passage is always the pivot. Raises UserError for too few passages.
+    A document gets as many passages as fill `n_chunks` chunks; or `n_passages` passages, of which at most `n_chunks`
+    chunks are kept. In the split "train" a passage with a held-out title is never the pivot, and its title is never
+    masked; in "heldout" such a passage is always the pivot. Raises UserError for too few passages.
     """
 
     def __init__(
-        self, passages: list, tokenizer, *, seed: int, chunk_tokens: int, n_chunks: int | None = None,
-        n_passages: int | None = None, max_chunks: int | None = None, n_related: int = 0, keep_leaky: bool = False,
-        heldout: float = 0.2,
+        self, passages: list[Passage], tokenizer, *, seed: int, chunk_tokens: int, n_chunks: int | None = None,
+        n_passages: int | None = None, n_related: int = 0, keep_leaky: bool = False, heldout: float = 0.2,
     ):
         self.passages, self.tokenizer, self.seed, self.chunk_tokens = passages, tokenizer, seed, chunk_tokens
-        self.n_chunks, self.n_passages, self.max_chunks = n_chunks, n_passages, max_chunks
-        self.n_related, self.keep_leaky = n_related, keep_leaky
+        self.n_chunks, self.n_passages, self.n_related, self.keep_leaky = n_chunks, n_passages, n_related, keep_leaky
         if chunk_tokens < SMALLEST_CHUNK:
             raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK}")
-        if max(n_passages or 1, n_related + 1) > len(passages):
-            asked = f"--passages {n_passages}" if (n_passages or 0) > n_related else f"--related {n_related}"
-            raise UserError(
-                f"the corpus has {len(passages)} passages, too few for {asked}: bring more text, or ask for fewer"
-            )
+        if (n_passages or 0) > len(passages):
+            raise self._too_few(f"--passages {n_passages}")
+        if n_related >= len(passages):
+            raise self._too_few(f"--related {n_related}")
         self.same_title: dict[str, list[int]] = {}
         for n, passage in enumerate(passages):
             self.same_title.setdefault(passage.title, []).append(n)
         self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
         self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
-        # Numbers of the passages that have a name of several words (True) or of one (False).
-        self.pivots: dict[str, dict[bool, list[int]]] = {split: {True: [], False: []} for split in ("train", "heldout")}
-        counts = {split: {True: 0, False: 0} for split in self.pivots}
-        for n, passage in enumerate(passages):
-            split = "heldout" if passage.title in self.heldout else "train"
-            kinds = [" " in name for name in self._names(n, split)]
-            for several in set(kinds):
-                self.pivots[split][several].append(n)
-                counts[split][several] += kinds.count(several)
-        self.several = {split: count[True] / max(1, sum(count.values())) for split, count in counts.items()}
-        if not any(numbers for split in self.pivots.values() for numbers in split.values()):
-            raise UserError("the corpus has no passage with an entity to mask: bring other text, or another --ner")
+        self.pivots = {split: self._pivots(split) for split in ("train", "heldout")}
+        if not any(pivots.several_words or pivots.one_word for pivots in self.pivots.values()):
+            raise UserError("the corpus has no passage with an entity to mask: use another corpus, or another --ner")
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
         self.passage_tokens: dict[int, int] = {}  # passage -> its tokens, of those counted so far
 
@@ -151,52 +259,89 @@ class Corpus:
         The first draws don't depend on `chunks`, so most pivots and answers are the same at every length. Raises
         UserError if the document can't be built, in training only after other draws, which no other number makes.
         """
-        tries = TRIES if split == "train" else 1
-        for attempt in range(tries):
-            try:
-                return self._draw(i, split, chunks or self.n_chunks, attempt)
-            except UserError:
-                if attempt == tries - 1:
-                    raise
+        n_chunks = chunks or (None if self.n_passages else self.n_chunks)
+        replacements = MAX_REPLACEMENTS if split == "train" else 0
+        for attempt in range(replacements):
+            with suppress(UserError):
+                return self._draw(i, split, n_chunks, attempt)
+        return self._draw(i, split, n_chunks, replacements)
 
     def _draw(self, i: int, split: str, n_chunks: int | None, attempt: int) -> Document:
-        if not any(self.pivots[split].values()):
-            raise UserError(
-                f"no passage with an entity is left for the split {split!r}: bring more titles, or change --heldout"
-            )
-        rng = np.random.default_rng([self.seed, split == "heldout", i] + [attempt] * (attempt > 0))
-        # Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
-        wanted = bool(rng.random() < self.several[split])
-        leaks, draws = 0, 0
-        while draws < ATTEMPTS:
-            other = draws > ATTEMPTS / 2 and self.pivots[split][not wanted]  # the wanted kind can't be had
-            several = not wanted if other else wanted
-            pivot = int(rng.choice(self.pivots[split][several]))
-            pool, keys = self._pool(pivot, rng)
-            size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
-            names = [name for name in self._names(pivot, split) if (" " in name) == several]
-            for n in rng.permutation(len(names)).tolist():  # until one of them makes a document
-                draws += 1
-                document = None
-                # Before all is cut, if all is kept.
-                leaky = not (self.keep_leaky or self.max_chunks) and self._leaks(pool[:size], names[n])
-                if not leaky:
-                    document = self._build(i, split, pool, keys, names[n], n_chunks, size)
-                    leaky = document is not None and any(gives_away(chunk, names[n]) for chunk in document.chunks)
-                leaks += leaky
-                if document and (self.keep_leaky or not leaky):
-                    document.leaks, document.redraws = leaks, draws - 1
-                    return document
+        rng = np.random.default_rng([self.seed, split == "heldout", i, *([attempt] if attempt else [])])
+        # Where no chunk will be left out, one passage that leaks tells as much as the whole document, and sooner.
+        check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
+        draws, leaks = 0, 0
+        for pool, answer in self._candidates(split, n_chunks, rng):
+            draws += 1
+            if check_passages and self._leaks(pool.numbers[: pool.size], answer):
+                leaks += 1
+                continue
+            document = self._build(i, split, pool, answer, n_chunks)
+            if document is None:
+                continue
+            leaky = any(gives_away(chunk, answer) for chunk in document.chunks)
+            leaks += leaky
+            if self.keep_leaky or not leaky:
+                document.leaks, document.redraws = leaks, draws - 1
+                return document
         raise UserError(
-            f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: bring more text, "
+            f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: use a larger corpus, "
             "longer chunks or --keep-leaky"
         )
 
-    def _leaks(self, passages: np.ndarray, name: str) -> bool:
+    def _candidates(self, split: str, n_chunks: int | None, rng) -> Iterator[tuple[Pool, str]]:
+        """Pools of random pivots, each with one after the other of the pivot's names; ends after MAX_DRAWS or so.
+
+        Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
+        """
+        pivots, draws = self.pivots[split], 0
+        if not (pivots.several_words or pivots.one_word):
+            raise UserError(
+                f"no passage with an entity is left for the split {split!r}: use a larger corpus, or change --heldout"
+            )
+        drawn_kind = bool(rng.random() < pivots.several_share)
+        while draws < MAX_DRAWS:
+            several = drawn_kind
+            if draws > MAX_DRAWS / 2 and pivots.of_kind(not drawn_kind):  # the drawn kind can't be had
+                several = not drawn_kind
+            pivot = int(rng.choice(pivots.of_kind(several)))
+            pool = self._pool(pivot, n_chunks, rng)
+            names = [name for name in self._names(pivot, split) if (" " in name) == several]
+            for n in rng.permutation(len(names)).tolist():
+                draws += 1
+                yield pool, names[n]
+
+    def _pivots(self, split: str) -> Pivots:
+        several_words, one_word, counts = [], [], Counter()
+        for n, passage in enumerate(self.passages):
+            if (passage.title in self.heldout) == (split == "heldout"):
+                kinds = [" " in name for name in self._names(n, split)]
+                counts.update(kinds)
+                if True in kinds:
+                    several_words.append(n)
+                if False in kinds:
+                    one_word.append(n)
+        return Pivots(several_words, one_word, counts[True] / max(1, counts.total()))
+
+    def _pool(self, pivot: int, n_chunks: int | None, rng) -> Pool:
+        """Other passages of the pivot's own title are left out: they would all but repeat it."""
+        own = self.same_title[self.passages[pivot].title]
+        related = []
+        if self.n_related:
+            query = f"{self.passages[pivot].title} {self.passages[pivot].text}"
+            (found,) = self.index.search([query], self.n_related + len(own))
+            related = [n for n, _ in found if n not in own][: self.n_related]
+        others = rng.permutation(len(self.passages))
+        others = others[~np.isin(others, [*own, *related])]
+        numbers = np.array([pivot, *related, *others])
+        size = self._estimate(numbers, n_chunks) if n_chunks else self.n_passages
+        return Pool(numbers, rng.random(len(numbers)), size)
+
+    def _leaks(self, numbers: np.ndarray, name: str) -> bool:
         """Whether one of these passages gives `name` away when it is masked."""
         for word in name_words(name):
             holding = self.index.holding(word)
-            for n in holding[np.isin(holding, passages)].tolist():
+            for n in holding[np.isin(holding, numbers)].tolist():
                 if gives_away(mask(self.passages[n].text, name), name):
                     return True
         return False
@@ -211,95 +356,93 @@ class Corpus:
         named = {normalize(name): " ".join(name.split()) for name in names}
         return [name for key, name in named.items() if key and (split == "heldout" or key not in self.never_in_train)]
 
-    def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
-        """Passages by priority (the pivot, related, random ones), and a random key for each.
-
-        A document takes passages from the front and sorts them by key, so more of them keep the order of the fewer.
-        Other passages of the pivot's own title are left out: they would all but repeat it.
-        """
-        own = self.same_title[self.passages[pivot].title]
-        related = []
-        if self.n_related:
-            query = f"{self.passages[pivot].title} {self.passages[pivot].text}"
-            (found,) = self.index.search([query], self.n_related + len(own))
-            related = [n for n, _ in found if n not in own][: self.n_related]
-        others = rng.permutation(len(self.passages))
-        others = others[~np.isin(others, [*own, *related])]
-        return np.array([pivot, *related, *others]), rng.random(1 + len(related) + len(others))
-
-    def _build(
-        self, i: int, split: str, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None, size: int
-    ) -> Document | None:
+    def _build(self, i: int, split: str, pool: Pool, answer: str, n_chunks: int | None) -> Document | None:
         """The document with `answer` masked, or None where its chunks can't hold the whole pivot."""
-        text, masks, entities, (pivot_start, pivot_end), chunks = self._fill(pool, keys, answer, n_chunks, size)
-        most = n_chunks or self.max_chunks or len(chunks)
-        # Keep a window of `most` chunks: the first ones, or shifted to end with the pivot's last chunk.
-        chunk_ends = list(accumulate(map(len, chunks)))
-        first_kept = max(0, bisect_left(chunk_ends, pivot_end) + 1 - most)
-        start = chunk_ends[first_kept - 1] if first_kept else 0
-        if pivot_start < start or not masks:
+        draft = self._fill(pool, answer, n_chunks)
+        edges = [0, *accumulate(map(len, draft.chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
+        # Keep a window of at most so many chunks: the first ones, or shifted to end with the pivot's last chunk.
+        most = n_chunks or self.n_chunks or len(draft.chunks)
+        pivot_start, pivot_end = draft.pivot
+        first = max(0, bisect_left(edges, pivot_end) - most)
+        if pivot_start < edges[first] or not draft.masks:
             return None
-        mask_edges = {edge for span in masks for edge in span}  # [MASK]-Berlin may be one name
-        chunks = chunks[first_kept : first_kept + most]
-        recall = []
-        for chunk in chunks:
-            end = start + len(chunk)
-            inside = [(s, e) for s, e in entities if start <= s and e <= end]
-            apart = [text[s:e] for s, e in inside if s not in mask_edges and e not in mask_edges]
-            recall.append([name for name in self._allowed(apart, split) if not akin(name, answer)])
-            start = end
-        return Document(i, self.passages[pool[0]].title, QUESTION, [answer], chunks, recall)
+        chunks = draft.chunks[first : first + most]
+        mask_edges = {edge for span in draft.masks for edge in span}
+        apart = [span for span in draft.entities if mask_edges.isdisjoint(span)]  # [MASK]-Berlin may be one name
+        candidates = []
+        for chunk_start, chunk_end in pairwise(edges[first : first + len(chunks) + 1]):
+            inside = [draft.text[start:end] for start, end in apart if chunk_start <= start and end <= chunk_end]
+            names = self._allowed(inside, split)
+            candidates.append([name for name in names if not may_be_same_entity(name, answer)])
+        return Document(i, self.passages[pool.numbers[0]].title, QUESTION, [answer], chunks, candidates)
 
-    def _fill(self, pool: np.ndarray, keys: np.ndarray, answer: str, n_chunks: int | None, size: int) -> tuple:
-        """Join passages, `size` or as many as fill the chunks -> text, masks, entities, pivot's span, chunks."""
-        few, enough = 0, len(pool) + 1  # numbers of passages that were too few, and that were more than enough
+    def _fill(self, pool: Pool, answer: str, n_chunks: int | None) -> Draft:
+        """The draft of about as few passages as fill `n_chunks` chunks; without these, of pool.size passages."""
+        size, too_few, enough = pool.size, 0, len(pool.numbers) + 1
         while True:
-            if size > len(pool):
-                wanted = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}"
-                raise UserError(
-                    f"the corpus has {len(self.passages)} passages, too few for {wanted} (other passages of the "
-                    "pivot's title are not used)"
-                )
-            order = pool[np.argsort(keys[:size])]
-            text, masks, entities, pivot_span = self._join(order, pool[0], answer)
-            chunks = cut_chunks(text, entities, self.tokenizer, self.chunk_tokens)
-            found = text, masks, entities, pivot_span, chunks
-            if not n_chunks or n_chunks <= len(chunks) <= 1.05 * n_chunks:
-                return found
-            few, enough = (size, enough) if len(chunks) < n_chunks else (few, size)
-            if size == enough == few + 1:
-                return found
-            # Each try cuts the whole text, so aim by the chunks that a passage makes.
-            size = min(max(few + 1, int(size * (n_chunks + 0.5) / len(chunks))), max(few + 1, enough - 1))
+            if size > len(pool.numbers):
+                asked = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}"
+                raise self._too_few(asked)
+            draft = self._draft(pool, size, answer)
+            made = len(draft.chunks)
+            if not n_chunks or n_chunks <= made <= OVERSHOOT * n_chunks:
+                return draft
+            if made < n_chunks:
+                too_few = size
+            elif size == too_few + 1:
+                return draft
+            else:
+                enough = size
+            # Each try cuts the whole text, so aim by the chunks that a passage made in this one.
+            aim = int(size * (n_chunks + 0.5) / made)
+            size = max(too_few + 1, min(aim, enough - 1))
 
-    def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
-        """Passages whose tokens should fill the chunks: a first guess, which _fill puts right."""
+    def _estimate(self, numbers: np.ndarray, n_chunks: int) -> int:
+        """How many of these passages should fill the chunks, by their tokens."""
         used = 0
-        for taken, n in enumerate(pool.tolist()):
+        for size, n in enumerate(numbers):
             if used >= n_chunks * self.chunk_tokens:
-                return taken
+                return size
             if n not in self.passage_tokens:
-                self._count([m for m in pool[taken : taken + 256].tolist() if m not in self.passage_tokens])
+                uncounted = [m for m in numbers[size : size + 256].tolist() if m not in self.passage_tokens]
+                texts = [self.passages[m].text for m in uncounted]
+                encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                self.passage_tokens |= zip(uncounted, map(len, encoded), strict=True)
             used += self.passage_tokens[n]
-        return len(pool)
+        return len(numbers)
 
-    def _count(self, numbers: list[int]) -> None:
-        texts = [self.passages[n].text for n in numbers]
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        self.passage_tokens |= {n: len(ids) for n, ids in zip(numbers, encoded, strict=True)}
-
-    def _join(self, order: np.ndarray, pivot: int, answer: str) -> tuple[str, list[Span], list[Span], Span]:
-        """-> the masked text, its masks, the entities it still has, the pivot's span."""
+    def _draft(self, pool: Pool, size: int, answer: str) -> Draft:
+        """The first `size` passages of the pool with `answer` masked, joined in the order of their keys, and cut."""
         texts, masks, entities, offset = [], [], [], 0
-        for n in order.tolist():
-            text, kept, masked = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
-            masks += [(s + offset, e + offset) for s, e in masked]
-            entities += [(s + offset, e + offset) for s, e in kept]
-            if n == pivot:
-                pivot_span = offset, offset + len(text)
+        for n in pool.numbers[np.argsort(pool.keys[:size])].tolist():
+            text, others, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
+            masks += [(start + offset, end + offset) for start, end in tokens]
+            entities += [(start + offset, end + offset) for start, end in others]
+            if n == pool.numbers[0]:
+                pivot = offset, offset + len(text)
             texts.append(text)
             offset += len(text) + len(GAP)
-        return GAP.join(texts), masks, entities, pivot_span
+        text = GAP.join(texts)
+        return Draft(text, masks, entities, pivot, cut_chunks(text, entities, self.tokenizer, self.chunk_tokens))
+
+    def _too_few(self, asked: str) -> UserError:
+        return UserError(
+            f"the corpus has {len(self.passages)} passages, too few for {asked} (a document takes one passage of the "
+            "pivot's title): use a larger corpus, or ask for less"
+        )
+
+
+def load_corpus(config, tokenizer, left_out: Counter | None = None) -> Corpus:
+    """The masked documents of the settings; `left_out` counts passages that can't be used. Raises UserError."""
+    passages = load_text(config, left_out)
+    find_entities(passages, config.ner, config.cache)
+    return Corpus(
+        passages, tokenizer, seed=config.seed, chunk_tokens=config.chunk_tokens, n_chunks=config.chunks,
+        n_passages=config.passages, n_related=config.related, keep_leaky=config.keep_leaky, heldout=config.heldout,
+    )
+
+
+# ---- recall ------------------------------------------------------------------------------------------
 
 
 def draw_recall(document: Document, rng) -> RecallTarget | None:
@@ -312,27 +455,10 @@ def draw_recall(document: Document, rng) -> RecallTarget | None:
     if not sources:
         return None
     k = int(rng.integers(sources[0] + 1, len(document.chunks), endpoint=True))
-    chunk = int(rng.choice([number for number in sources if number < k]))
-    names = document.recall_candidates[chunk - 1]
-    for n in rng.permutation(len(names)).tolist():
-        section = mask(document.chunks[chunk - 1], names[n], TARGET)
-        leaky = gives_away(section, names[n])
-        if not leaky:
-            return RecallTarget(k, chunk, names[n], section)
-    return RecallTarget(k, chunk, names[n], section, leaky)
-
-
-def load_corpus(config, tokenizer, left_out=None) -> Corpus:
-    """The masked documents of the settings. Raises UserError."""
-    from text.corpus import find_entities, load_passages
-
-    passages = load_passages(
-        config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
-        max_passages=config.max_passages, left_out=left_out,
-    )
-    find_entities(passages, config.ner, config.cache)
-    return Corpus(
-        passages, tokenizer, seed=config.seed, n_passages=config.passages, n_related=config.related,
-        n_chunks=None if config.passages else config.chunks, chunk_tokens=config.chunk_tokens,
-        max_chunks=config.chunks if config.passages else None, keep_leaky=config.keep_leaky, heldout=config.heldout,
-    )
+    number = int(rng.choice([number for number in sources if number < k]))
+    chunk, names = document.chunks[number - 1], document.recall_candidates[number - 1]
+    drawn = [names[n] for n in rng.permutation(len(names)).tolist()]
+    gone = (name for name in drawn if not gives_away(mask(chunk, name, TARGET), name))
+    entity = next(gone, drawn[-1])
+    masked_chunk = mask(chunk, entity, TARGET)
+    return RecallTarget(k, number, entity, masked_chunk, leaky=gives_away(masked_chunk, entity))

@@ -7,11 +7,11 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import spacy
 from transformers import HfArgumentParser
 
 from engine import errors
 from engine.errors import UserError
+from text.rules import check_ner
 
 ROOT = Path(__file__).parents[1]
 
@@ -240,18 +240,10 @@ def check(config: Config) -> None:
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
     if config.lora and importlib.util.find_spec("peft") is None:
         raise UserError(f"--lora {config.lora}: needs peft; run `pip install peft`")
-    if config.task == "memtrain" and config.ner != "rules" and not is_pipeline(config.ner):
-        raise UserError(
-            f"--ner {config.ner or repr(config.ner)}: not installed; run `python -m spacy download {config.ner}`, or "
-            "use --ner rules"
-        )
-    if config.task != "memtrain":
+    if config.task == "memtrain":
+        check_ner(config.ner)
+    else:
         for name in ("questions", "eval_questions"):
             file = getattr(config, name)
             if file and not Path(file).is_file():
                 raise UserError(f"{flag(name)} {file}: no such file")
-
-
-def is_pipeline(ner: str) -> bool:
-    """Whether spaCy could load this: an installed package, or a pipeline's folder."""
-    return bool(ner) and (spacy.util.is_package(ner) or (Path(ner) / "config.cfg").is_file())

@@ -22,9 +22,13 @@ def flush(path: Path) -> None:
 def whole_file(path: Path):
     """A fresh path to write to, in the folder of `path`, which is made if need be. After the block it becomes `path`.
 
-    Several processes may write the same file at once: each has a fresh path of its own.
+    Several processes may write the same file at once: each has a fresh path of its own. Raises UserError where no
+    folder can be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: can't be made ({error.strerror}); name another folder") from None
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         yield fresh

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from engine import parallel
+from engine.errors import UserError
 from engine.models import as_reference
 from grpo import assign_advantages, batch_loss, fixed_logprobs, set_weights, update_batches
 from rewards import answer_reward, recall_reward, trajectory_reward
@@ -45,7 +47,12 @@ def show_table(head: list[str], rows: list[list]) -> None:
 
 
 def explain(policy, reference, optimizer, sample: Sampler, source, agent, config, lr: float, twins: tuple) -> None:
-    """Print the first step of a run. `twins` are micro_batches and token_logprobs, the lesson's or those of fast/."""
+    """Print the first step of a run. `twins` are micro_batches and token_logprobs, the lesson's or those of fast/.
+
+    Raises UserError for several processes.
+    """
+    if parallel.count() > 1:
+        raise UserError("--explain: shows the step of one process; leave torchrun out")
     documents = draw_documents(source, config, step=0)
     trajectories = agent(sample, documents, config, samples=config.g1)
     draw_targets(trajectories, config, step=0)

@@ -10,7 +10,7 @@ from tasks.longqa import LongQA, measured
 from tasks.questions import load_questions, load_search, split_questions, subject
 from tasks.retrieval import open_retriever
 from tasks.search import SearchQA, objectives, search
-from text.corpus import load_passages
+from text.corpus import load_text
 
 
 def load_questions_task(config: Config, tokenizer, left_out: Counter | None = None) -> tuple:
@@ -32,11 +32,7 @@ def load_longqa(config: Config, tokenizer, left_out: Counter | None) -> LongQA:
     """Labelled questions, each with its paragraphs hidden among the passages of --corpus."""
     other = load_questions(config.eval_questions) if config.eval_questions else None
     questions = split_questions(load_questions(config.questions), other, subject)
-    passages = load_passages(
-        config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
-        max_passages=config.max_passages, left_out=left_out,
-    )
-    pool = measured([(passage.title, passage.text) for passage in passages], tokenizer)
+    pool = measured([(passage.title, passage.text) for passage in load_text(config, left_out)], tokenizer)
     return LongQA(questions, pool, tokenizer, seed=config.seed, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
 
 

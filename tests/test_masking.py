@@ -1,4 +1,4 @@
-"""masking.py: masks, documents, recall targets."""
+"""masking.py: entities, documents, recall targets. Masks alone: tests/text/test_matching.py."""
 
 import json
 import os
@@ -7,21 +7,34 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import shared
-from helpers import small_bpe
+import spacy
+from helpers import shared, small_bpe
 from transformers import AutoTokenizer
 
 import masking
 from engine.errors import UserError
-from masking import Corpus, Document, draw_recall, is_heldout, mask
+from masking import (
+    Corpus,
+    Document,
+    Pivots,
+    check_ner,
+    draw_recall,
+    find_entities,
+    is_heldout,
+    load_pipeline,
+    mask,
+    worth_masking,
+)
 from rewards import normalize
+from text import corpus
 from text.chunking import cut_chunks
-from text.corpus import Passage, find_entities, load_passages
-from text.matching import MASK, TARGET, akin, name_words, occurrences
+from text.corpus import Passage, load_passages
+from text.matching import MASK, TARGET, may_be_same_entity, name_words, occurrences
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +63,116 @@ def tiny_passages(tmp_path_factory):
     return passages
 
 
+# ---- entities ----------------------------------------------------------------------------------------
+
+
+def test_a_missing_pipeline_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    """The install command and the way without one; a folder that holds a pipeline will do, a damaged one won't."""
+    with monkeypatch.context() as patch:
+        patch.setattr(spacy, "load", lambda *_, **__: pytest.fail("loaded"))
+        for name in ("en_no_such", "", str(tmp_path)):
+            with pytest.raises(UserError, match="not installed.*python -m spacy download.*--ner rules"):
+                check_ner(name)
+        check_ner("rules")
+        spacy.blank("en").to_disk(tmp_path / "pipeline")
+        check_ner(str(tmp_path / "pipeline"))
+        check_ner("spacy")  # any installed package
+    with pytest.raises(UserError, match="en_no_such: not installed"):
+        load_pipeline("en_no_such")
+    (tmp_path / "pipeline/config.cfg").write_text("[nlp]\n")
+    with pytest.raises(UserError, match="pipeline: can't be loaded"):
+        load_pipeline(str(tmp_path / "pipeline"))
+
+
+def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    """Same text: no second run of the pipeline. Other text: a run of its own."""
+
+    def fresh(text):
+        return [Passage("Ulm", text)]
+
+    first = fresh("Ulm lies on the Danube since 854.")
+    find_entities(first, "rules", tmp_path)
+    monkeypatch.setattr(masking, "load_pipeline", lambda *_: pytest.fail("ran again"))
+    again = fresh("Ulm lies on the Danube since 854.")
+    find_entities(again, "rules", tmp_path)
+    assert again[0].entities == first[0].entities == [(0, 3), (16, 22), (29, 32)]
+    with pytest.raises(pytest.fail.Exception):
+        find_entities(fresh("Ulm lies elsewhere."), "rules", tmp_path)
+
+
+def test_a_stopped_finding_resumes_with_the_same_entities(tmp_path, monkeypatch):
+    """By one process and then by two: the same as in one go, and a finished shard isn't looked at again."""
+    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:90]
+    find_entities(passages, "rules", tmp_path / "whole")
+    whole, seen = [passage.entities for passage in passages], []
+    monkeypatch.setattr(corpus, "SHARD", 40)
+    monkeypatch.setattr(corpus, "BLOCK", 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(2))
+    real = masking.entities_of
+
+    def stops(texts, **more):
+        if passages[48].text in texts:
+            raise KeyboardInterrupt
+        seen.extend(texts)
+        return real(texts, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(masking, "entities_of", stops)
+        find_entities(passages, "rules", tmp_path / "shards")
+    assert len(seen) == 48 and len(list((tmp_path / "shards").rglob("*.json"))) == 1
+    for passage in passages:
+        passage.entities = []
+    next((tmp_path / "shards").rglob("*.json")).write_text(json.dumps([[[0, 1]]] * 40))
+    monkeypatch.setattr(corpus, "FEW", 1)
+    find_entities(passages, "rules", tmp_path / "shards")
+    assert [passage.entities for passage in passages] == [[(0, 1)]] * 40 + whole[40:]
+
+
+@pytest.mark.parametrize(
+    "text, entities",
+    [
+        ("The president of France met Ada Lovelace's mother.", ["France", "Ada Lovelace"]),
+        ("However, he lived in New York City until 10 May 1843.", ["New York City", "10 May 1843"]),
+        ("It cost 1,234.5 dollars in the 1990s, on March 3, 1998.", ["1,234.5", "1990s", "March 3, 1998"]),
+        ("The University of Oxford and the Battle of the Somme.", ["University of Oxford", "Battle of the Somme"]),
+        (
+            "Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.",
+            ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"],
+        ),
+        ("World War I began in August 1914.", ["World War I", "August 1914"]),
+        ("He saw the River and the Mask in US papers.", []),
+        ("Dogs bark. Cats do not. In Paris they do.", ["Paris"]),
+        ("\u00c9mile Zola wrote in \u00cele-de-France.", ["\u00c9mile Zola", "\u00cele-de-France"]),
+    ],
+)
+def test_what_the_rules_leave_to_mask(text, entities):
+    """Names, dates, numbers; no article, no possessive, no word that merely begins a sentence, no ordinary word."""
+    doc = load_pipeline("rules")(text)
+    assert [text[start:end] for start, end, _ in worth_masking(doc, {"river", "mask", "target"})] == entities
+
+
+def test_an_installed_pipeline_is_used(tmp_path):
+    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder.
+
+    The article and 's go; so do small letters, stop words and what masking would not find again.
+    """
+    nlp = spacy.blank("en")
+    names = ("the Blue Danube's", "a river", "It", "10", "Ulm")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": name} for name in names])
+    nlp.to_disk(tmp_path / "pipeline")
+    # spaCy's tokens are 10 and km, Ulm and \u2122; in NFKC, by which masking goes, that is UlmTM.
+    passages = [Passage("x", "He saw the Blue Danube's water, a river in Ulm\u2122. It is 10km off.")]
+    find_entities(passages, str(tmp_path / "pipeline"), tmp_path / "cache")
+    assert [passages[0].text[s:e] for s, e in passages[0].entities] == ["Blue Danube"]
+
+
+def test_text_without_entities_is_refused(tmp_path):
+    """The error says so, also when the cache knows it."""
+    for _ in range(2):
+        with pytest.raises(UserError, match="no entity"):
+            find_entities([Passage("a", "nothing here is a name")], "rules", tmp_path / "cache")
+
+
 # ---- documents and recall -----------------------------------------------------------------------------
 
 
@@ -72,7 +195,7 @@ def check(document, corpus, tokenizer, limit):
     for word in name_words(answer):
         assert not still_there(text, word)
     assert all(len(tokenizer(c, add_special_tokens=False)["input_ids"]) <= limit for c in document.chunks)
-    for chunk, entities in zip(document.chunks, document.recall, strict=True):
+    for chunk, entities in zip(document.chunks, document.recall_candidates, strict=True):
         assert all(occurrences(chunk, e) and MASK not in e and normalize(e) != normalize(answer) for e in entities)
     return text
 
@@ -128,7 +251,7 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
     assert 0.1 < len(held) / len(corpus.same_title) < 0.3
     for i in range(150):
         document = corpus.document(i)
-        targets = {normalize(e) for entities in document.recall for e in entities}
+        targets = {normalize(e) for entities in document.recall_candidates for e in entities}
         assert normalize(document.title) not in held and not held & {normalize(document.answers[0]), *targets}
         assert normalize(corpus.document(i, "heldout").title) in held
 
@@ -136,8 +259,8 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
 def test_documents_are_a_pure_function_of_seed_split_and_index(tiny_passages, tokenizer, tmp_path):
     """The same in any order and in another process with other string hashes; another seed gives others."""
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); from text.corpus import *; from masking import *\n"
-        "from pathlib import Path\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from masking import *\n"
+        "from text.corpus import load_passages\n"
         "from transformers import AutoTokenizer; root = Path(sys.argv[1])\n"
         "p = load_passages(str(root / 'tiny/passages.jsonl')); find_entities(p, 'rules', Path(sys.argv[2]))\n"
         "tokenizer = AutoTokenizer.from_pretrained(root / 'tiny/model')\n"
@@ -155,7 +278,7 @@ def test_documents_are_a_pure_function_of_seed_split_and_index(tiny_passages, to
 
 
 def test_recall_draws(tiny_passages, tokenizer):
-    """l is earlier than k, the target is gone from the section, every pair turns up, none is invented."""
+    """l is earlier than k, the target is gone from its chunk, every pair turns up, none is invented."""
     corpus = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=4, n_related=2)
     rng, pairs = np.random.default_rng(0), set()
     for i in range(60):
@@ -163,11 +286,11 @@ def test_recall_draws(tiny_passages, tokenizer):
         for _ in range(10):
             draw = draw_recall(document, rng)
             pairs.add((draw.memory_turn, draw.chunk))
-            assert draw.entity in document.recall[draw.chunk - 1]
-            assert TARGET in draw.section and not occurrences(draw.section, draw.entity)
-            assert draw.section.replace(TARGET, "").count(MASK) == document.chunks[draw.chunk - 1].count(MASK)
-    assert pairs == {(k, l) for k in (2, 3, 4) for l in range(1, k)}
-    document.recall = [[], [], [], ["Ulm"]]  # only the last chunk has one: no later memory could hold it
+            assert draw.entity in document.recall_candidates[draw.chunk - 1]
+            assert TARGET in draw.masked_chunk and not occurrences(draw.masked_chunk, draw.entity)
+            assert draw.masked_chunk.replace(TARGET, "").count(MASK) == document.chunks[draw.chunk - 1].count(MASK)
+    assert pairs == {(turn, chunk) for turn in (2, 3, 4) for chunk in range(1, turn)}
+    document.recall_candidates = [[], [], [], ["Ulm"]]  # only the last chunk has one: no later memory could hold it
     assert draw_recall(document, rng) is None
 
 
@@ -178,13 +301,11 @@ def test_leaky_documents_are_dropped_unless_kept(tokenizer):
     passages += [Passage(f"q{n}", f"The year {n + 100} passed.", [(9, 12)]) for n in range(20)]
     settings = dict(seed=0, chunk_tokens=64, n_passages=23, heldout=0.5)
     strict = Corpus(passages, tokenizer, **settings)
-    strict.pivots["train"] = {True: [0], False: []}
-    strict.several["train"] = 1.0
+    strict.pivots["train"] = Pivots(several_words=[0], one_word=[], several_share=1.0)
     with pytest.raises(UserError, match="in 200 draws, 200 of them leaky"):
         strict.document(0)
     loose = Corpus(passages, tokenizer, **settings, keep_leaky=True)
-    loose.pivots["train"] = {True: [0], False: []}
-    loose.several["train"] = 1.0
+    loose.pivots["train"] = strict.pivots["train"]
     assert loose.document(0).answers == ["Ada Lovelace"]
 
 
@@ -212,12 +333,13 @@ def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
     for i, split, length in [(i, s, c) for i in range(40) for s in ("train", "heldout") for c in (None, 1, 3, 8)]:
         document = corpus.document(i, split, length)
         answers |= set(document.answers) if split == "train" else set()
-        assert len(document.chunks) == (length or 4) == len(document.recall)
+        assert len(document.chunks) == (length or 4) == len(document.recall_candidates)
         assert MASK in "".join(document.chunks) and document.answers[0] not in "".join(document.chunks)
-        for chunk, names in zip(document.chunks, document.recall, strict=True):
+        for chunk, names in zip(document.chunks, document.recall_candidates, strict=True):
             assert len(bpe(chunk)["input_ids"]) <= 160
             scanned = set(re.findall(MADE_UP, chunk)) - (corpus.heldout if split == "train" else set())
-            assert sorted(names) == sorted(name for name in scanned if not akin(name, document.answers[0]))
+            others = [name for name in scanned if not may_be_same_entity(name, document.answers[0])]
+            assert sorted(names) == sorted(others)
     assert not answers & corpus.heldout and any("Surname" in answer for answer in answers)
 
 
@@ -247,16 +369,17 @@ def test_a_document_is_the_same_at_every_length_but_for_its_length(bpe):
 
 
 def test_by_number_of_passages_and_at_most_so_many_chunks(bpe):
-    """N passages; cut to max_chunks without losing the pivot, wherever it stands; entities still in their chunks."""
+    """N passages; cut to n_chunks without losing the pivot, wherever it stands; entities still in their chunks."""
     passages, places = made_up(), []
     whole = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3)
-    short = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3, max_chunks=5)
+    short = Corpus(passages, bpe, seed=0, chunk_tokens=64, n_passages=12, n_related=3, n_chunks=5)
     for i in range(40):
         document, cut = whole.document(i), short.document(i)
         text = "".join(document.chunks)
         assert len(set(text.split("\n\n"))) == 12 == text.count("\n\n") + 1
         assert len(document.chunks) > 5 == len(cut.chunks) and cut.redraws == 0
-        assert all(name in chunk for chunk, names in zip(cut.chunks, cut.recall, strict=True) for name in names)
+        for chunk, names in zip(cut.chunks, cut.recall_candidates, strict=True):
+            assert all(name in chunk for name in names)
         versions = [mask(p.text, cut.answers[0]) for p in passages if p.title == cut.title]
         assert any(version in "".join(cut.chunks) for version in versions)
         places.append(max(text.find(version) for version in versions) / len(text))
@@ -317,15 +440,15 @@ def test_a_long_document_is_cut_two_or_three_times(bpe, monkeypatch, chunk_token
     assert all(len(document.chunks) == 64 for document in documents) and len(cuts[-1]) <= 68
 
 
-def test_recall_asks_for_a_name_that_is_gone_from_its_section():
+def test_recall_asks_for_a_name_that_is_gone_from_its_chunk():
     """Where a chunk has one: a name none of whose long words is left. Else any, and it says so."""
     chunks = ["Ada Lovelace and Charles Babbage met. Lovelace spoke.", "Rome is old.", "Ulm is new."]
     document = Document(0, "", "", ["y"], chunks, [["Ada Lovelace", "Charles Babbage"], [], []])
     draws = [draw_recall(document, np.random.default_rng(n)) for n in range(30)]
     assert {draw.entity for draw in draws} == {"Charles Babbage"} and not any(draw.leaky for draw in draws)
-    document.recall[0] = ["Ada Lovelace"]
+    document.recall_candidates[0] = ["Ada Lovelace"]
     draws = [draw_recall(document, np.random.default_rng(n)) for n in range(5)]
-    assert all(draw.leaky and draw.entity == "Ada Lovelace" and "Lovelace spoke" in draw.section for draw in draws)
+    assert all(draw.leaky and draw.entity == "Ada Lovelace" and "Lovelace spoke" in draw.masked_chunk for draw in draws)
 
 
 def test_too_little_to_build_from(bpe):
@@ -348,19 +471,19 @@ def test_recall_keeps_away_from_the_mask(bpe):
     found = [m.span() for m in re.finditer(names, text)]
     passages = [Passage("Oxford", text, found)]
     corpus = Corpus(passages, bpe, seed=0, chunk_tokens=128, n_passages=1, heldout=0, keep_leaky=True)
-    recalled = {d.answers[0]: {name for names in d.recall for name in names} for d in map(corpus.document, range(60))}
+    recalled = {d.answers[0]: set(chain(*d.recall_candidates)) for d in map(corpus.document, range(60))}
     assert recalled["Oxford"] == {"Kent", "Bath", "Ann"}
     assert "Oxford" not in recalled["University of Oxford"] and "/Ulm" in recalled["University of Oxford"]
 
 
-def test_a_recall_section_by_hand():
+def test_a_masked_chunk_by_hand():
     """Every form of the entity is gone, masks stay, an entity called Mask does not eat one; k is uniform, l < k."""
     chunks = ["Ada met [MASK], ADA's friend. The Mask.", "No names.", "Bob and \uff22\uff4f\uff42 in [MASK].", "Eve."]
     document = Document(0, "t", "q", ["y"], chunks, [["Ada", "Mask"], [], ["Bob"], ["Eve"]])
     rng = np.random.default_rng(0)
     draws = [draw_recall(document, rng) for _ in range(400)]
     assert {(d.memory_turn, d.chunk) for d in draws} == {(2, 1), (3, 1), (4, 1), (4, 3)}
-    assert {d.entity: d.section for d in draws} == {
+    assert {d.entity: d.masked_chunk for d in draws} == {
         "Ada": "[TARGET] met [MASK], [TARGET]'s friend. The Mask.",
         "Mask": "Ada met [MASK], ADA's friend. The [TARGET].",
         "Bob": "[TARGET] and [TARGET] in [MASK].",

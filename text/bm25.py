@@ -3,13 +3,9 @@
 import re
 from array import array
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-from engine.errors import UserError
-from engine.files import whole_file
 
 WORD = re.compile(r"\w+")
 
@@ -74,23 +70,3 @@ class BM25:
         found = np.flatnonzero(scores)
         found = found[best(scores[found], k)]
         return [(int(passage), float(scores[passage])) for passage in found]
-
-    def save(self, file: str | Path) -> None:
-        """Write the index as one .npz without pickles."""
-        terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)  # no newline in a \w+
-        arrays = {"terms": terms, "starts": self.starts, "postings": self.postings, "weights": self.weights}
-        with whole_file(Path(file)) as fresh, fresh.open("wb") as out:  # given a name, savez would append .npz to it
-            np.savez(out, size=self.size, **arrays)
-
-    @classmethod
-    def load(cls, file: str | Path) -> "BM25":
-        """The index that `save` wrote. Raises UserError if there is none, or if it is damaged."""
-        index = cls([])
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                index.size, words = int(saved["size"]), saved["terms"].tobytes().decode()
-                index.starts, index.postings, index.weights = saved["starts"], saved["postings"], saved["weights"]
-        except Exception as error:  # the file, the zip in it, the arrays in that: each fails in its own ways
-            raise UserError(f"{file}: not a BM25 index ({error}); remove it, and it will be built again") from None
-        index.terms = {term: n for n, term in enumerate(words.split("\n") if words else [])}
-        return index

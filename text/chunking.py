@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate, chain
 
 from engine.errors import UserError
@@ -25,22 +26,23 @@ def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
         if gap.end() not in inside and not _splits_character(text, gap.end()):
             places.append(gap.end())
             ranks.append(2 if "\n" in gap[2] else int(gap[1].rstrip("\"'”’)]").endswith((".", "!", "?"))))
-    last_resorts = (
-        lambda place: place not in inside and not _splits_character(text, place),  # for a word longer than a chunk
-        lambda place: text[place - 1].isspace() and not _splits_character(text, place),  # for such an entity
-        lambda place: place not in within_mask and not _splits_character(text, place),
-        lambda place: place not in within_mask,  # an emoji can be a dozen codes
-    )
+
+    def last_resorts(first: int, last: int) -> Iterator[int]:
+        """All other cuts, the latest first: inside a word longer than a chunk, then such an entity, then anywhere."""
+        places = range(last, first, -1)
+        yield from (place for place in places if place not in inside and not _splits_character(text, place))
+        yield from (place for place in places if text[place - 1].isspace() and not _splits_character(text, place))
+        yield from (place for place in places if place not in within_mask and not _splits_character(text, place))
+        yield from (place for place in places if place not in within_mask)  # an emoji can be a dozen codes
+
     chunks, start = [], 0
     while start < len(text):
         last = bisect_right(token_ends, start) + limit - 1  # the last token that fits, counted within the whole text
         reach = max(token_ends[last], start + 1) if last < len(token_ends) - 1 else len(text)
         near, half = range(bisect_right(places, start), bisect_right(places, reach)), (start + reach) // 2
         best = sorted(near, key=lambda n: (ranks[n] if places[n] >= half else 0, places[n]), reverse=True)
-        ends = chain(
-            [reach] if reach == len(text) else [], (places[n] for n in best),
-            (end for fits in last_resorts for end in range(reach, start, -1) if fits(end)),
-        )
+        whole = [reach] if reach == len(text) else []
+        ends = chain(whole, (places[n] for n in best), last_resorts(start, reach))
         for end in ends:  # a piece may take more tokens alone than it took within the text
             if len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]) <= limit:
                 break

@@ -118,7 +118,7 @@ def _initials(name: str) -> str:
     return "".join(word[0] for word in re.findall(r"\w{2,}", name) if word[0].isupper())
 
 
-def akin(one: str, other: str) -> bool:
+def may_be_same_entity(one: str, other: str) -> bool:
     """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
     if shared := _words(one) & _words(other):
         long = any(len(word) >= 4 and word.isalpha() for word in shared)

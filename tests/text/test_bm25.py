@@ -1,4 +1,4 @@
-"""text/bm25.py: against the formula written out, word by word; and what is kept on disk."""
+"""text/bm25.py: against the formula written out, word by word."""
 
 import heapq
 import math
@@ -7,19 +7,9 @@ import re
 from collections import Counter, defaultdict
 
 import numpy as np
-import pytest
 from helpers import records
 
-from engine.errors import UserError
 from text.bm25 import BM25
-
-
-def some_texts(n: int) -> list[str]:
-    """n texts of random words, with what text has: quotes, newlines, other scripts, equal texts."""
-    rng = random.Random(0)
-    words = [*(f"w{i}" for i in range(60)), "Zürich", "日本", '"', "a\nb", "don't", "_x_", "😀"]
-    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 30))) for _ in range(n)]
-    return texts + texts[:3]
 
 
 def reference(texts, query, k1=1.5, b=0.75):
@@ -53,7 +43,7 @@ def test_scores_and_order_equal_the_formula():
         for n, score in found:
             assert abs(score - expected[n]) < 1e-4
         best = sorted((s for s in expected if s > 0), reverse=True)[:k]
-        assert all(abs(score - wanted) < 1e-4 for (_, score), wanted in zip(found, best))
+        assert all(abs(score - wanted) < 1e-4 for (_, score), wanted in zip(found, best, strict=False))
 
 
 def test_several_queries_and_a_tie():
@@ -115,34 +105,3 @@ def test_recall_on_hotpotqa_is_that_of_a_plain_bm25():
         mine.append(len(gold & {passages[n]["title"] for n, _ in hits}) / len(gold))
         theirs.append(len(gold & {passages[n]["title"] for n in plain.search(row["question"], 10)}) / len(gold))
     assert np.mean(mine) >= max(np.mean(theirs), 0.85)  # measured 0.877
-
-
-def test_a_saved_index_finds_the_same(tmp_path):
-    """Save and load give the same scores, to the bit, for random corpora and the empty one; a save replaces another."""
-    file = tmp_path / "folder/index.npz"
-    for seed, texts in enumerate([[], ["", "?"], some_texts(80), ["ein", "日本 Zürich"]]):
-        index = BM25(texts)
-        index.save(file)
-        loaded = BM25.load(file)
-        queries = ["w1 w2 w2", "日本", "zÜrich ein", "", *texts[:5]]
-        assert loaded.search(queries, 7) == index.search(queries, 7) and loaded.size == len(texts), seed
-        assert [f.name for f in file.parent.iterdir()] == ["index.npz"]
-    assert loaded.search(["日本"], 1)[0][0][0] == 1
-
-
-def test_a_damaged_index_is_one_clear_error(tmp_path):
-    """Missing, empty, cut short, changed inside, another file: UserError with the file's name, no pickle is loaded."""
-    file = tmp_path / "index.npz"
-    with pytest.raises(UserError, match="index.npz"):
-        BM25.load(file)
-    BM25(some_texts(50)).save(file)
-    good = file.read_bytes()
-    middle = len(good) // 2
-    changed = good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :]
-    for bad in [b"", good[:middle], good[:-30], changed, b"{}", b"\x93NUMPY", b"\x80\x04N."]:
-        file.write_bytes(bad)
-        with pytest.raises(UserError, match="index.npz: not a BM25 index"):
-            BM25.load(file)
-    np.savez(file, size=1)
-    with pytest.raises(UserError, match="remove it"):
-        BM25.load(file)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import shared
-from helpers import small_bpe
+from helpers import shared, small_bpe
 from transformers import AutoTokenizer
 
 from engine.errors import UserError

@@ -1,29 +1,24 @@
-"""text/corpus.py: passages from files of every format, and their entities."""
+"""text/corpus.py: passages from files of every format, and what is kept about each."""
 
 import json
 import os
 import random
-import re
-import runpy
 import shutil
 import signal
-import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
-import spacy
 from helpers import records, shared
 
 from engine import files
 from engine.errors import UserError
 from text import corpus
-from text.corpus import Passage, find_entities, load_passages, measure_ner, pipeline, spans, split_paragraphs
-
-ROOT = Path(__file__).parents[2]
+from text.corpus import Passage, kept_by_passage, load_passages, split_paragraphs
 
 
 def test_every_format_gives_the_same_passages(tmp_path):
@@ -120,165 +115,101 @@ def test_long_articles_are_split_at_paragraph_ends_only():
         assert all(len(piece.split()) <= 80 or "\n" not in piece for piece in pieces)
 
 
-# ---- entities ------------------------------------------------------------------------------------------
+def test_the_name_of_a_title():
+    """As it stands in running text: without what tells it from its namesakes."""
+    titles = {"Cell (biology)": "Cell", "Ulm": "Ulm", "(What) a Day": "(What) a Day", "A (b) (c)": "A (b)"}
+    assert {title: Passage(title, "").name for title in titles} == titles
 
 
-def test_rules_find_titles_names_years_dates_and_numbers():
-    """Known cases, and what must not be found: a sentence's first word, a trailing 's, a small word's title."""
-    nlp = pipeline("rules", {"Ulm", "Cell (biology)", "the", "It"})
-    text = "The physicist Albert Einstein's house in Ulm, built on 14 March 1879, had 1,200 books. It was Queen of "
-    text += "Sheba's. A Cell is small."
-    found = {e.text for e in nlp(text).ents}
-    assert found == {"Albert Einstein", "Ulm", "14 March 1879", "1,200", "Queen of Sheba", "Cell"}
+# ---- what is kept ----------------------------------------------------------------------------------------
+
+NUMBERS = [[n] for n in range(23)]
 
 
-def test_a_missing_pipeline_says_how_to_get_it():
-    """The install command and the way without one."""
-    with pytest.raises(UserError, match="python -m spacy download en_no_such.*--ner rules"):
-        pipeline("en_no_such")
-
-
-def test_entities_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    """Same text: no second run of the pipeline. Other text: a run of its own."""
-
-    def fresh(text):
-        return [Passage("Ulm", text)]
-
-    first = fresh("Ulm lies on the Danube since 854.")
-    find_entities(first, "rules", tmp_path)
-    monkeypatch.setattr("text.corpus.pipeline", lambda *a: pytest.fail("ran again"))
-    again = fresh("Ulm lies on the Danube since 854.")
-    find_entities(again, "rules", tmp_path)
-    assert again[0].entities == first[0].entities != []
-    with pytest.raises(pytest.fail.Exception):
-        find_entities(fresh("Ulm lies elsewhere."), "rules", tmp_path)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_shards_are_found_again_after_a_stop(tmp_path, monkeypatch, workers):
-    """By one process or several: entities as of one piece, and only a shard that is not there is made again."""
-    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:90]
-    find_entities(passages, "rules", tmp_path / "whole")
-    whole, made = [passage.entities for passage in passages], []
-    monkeypatch.setattr(corpus, "SHARD", 40)
-    monkeypatch.setattr(corpus, "PART", 8)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(workers))
-    real = corpus.Finder.entities
-
-    def counted(self, start, count):
-        made.append((start, count))
-        if made == [(0, 40), (40, 40)]:
-            raise KeyboardInterrupt
-        return real(self, start, count)
-
-    monkeypatch.setattr(corpus.Finder, "entities", counted)
-    with pytest.raises(KeyboardInterrupt):
-        find_entities(passages, "rules", tmp_path / "shards")
-    find_entities(passages, "rules", tmp_path / "shards")
-    assert made == [(0, 40), (40, 40), (40, 40), (80, 10)]
-    assert [passage.entities for passage in passages] == whole
-    find_entities(passages, "rules", tmp_path / "shards")
-    assert len(made) == 4
-
-
-def test_a_worker_that_is_killed_is_a_line(tmp_path, monkeypatch):
-    """As the system does where memory is short: an error, and not a wait for ever."""
-    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:90]
-    monkeypatch.setattr(corpus, "SHARD", 40)
-    monkeypatch.setattr(corpus, "PART", 8)
+@pytest.fixture
+def passages(monkeypatch):
+    """Twenty-three passages, of which a shard holds ten and a block two, on a machine of two cores."""
+    monkeypatch.setattr(corpus, "SHARD", 10)
+    monkeypatch.setattr(corpus, "BLOCK", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(2))
-    monkeypatch.setattr(corpus.Finder, "part", lambda self, start: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="was killed; is the memory full"):
-        find_entities(passages, "rules", tmp_path)
+    return [Passage(f"T{n}", f"Text {n}") for n in range(23)]
 
 
-def test_other_processes_wait_for_the_file_and_not_in_a_collective(tmp_path, monkeypatch):
-    """A process of another rank reads what the first writes, when it is there, and makes nothing itself."""
-    passages = load_passages(str(ROOT / "tiny/passages.jsonl"))[:20]
-    find_entities(passages, "rules", tmp_path / "first")
-    found = [passage.entities for passage in passages]
+def numbers(texts: list[str], log: Path, stop: int = -1) -> list[list[int]]:
+    """[n] for passage n. Writes to `log` which passages it saw; is killed by the system when it sees passage `stop`."""
+    found = [int(text.split()[1]) for text in texts]
+    if stop in found:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with log.open("a") as file:
+        file.write("".join(f"{n} " for n in found))
+    return [[n] for n in found]
+
+
+def kept(passages, folder, find, settings=("a", 1)) -> list:
+    return list(kept_by_passage("numbers", passages, settings, folder, lambda: find))
+
+
+def seen(log: Path) -> list[int]:
+    """The passages that were looked at since this was asked last."""
+    found = sorted(map(int, log.read_text().split())) if log.exists() else []
+    log.unlink(missing_ok=True)
+    return found
+
+
+@pytest.mark.parametrize("few", [1, 100])
+def test_what_was_found_is_kept(passages, tmp_path, monkeypatch, few):
+    """By one process or two. The second time nothing is found again; for other texts, titles and settings it is."""
+    monkeypatch.setattr(corpus, "FEW", few)
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    find = partial(numbers, log=log)
+    assert kept(passages, folder, find) == NUMBERS and seen(log) == list(range(23))
+    assert kept(passages, folder, find) == NUMBERS and seen(log) == []
+    (shards,) = folder.iterdir()
+    assert shards.name.startswith("numbers-")
+    assert sorted(file.name for file in shards.iterdir()) == [f"{start:09}.json" for start in (0, 10, 20)]
+    other_text, other_title = Passage("T22", "Text 23"), Passage("T", "Text 22")
+    for others, settings in [
+        ([*passages[:-1], other_text], ("a", 1)), ([*passages[:-1], other_title], ("a", 1)), (passages, ("a", 2)),
+    ]:
+        kept(others, folder, find, settings)
+        assert len(seen(log)) == 23
+
+
+@pytest.mark.parametrize("missing, again", [((1, 2), range(10, 23)), ((0, 2), [*range(10), 20, 21, 22])])
+def test_only_shards_that_are_missing_are_made_again(passages, tmp_path, missing, again):
+    """Behind the others, as after a stop, or between them."""
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    find = partial(numbers, log=log)
+    kept(passages, folder, find)
+    seen(log)
+    for shard in missing:
+        next(folder.rglob(f"{10 * shard:09}.json")).unlink()
+    assert kept(passages, folder, find) == NUMBERS and seen(log) == list(again)
+
+
+def test_a_process_that_is_killed_is_a_line_and_what_was_done_is_kept(passages, tmp_path, monkeypatch):
+    """As the system does where memory is short: an error, and not a wait for ever; the same call resumes."""
+    monkeypatch.setattr(corpus, "FEW", 1)
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    with pytest.raises(UserError, match="numbers: a process was killed; is the memory full"):
+        kept(passages, folder, partial(numbers, log=log, stop=15))
+    seen(log)
+    assert kept(passages, folder, partial(numbers, log=log)) == NUMBERS and seen(log) == list(range(10, 23))
+
+
+def test_other_processes_wait_for_the_files_and_not_in_a_collective(passages, tmp_path, monkeypatch):
+    """A process of another rank reads what the first writes, when it is there, and finds nothing itself."""
+    kept(passages, tmp_path / "first", partial(numbers, log=tmp_path / "log"))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     waits = []
 
     def sleep(seconds):
-        """While it waits for the third time the file comes, whole at once as whole_file writes it."""
+        """While it waits for the third time the files come, whole at once as whole_file writes them."""
         waits.append(seconds)
         if len(waits) == 3:
             shutil.copytree(tmp_path / "first", tmp_path / "copy")
             (tmp_path / "copy").rename(tmp_path / "shared")
 
     monkeypatch.setattr(files, "time", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(corpus, "Finder", None)
-    for passage in passages:
-        passage.entities = []
-    find_entities(passages, "rules", tmp_path / "shared")
-    assert [passage.entities for passage in passages] == found and waits == [0.5] * 3
-
-
-@pytest.mark.parametrize(
-    "text, entities",
-    [
-        ("The president of France met Ada Lovelace's mother.", ["France", "Ada Lovelace"]),
-        ("However, he lived in New York City until 10 May 1843.", ["New York City", "10 May 1843"]),
-        ("It cost 1,234.5 dollars in the 1990s, on March 3, 1998.", ["1,234.5", "1990s", "March 3, 1998"]),
-        ("The University of Oxford and the Battle of the Somme.", ["University of Oxford", "Battle of the Somme"]),
-        (
-            "Ludwig van Beethoven knew J. K. Rowling and the U.S. Army.",
-            ["Ludwig van Beethoven", "J. K. Rowling", "U.S. Army"],
-        ),
-        ("World War I began in August 1914.", ["World War I", "August 1914"]),
-        ("He saw the River and the Mask in US papers.", []),
-        ("Dogs bark. Cats do not. In Paris they do.", ["Paris"]),
-        ("\u00c9mile Zola wrote in \u00cele-de-France.", ["\u00c9mile Zola", "\u00cele-de-France"]),
-    ],
-)
-def test_what_the_rules_leave_to_mask(text, entities):
-    """Names, dates, numbers; no article, no possessive, no word that merely begins a sentence, no ordinary word."""
-    doc = pipeline("rules")(text)
-    assert [text[start:end] for start, end, _ in spans(doc, {"river", "mask", "target"})] == entities
-
-
-def test_an_installed_pipeline_is_used(tmp_path):
-    """Any spaCy pipeline that sets entities: here a ruler loaded from a folder.
-
-    The article and 's go; so do small letters, stop words and what masking would not find again.
-    """
-    nlp = spacy.blank("en")
-    names = ("the Blue Danube's", "a river", "It", "10", "Ulm")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": "X", "pattern": name} for name in names])
-    nlp.to_disk(tmp_path / "pipeline")
-    # spaCy's tokens are 10 and km, Ulm and \u2122; in NFKC, by which masking goes, that is UlmTM.
-    passages = [Passage("x", "He saw the Blue Danube's water, a river in Ulm\u2122. It is 10km off.")]
-    find_entities(passages, str(tmp_path / "pipeline"), tmp_path / "cache")
-    assert [passages[0].text[s:e] for s, e in passages[0].entities] == ["Blue Danube"]
-
-
-def test_text_without_entities_is_refused(tmp_path):
-    """The error says so, and no cache is left behind."""
-    with pytest.raises(UserError, match="no entity"):
-        find_entities([Passage("a", "nothing here is a name")], "rules", tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_the_rules_on_labelled_text(monkeypatch, capsys):
-    """Exact spans on 3,000 WikiNEuRal sentences, by the command that docs/results-real.md quotes."""
-    file = str(shared("ner/wikineural_3000.jsonl"))
-    monkeypatch.setattr(sys, "argv", ["python -m text.corpus", "--measure-ner", file, "--ner", "rules"])
-    monkeypatch.delitem(sys.modules, "text.corpus")  # as in a new process
-    runpy.run_module("text.corpus", run_name="__main__")
-    said = capsys.readouterr().out
-    precision, recall = map(float, re.search(r"precision (0\.\d+), recall (0\.\d+)", said).groups())
-    assert precision > 0.8 and recall > 0.8
-
-
-@pytest.mark.parametrize(
-    "text", [None, "", "no JSON", '{"text": "Ulm"}', "[]", '["Ulm"]', '{"text": "Ulm", "entities": [[0, 3]]}']
-)
-def test_a_bad_label_file_is_one_line(tmp_path, text):
-    """Missing, empty, not JSON, or without the fields: named, with the reason."""
-    file = tmp_path / "labels.jsonl"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(UserError, match=f"--measure-ner {file}: "):
-        measure_ner(file, "rules")
+    assert kept(passages, tmp_path / "shared", None) == NUMBERS and waits == [0.5] * 3

@@ -1,4 +1,4 @@
-"""text/matching.py: what counts as an occurrence of a name, masking it, and which names are akin."""
+"""text/matching.py: what counts as an occurrence of a name, masking it, and which names may be of one entity."""
 
 import random
 import unicodedata
@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from masking import gives_away, mask, mask_spans
-from text.matching import MASK, akin, fold, name_words, occurrences
+from text.matching import MASK, fold, may_be_same_entity, name_words, occurrences
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,12 @@ def test_spans_move_with_the_mask():
         parts = rng.choices(words, k=12)
         text = " ".join(parts)
         starts = [len(" ".join(parts[:n])) + bool(n) for n in range(12)]
-        spans = [(s, s + len(w)) for s, w in zip(starts, parts) if w in ("Ada", "Ulm", "1879")]
+        spans = [(s, s + len(w)) for s, w in zip(starts, parts, strict=False) if w in ("Ada", "Ulm", "1879")]
         masked, moved, places = mask_spans(text, spans, "Ada", MASK)
         assert masked == " ".join(MASK if w == "Ada" else w for w in parts)
         assert [masked[s:e] for s, e in moved] == [w for w in parts if w in ("Ulm", "1879")]
         assert [masked[s:e] for s, e in places] == [MASK] * parts.count("Ada")
+    assert mask_spans("Ada met Bob.", [(0, 3), (8, 11)], "Ada") == ("[MASK] met Bob.", [(11, 14)], [(0, 6)])
 
 
 def test_name_words():
@@ -121,12 +122,12 @@ def test_folding_is_unicodes_and_keeps_track():
             assert fold(text[start:end])[0] == "".join(c for c, o in zip(folded, origin, strict=False) if o == start)
 
 
-def test_kin():
-    """Parts, initials and shared long words make two names akin; letters and short words in common do not."""
+def test_names_of_one_entity():
+    """Parts, initials and shared long words tell it; letters and short words in common do not."""
     for one, other in [
         ("Ada", "Ada Lovelace"), ("Lord Lovelace", "Ada Lovelace"), ("United States of America", "U.S.A."),
         ("UN", "United Nations"), ("1843", "10 May 1843"),
     ]:
-        assert akin(one, other) and akin(other, one)
+        assert may_be_same_entity(one, other) and may_be_same_entity(other, one)
     for one, other in [("Ada", "Adam"), ("1843", "1844"), ("United Nations", "UK"), ("Bank of Ohio", "City of Rome")]:
-        assert not akin(one, other) and not akin(other, one)
+        assert not may_be_same_entity(one, other) and not may_be_same_entity(other, one)
