@@ -63,7 +63,6 @@ class Config:
         "{title, text} or {contents} (default: tiny/passages.jsonl, for searchqa tiny/passages_all.jsonl)",
     )
     corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
-    corpus_split: str = option("train", "split of a hub data set")
     text_field: str = option("text", "field that holds the text")
     max_passages: int | None = option(None, "stop loading after this many passages")
     ner: str = option("rules", "'rules', or an installed spaCy pipeline such as en_core_web_sm")
@@ -123,9 +122,6 @@ class Config:
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
     save_every: int = option(100, "write a checkpoint every so many steps, and at the end")
     keep: int = option(2, "checkpoints to keep")
-    max_bad_steps: int = option(
-        3, "stop after so many steps in a row whose gradient is not finite; their updates are left out"
-    )
 
     @property
     def corpus_name(self) -> str:
@@ -182,20 +178,29 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
     return config
 
 
+def with_files(arguments: list[str]) -> list[str]:
+    """The words of each `--config FILE`, then all other arguments: the last one of a flag counts. Raises UserError."""
+    from_files, own, rest = [], [], iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            own.append(argument)
+            continue
+        file = Path(value or next(rest, ""))
+        if not file.is_file():
+            raise UserError(f"--config {file}: no such file; recipes/ holds those that come with the project")
+        from_files += file.read_text().split()
+    return from_files + own
+
+
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
     """The settings, with other `defaults` than those of the dataclass. Raises UserError."""
-    for n, argument in enumerate(arguments):
-        name = argument.partition("=")[2] or "".join(arguments[n + 1 : n + 2])
-        if argument.split("=")[0] == "--config" and not Path(name).is_file():
-            raise UserError(f"--config {name}: no such file; recipes/ holds those that come with the project")
-    parser = HfArgumentParser([flags])
-    if {"-h", "--help"} & set(arguments):  # here: --config has a parser of its own, which knows no other flag
-        parser.print_help()
-        sys.exit(0)
+    epilog = "--config FILE reads settings from a file; several may be given, and the command line wins."
+    parser = HfArgumentParser([flags], epilog=epilog)
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
     config, rest = parser.parse_args_into_dataclasses(
-        arguments, args_file_flag="--config", look_for_args_file=False, return_remaining_strings=True
+        with_files(arguments), look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")

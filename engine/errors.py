@@ -32,8 +32,7 @@ def run_script(main, help: str = "") -> None:
     except torch.OutOfMemoryError as error:
         message = (
             f"out of GPU memory ({first_line(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
-            "smaller --train-tokens, or --gradient-checkpointing True, --offload-optimizer True, --offload-reference "
-            "True"
+            "smaller --train-tokens, --gradient-checkpointing True, --offload-optimizer True, --offload-reference True"
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError
@@ -18,24 +17,22 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def whole_file(path: Path):
-    """A fresh path to write to, in the folder of `path`, which is made if need be. After the block it becomes `path`.
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in a folder that is made if need be. Raises UserError.
 
-    Several processes may write the same file at once: each has a fresh path of its own. Raises UserError where no
-    folder can be made.
+    Several processes may write the same file at once: each has a fresh path of its own.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: can't be made ({error.strerror}); name another folder") from None
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        yield fresh
-        flush(fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.write_text(text)
+            flush(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); name another folder, or free space") from None
 
 
 def must_write(path: Path) -> bool:
@@ -57,12 +54,6 @@ def digest(settings: tuple, texts) -> str:
     for text in texts:
         found.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:24]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with whole_file(path) as fresh:
-        fresh.write_text(text)
 
 
 def check_writable(file: Path) -> None:

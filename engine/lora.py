@@ -30,12 +30,10 @@ def require_peft(why: str):
     return peft
 
 
-def base_of(name: str, given: str) -> str | None:
-    """The model that the adapter in the folder `name` belongs to; None for a whole model. Raises UserError."""
-    file = Path(name) / CONFIG
-    if not file.is_file():
-        return None
+def base_of(name: str, given: str) -> str:
+    """The model that the adapter in the folder `name` belongs to. Raises UserError."""
     require_peft(f"{given} {name} is an adapter")
+    file = Path(name) / CONFIG
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:

@@ -23,40 +23,30 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
     would round small changes away.
     """
     check_model(name, given)
-    base = None
     if is_adapter(name):
         from engine import lora
 
-        base = lora.base_of(name, given)
+        model, tokenizer = load_model(lora.base_of(name, given), device, dtype, given)
+        lora.attach_saved(model, name, ["default"])
+        return model.requires_grad_(False), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer, name, given)  # before the weights, which may take minutes
-        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # config, weights, tokenizer, a package that it needs: each fails in its own ways
         kind, why = type(error).__name__, first_line(error)
         raise UserError(f"{given} {name}: not a causal language model with its tokenizer ({kind}: {why})") from None
-    if base:
-        lora.attach_saved(model, name, ["default"])
-        model.requires_grad_(False)
     if not end_ids(model, tokenizer):
-        raise UserError(
-            f"{given} {name}: neither its generation_config.json nor its tokenizer names a token that ends a text; "
-            "name one"
-        )
+        raise UserError(f"{given} {name}: neither its generation_config.json nor its tokenizer names an end of text")
     switch_off_dropout(model)
     model = model.to(device).eval()
-    check_finite(model, name, given)
-    return model, tokenizer
-
-
-@torch.no_grad()
-def check_finite(model, name: str, given: str) -> None:
-    """Raises UserError for weights that give no distribution: greedy sampling would write nonsense without a word."""
-    logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits  # (1, 2, vocabulary)
-    if not logits.isfinite().all():
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[0, 1]], device=device)).logits  # (1, 2, vocabulary)
+    if not logits.isfinite().all():  # greedy sampling would write nonsense without a word
         raise UserError(f"{given} {name}: its logits are not finite; look at its weights, or try another --dtype")
+    return model, tokenizer
 
 
 def is_adapter(name: str) -> bool:
@@ -75,10 +65,7 @@ def check_model(name: str, given: str) -> None:
 def check_tokenizer(tokenizer, name: str, given: str) -> None:
     """Raises UserError for a tokenizer that can't encode, or whose chat template can't be rendered."""
     if not tokenizer.is_fast or not tokenizer("Ada")["input_ids"]:
-        raise UserError(
-            f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words; bring one that fits the "
-            "model"
-        )
+        raise UserError(f"{given} {name}: its tokenizer is no fast one (tokenizer.json), or has no words")
     if tokenizer.chat_template is not None:
         try:
             chat_parts(tokenizer)
@@ -167,25 +154,22 @@ def check_window(model, needed: int, config, shown: str) -> None:
 
 def load_policy(config, device: str):
     """(model to be trained, tokenizer): all of --model, or with --lora an adapter on it. Raises UserError."""
-    saved = is_adapter(config.model)
-    if saved and not config.lora:
+    if is_adapter(config.model) and not config.lora:
         raise UserError(
             f"--model {config.model}: is an adapter; train it further by --lora RANK, or merge it by "
             f"`python -m recipes.merge {config.model} FOLDER` and train all weights of that"
         )
     if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
-    if saved:
-        from engine import lora
-
-        model, tokenizer = load_model(lora.base_of(config.model, "--model"), device, config.dtype)
-    else:
-        model, tokenizer = load_model(config.model, device, config.dtype)
-    check_logits(model, config.model)
     if config.lora:
         from engine import lora
 
+        base = lora.base_of(config.model, "--model") if is_adapter(config.model) else config.model
+        model, tokenizer = load_model(base, device, config.dtype)
         lora.begin(model, config)
+    else:
+        model, tokenizer = load_model(config.model, device, config.dtype)
+    check_logits(model, config.model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer

@@ -16,22 +16,18 @@ from engine.parallel import sum_gradients
 class MasterAdamW:
     """AdamW whose `step` takes the gradients accumulated so far and writes the rounded weights back to the policy."""
 
-    def __init__(self, model, lr: float, offload: bool = False):
+    def __init__(self, model, lr: float, offload: bool = False, separate: bool = False):
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.separate = offload or any(p.dtype != torch.float32 for p in self.weights)  # masters beside the weights
-        self.masters = self.weights
+        self.separate = separate or offload or any(p.dtype != torch.float32 for p in self.weights)
+        self.masters, self.sums = self.weights, {}
         if self.separate:
-            self.make_masters("cpu" if offload else None)
+            device = "cpu" if offload else None
+            copies = (p.detach().to(device, torch.float32, copy=True) for p in self.weights)
+            self.masters = [torch.nn.Parameter(self.own_part(copy)) for copy in copies]
+            for weight in self.weights:
+                weight.register_post_accumulate_grad_hook(self.accumulate)
         # Fused: one pass over memory instead of one for each of AdamW's operations.
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
-
-    def make_masters(self, device: str | None) -> None:
-        """Float32 copies of the weights, and float32 sums in which the gradients of micro-batches add up."""
-        copies = (p.detach().to(device, torch.float32, copy=True) for p in self.weights)
-        self.masters = [torch.nn.Parameter(self.own_part(copy)) for copy in copies]
-        self.sums: dict[torch.Tensor, torch.Tensor] = {}
-        for weight in self.weights:
-            weight.register_post_accumulate_grad_hook(self.accumulate)
 
     def accumulate(self, weight) -> None:
         """Move a fresh gradient into its float32 sum, where small ones don't vanish beside large ones."""
@@ -45,30 +41,27 @@ class MasterAdamW:
         """One update by the gradients of all processes, or none if they are not finite -> their norm, unclipped."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.set_gradients([self.take_gradient(weight) for weight in self.weights])
+        gradients = []
+        for weight in self.weights:
+            gradient = self.sums.pop(weight, None) if self.separate else weight.grad
+            # Every process must bring every gradient, also one that kept no turn.
+            gradients.append(torch.zeros_like(weight, dtype=torch.float32) if gradient is None else gradient)
+        self.set_gradients(gradients)
         norm = self.whole(torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or math.inf))
         if norm.isfinite():  # the same on every process: it is of the sum
             self.adamw.step()
-            if self.separate:
-                self.write_back()
         self.adamw.zero_grad(set_to_none=True)
+        if self.separate and norm.isfinite():
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters, strict=True):
+                    weight.copy_(self.whole(master))
         return norm.item()
-
-    def take_gradient(self, weight) -> torch.Tensor:
-        """The gradient of a weight; zeros where this process kept no turn, since every process must bring one."""
-        gradient = self.sums.pop(weight, None) if self.separate else weight.grad
-        return torch.zeros_like(weight, dtype=torch.float32) if gradient is None else gradient
 
     def set_gradients(self, gradients: list[torch.Tensor]) -> None:
         """Give each master the sum of its gradients over all processes."""
         sum_gradients(gradients)
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient.to(master.device)
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.copy_(self.whole(master))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that the next step depends on, beside the policy: moments, step counts and separate masters."""
@@ -78,8 +71,8 @@ class MasterAdamW:
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Go on from `tensors()`. The policy must have its weights back: masters that are missing are made of them."""
-        if self.separate:
-            for weight, master in zip(self.weights, self.masters, strict=True):
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
                 master.data.copy_(self.own_part(weight.detach().float()))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -91,7 +84,7 @@ class MasterAdamW:
                 state.setdefault(int(n), {})[name] = tensor
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
-    # engine/sharding.py puts its own in place of these two.
+    # engine/sharding.py has its own of these two.
 
     def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
         """What this process keeps of a tensor: all of it."""

@@ -20,47 +20,38 @@ from engine.errors import UserError
 from engine.files import replace_text
 from engine.metrics import json_line, sample_rows, sample_text, step_metrics, step_values, table
 
-# They change memory, speed and rounding, and so the draws, but not the method.
-ROUNDING = {
-    "rollout_tokens", "train_tokens", "gradient_checkpointing", "offload_optimizer", "offload_reference",
-    "shard_optimizer", "fast",
+# What may differ when a run resumes: where it writes, and what changes memory, speed and rounding but not the method.
+FREE = {
+    "out", "explain", "save_every", "sample_every", "keep", "rollout_tokens", "train_tokens", "gradient_checkpointing",
+    "offload_optimizer", "offload_reference", "shard_optimizer", "fast",
 }
-# All that may differ when a run resumes.
-FREE = {"out", "save_every", "sample_every", "keep", "max_bad_steps", "explain"} | ROUNDING
+MAX_BAD_STEPS = 3  # in a row, with a gradient that is not finite
 
 
 class Run:
-    """One run of memtrain.py. All processes call all of it; process 0 alone writes. It raises UserError.
-
-    `state` is what a checkpoint keeps beside tensors: the step, seconds of training, steps without an update.
-    """
+    """One run of memtrain.py. All processes call all of it; process 0 alone writes. It raises UserError."""
 
     def __init__(self, config, device: str):
-        """Lock the folder, which holds nothing or this very run."""
+        """Lock the folder, which must hold nothing or this very run."""
         self.config, self.out, self.device = config, Path(config.out), device
         self.rank, self.processes = parallel.rank(), parallel.count()
         if config.documents < self.processes:
-            raise UserError(
-                f"--documents {config.documents}: each of the {self.processes} processes needs at least one"
-            )
+            raise UserError(f"--documents {config.documents}: each of {self.processes} processes needs at least one")
         resuming = False
         if self.rank == 0:
             settings = settings_of(config)
             self.lock = lock(self.out)
             resuming = holds_run(self.out, settings)
-            write_config(self.out, settings, resuming)
+            replace_text(self.out / "config.json", json.dumps(settings, indent=1))
         resuming = parallel.gather(resuming)[0]
         if not all(parallel.gather((self.out / "config.json").exists())):
             raise UserError(
                 f"--out {self.out}: the processes don't see the same folder; give a path that all machines share"
             )
         self.last = checkpoints.newest(self.out) if resuming else None
+        # What a checkpoint keeps beside tensors.
         self.state = {"step": 0, "processes": self.processes, "seconds": 0.0, "bad_steps": 0}
         self.stopping = False
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text)
 
     # ---- before the first step
 
@@ -79,29 +70,20 @@ class Run:
     def resume(self, policy, tokenizer, optimizer, budget) -> None:
         """Bring policy, optimizer, budget and random numbers to the last checkpoint, and cut the logs to it."""
         self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
-        if self.rank == 0:
-            self.check_disk()
+        needed, free = checkpoints.size(policy, optimizer), shutil.disk_usage(self.out).free
+        if free < needed:
+            raise UserError(
+                f"--out {self.out}: a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+                "space, or name a folder on another disk"
+            )
         if self.last:
             self.state |= checkpoints.load(self.last, policy, optimizer, self.rank, self.processes)
             budget.tokens = min(budget.tokens, self.state["rollout_tokens"])
-            self.say(f"resuming after step {self.state['step']}")
         if self.rank == 0:
-            if self.last:  # a kill may have come between its writing and this
-                checkpoints.point(self.out, self.last, self.config.keep)
+            if self.last:
+                print(f"resuming after step {self.state['step']}")
+                checkpoints.point(self.out, self.last, self.config.keep)  # a kill may have come before this
             checkpoints.rewind(self.out, self.state)
-
-    def check_disk(self) -> None:
-        """UserError where the disk has no room for a checkpoint; a line where it hasn't for all of them at once."""
-        needed = checkpoints.size(self.policy, self.optimizer)
-        free = shutil.disk_usage(self.out).free
-        most = (self.config.keep + 1) * needed  # a new one is written before the oldest goes
-        held = sum(file.stat().st_size for file in (self.out / "checkpoints").rglob("*") if file.is_file())
-        figures = f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        if free < needed:
-            raise UserError(f"--out {self.out}: {figures}; free some space, or name a folder on another disk")
-        if free < most - held:
-            lower = "free some, or give a smaller --keep" if self.config.keep > 1 else "free some"
-            print(f"--out {self.out}: {figures}, {most / 1e9:.1f} are needed with --keep {self.config.keep}; {lower}")
 
     # ---- a step
 
@@ -138,8 +120,7 @@ class Run:
         self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
         if step % self.config.sample_every == 0:
             tqdm.write(f"step {step + 1}: {sample_text(trajectories[0])}")
-            sample = sample_rows(trajectories[: self.config.g1])
-            append(self.out / "samples.jsonl", {"step": step + 1} | sample)
+            append(self.out / "samples.jsonl", {"step": step + 1} | sample_rows(trajectories[: self.config.g1]))
 
     def save_if_due(self, step: int, bad_updates: int) -> None:
         """A checkpoint every so many steps, at the end, and before a stop. UserError after too many bad steps."""
@@ -148,12 +129,12 @@ class Run:
         self.state["seconds"] += sum(self.seconds.values())
         self.state["bad_steps"] = self.state["bad_steps"] + 1 if bad_updates else 0
         self.stopping = any(signals)
-        broken = self.state["bad_steps"] >= self.config.max_bad_steps
+        broken = self.state["bad_steps"] == MAX_BAD_STEPS
         if broken or self.stopping or (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps:
             self.save()
         if broken:
             raise UserError(
-                f"the gradient was not finite in {self.state['bad_steps']} steps in a row, up to step {step + 1}; "
+                f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step {step + 1}; "
                 f"{self.out}/checkpoint has the weights from before: look at the corpus, or lower --lr"
             )
 
@@ -181,13 +162,12 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished, or say how to resume it."""
-        if self.stopped:
-            self.say(f"stopped after step {self.state['step']}; run the same command again to resume")
-        else:
-            if self.rank == 0:
-                (self.out / "finished").touch()
+        if self.rank == 0 and self.stopped:
+            print(f"stopped after step {self.state['step']}; run the same command again to resume")
+        elif self.rank == 0:
+            (self.out / "finished").touch()
             minutes = f"{self.state['seconds'] / 60:.1f} minutes on {self.processes} x {self.device}"
-            self.say(f"{self.config.steps} steps in {minutes}; checkpoint in {self.out / 'checkpoint'}")
+            print(f"{self.config.steps} steps in {minutes}; checkpoint in {self.out / 'checkpoint'}")
         parallel.stop()
 
 
@@ -204,17 +184,14 @@ def settings_of(config) -> dict:
 
 def lock(out: Path):
     """Make `out`, and keep it for this process as long as what is returned lives. Raises UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--out {out}: can't be written to ({error.strerror}); name another folder") from None
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out}: another run is writing to this folder now; choose another") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written to ({error.strerror}); name another folder") from None
     return file  # the system lets go of it when this process ends, however it ends
 
 
@@ -222,8 +199,7 @@ def holds_run(out: Path, settings: dict) -> bool:
     """Whether `out` holds a run of these very settings to resume. Raises UserError where it holds something else."""
     if not any(map(worth_keeping, out.iterdir())):
         return False
-    held = f"--out {out}: the folder holds another run"
-    advice = "choose another or delete it"
+    held, advice = f"--out {out}: the folder holds another run", "choose another or delete it"
     try:
         saved = dict(json.loads((out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -232,32 +208,15 @@ def holds_run(out: Path, settings: dict) -> bool:
         raise UserError(f"--out {out}: the run in this folder is finished; {advice}")
     if saved.keys() != settings.keys():  # of another program, or of another version of this one
         raise UserError(f"{held} or other files; {advice}")
-    differing = sorted(name for name in settings.keys() - FREE if saved[name] != settings[name])
-    if differing:
-        flags = ", ".join(
-            f"without {flag(name)}" if saved[name] is None else f"with {flag(name)} {saved[name]}"
-            for name in differing[:5]
-        )
-        more = " ..." if differing[5:] else ""
-        raise UserError(f"{held}, {flags}{more}; {advice}, or give its settings to resume it")
+    if differing := sorted(name for name in settings.keys() - FREE if saved[name] != settings[name]):
+        flags = ", ".join(f"{flag(name)} {saved[name]}" for name in differing)
+        raise UserError(f"{held}, with {flags}; {advice}, or give its settings to resume it")
     return True
 
 
 def worth_keeping(path: Path) -> bool:
     """Whether a path in a run's folder is more than a lock, a half-written file or the settings of a failed start."""
     return not path.name.startswith(".") and path.suffix != ".new" and path.name != "config.json"
-
-
-def write_config(out: Path, settings: dict, resuming: bool) -> None:
-    """Write config.json; where the run resumes with other settings of ROUNDING, name them."""
-    file = out / "config.json"
-    saved = json.loads(file.read_text()) if resuming else settings
-    if other := [flag(name) for name in sorted(ROUNDING) if saved[name] != settings[name]]:
-        print(
-            f"--out {out}: resuming with another {', '.join(other)}, so rounding and samples will not be those of a "
-            "run that never stopped"
-        )
-    replace_text(file, json.dumps(settings, indent=1))
 
 
 def append(file: Path, values: dict) -> None:

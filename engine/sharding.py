@@ -20,16 +20,12 @@ class ShardedAdamW(MasterAdamW):
         if offload or not dist.is_initialized():
             why = "--offload-optimizer True does the same in CPU memory; give one" if offload else "needs torchrun"
             raise UserError(f"--shard-optimizer True: {why}")
-        self.mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.separate = True
-        self.make_masters(None)
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+        self.mesh, self.device = init_device_mesh(model.device.type, (dist.get_world_size(),)), model.device
+        super().__init__(model, lr, separate=True)
 
     def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
         """This process's rows of a tensor that all have."""
-        tensor = tensor.to(self.weights[0].device)
-        return distribute_tensor(tensor, self.mesh, [Shard(0)], src_data_rank=None)
+        return distribute_tensor(tensor.to(self.device), self.mesh, [Shard(0)], src_data_rank=None)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """All rows of a tensor, which the processes may share."""

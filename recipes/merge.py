@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import lora
 from engine.errors import UserError, run_script
-from engine.models import load_model
+from engine.models import is_adapter, load_model
 from recipes.folders import check_new, save_new
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("give two folders: python -m recipes.merge ADAPTER MERGED")
     source, out = sys.argv[1], Path(sys.argv[2])
-    if lora.base_of(source, "merge") is None:
+    if not is_adapter(source):
         raise UserError(f"{source}: holds no {lora.CONFIG}, so it is no adapter")
     check_new(out)
     model, tokenizer = load_model(source, "cpu", given="merge")

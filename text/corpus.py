@@ -85,7 +85,7 @@ def load_passages(
 def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     """The passages of --corpus, as the settings beside it say."""
     return load_passages(
-        config.corpus_name, config=config.corpus_config, split=config.corpus_split, text_field=config.text_field,
+        config.corpus_name, config=config.corpus_config, text_field=config.text_field,
         max_passages=config.max_passages, left_out=left_out,
     )
 
