@@ -2,7 +2,7 @@
 
     python -m venv .venv-trl
     .venv-trl/bin/pip install "$(grep ^torch requirements.txt)" -r benchmarks/requirements.txt
-    python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python
+    python -m benchmarks.vs_trl --trl-python .venv-trl/bin/python
 
 Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from
 the same random weights of 5 M parameters. `--unshared`: one completion of each of 64 different prompts; TRL, whose
@@ -18,17 +18,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from random import Random
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS, NEW, PROMPTS, GROUP = 512, 64, 8, 8
 
 
 def write_inputs(folder: Path) -> None:
     """The model, and a tokenizer that reads "t7 t9" as the ids 7 and 9, so that both sides see the same prompts."""
-    from step import SHAPES, random_model
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from benchmarks.step import SHAPES, random_model
 
     random_model("5m", "float32", "cpu").save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, SHAPES["5m"][-1])}
@@ -37,34 +40,32 @@ def write_inputs(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def step_prompts(step: int, unshared: bool) -> list[list[int]]:
-    from random import Random
-
+def step_prompts(step: int, group: int) -> list[list[int]]:
+    """The different prompts of one step, of which a side samples `group` completions each."""
     draw = Random(step)
-    return [[draw.randrange(2, 2048) for _ in range(TOKENS)] for _ in range(PROMPTS * GROUP if unshared else PROMPTS)]
+    return [[draw.randrange(2, 2048) for _ in range(TOKENS)] for _ in range(PROMPTS * GROUP // group)]
 
 
 def ours(arguments) -> list[float]:
     import torch
-    from step import Budget, Config, MasterAdamW, step
     from transformers import AutoModelForCausalLM
+
+    from benchmarks.step import Config, MasterAdamW, step
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32).eval()
     config = Config(documents=PROMPTS, lr=1e-6)
     optimizer = MasterAdamW(model, config.lr)
-    samples = 1 if arguments.unshared else GROUP
+    group = 1 if arguments.unshared else GROUP
     seconds = []
     for n in range(arguments.steps):
-        prompts = step_prompts(n, arguments.unshared)
-        result = step(model, None, optimizer, prompts, samples, NEW, Budget(config.rollout_tokens), config)
-        seconds.append(sum(result["seconds"].values()))
+        prompts = [prompt for prompt in step_prompts(n, group) for _ in range(group)]
+        _, phases = step(model, None, optimizer, prompts, NEW, config)
+        seconds.append(sum(phases.values()))
     return seconds
 
 
 def trl(arguments) -> list[float]:
-    import time
-
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -83,8 +84,8 @@ def trl(arguments) -> list[float]:
 
     # TRL's groups have at least two samples: of the unshared prompts it gets half, each twice.
     group = 2 if arguments.unshared else GROUP
-    prompts = [step_prompts(n, arguments.unshared)[: PROMPTS * GROUP // group] for n in range(arguments.steps)]
-    rows = [" ".join(f"t{i}" for i in ids) for some in prompts for ids in some]
+    prompts = [ids for n in range(arguments.steps) for ids in step_prompts(n, group)]
+    rows = [" ".join(f"t{i}" for i in ids) for ids in prompts]
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     assert all(len(ids) == TOKENS for ids in tokenizer(rows)["input_ids"])  # the same work on both sides
     config = GRPOConfig(
@@ -108,15 +109,12 @@ def main() -> None:
     checkpointing = "TRL with gradient checkpointing, as by its default"
     parser.add_argument("--checkpointing", action="store_true", help=checkpointing)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is not counted")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is left out")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sys.path.insert(0, str(HERE))
     if arguments.side:
-        run = ours if arguments.side == "ours" else trl
-        print("SECONDS", json.dumps(run(arguments)))
-        return
+        return print("SECONDS", json.dumps((ours if arguments.side == "ours" else trl)(arguments)))
     if arguments.steps < 2 or arguments.rounds < 1:
         parser.error("--steps: at least 2, the first one warms up; --rounds: at least 1")
     if not arguments.trl_python:
@@ -126,9 +124,10 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
         for _ in range(arguments.rounds):
             for side, python in (("ours", sys.executable), ("trl", arguments.trl_python)):
-                command = [python, __file__, "--side", side, "--folder", folder, "--steps", str(arguments.steps)]
-                flags = ["--unshared"] * arguments.unshared + ["--checkpointing"] * arguments.checkpointing
-                done = subprocess.run(command + flags, capture_output=True, text=True)
+                command = [python, "-m", "benchmarks.vs_trl", "--side", side, "--folder", folder]
+                command += ["--steps", str(arguments.steps)]
+                command += ["--unshared"] * arguments.unshared + ["--checkpointing"] * arguments.checkpointing
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("SECONDS")]
                 if done.returncode or not lines:
                     sys.exit(f"{side} failed:\n{done.stderr}")

@@ -1,6 +1,6 @@
 """A supervised start, without labels, for a model that can't do the format: RL learns only from what it samples.
 
-    python recipes/cold_start.py --model runs/smollm2/model --corpus passages.jsonl --out runs/smollm2/cold
+    python -m recipes.cold_start --model runs/smollm2/model --corpus passages.jsonl --out runs/smollm2/cold
     python memtrain.py --model runs/smollm2/cold --corpus passages.jsonl --out runs/smollm2/memtrain
 
 Demonstrations come from the corpus itself, from the masked documents that MemTrain trains on:
@@ -13,37 +13,35 @@ before and after, on documents that are held out.
 
 import json
 import os
-import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import spacy
 import torch
-from spacy.lang.en import English
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rollout  # noqa: E402
-from engine import packing, parallel, sampling  # noqa: E402
-from engine.config import Config, option, run_with_flags  # noqa: E402
-from engine.errors import UserError  # noqa: E402
-from engine.models import check_new, load_policy, save_new  # noqa: E402
-from engine.optimizer import MasterAdamW  # noqa: E402
-from engine.report import sample_text, share  # noqa: E402
-from masking import Document, draw_recall  # noqa: E402
-from memtrain import learning_rate, logprobs_twin, set_weights  # noqa: E402
-from rewards import answer_reward, boxed, recall_reward  # noqa: E402
-from rollout import (  # noqa: E402
-    ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Limits, Turn, encode_prompt, fill, limits_of, read, recall,
-    sampler,
-)
-from tasks.sources import load_corpus  # noqa: E402
-from text.matching import MASK, occurrences  # noqa: E402
+import rollout
+from engine import packing, parallel, sampling
+from engine.config import Config, option, run_with_flags
+from engine.errors import UserError
+from engine.models import check_new, load_policy, save_new
+from engine.optimizer import MasterAdamW
+from engine.report import sample_text, share
+from masking import Document, draw_recall
+from memtrain import learning_rate, logprobs_twin, set_weights
+from rewards import answer_reward, boxed, recall_reward
+from rollout import EMPTY_MEMORY, Turn, encode_prompt, fill, limits_of, read, recall, sampler
+from tasks.sources import load_corpus
+from text.matching import MASK, occurrences
 
 WORD = "Xmaskx"  # stands for [MASK] while sentences are cut
 RECALL_DRAWS = 16  # of a recall target, until the memory holds one
+SPLITTER = spacy.blank("en")
+SPLITTER.add_pipe("sentencizer")
 
 
 @dataclass
@@ -63,15 +61,8 @@ class ColdStart(Config):
 def sentences(text: str) -> list[str]:
     """The sentences of a text, by spaCy's rules; a line end always ends one."""
     lines = text.replace(MASK, WORD).split("\n")  # after a full stop, spaCy would leave the bracket behind
-    found = [" ".join(sentence.text.split()) for line in lines for sentence in splitter()(line).sents]
+    found = [" ".join(sentence.text.split()) for line in lines for sentence in SPLITTER(line).sents]
     return [sentence.replace(WORD, MASK) for sentence in found if sentence]
-
-
-@cache
-def splitter():
-    nlp = English()
-    nlp.add_pipe("sentencizer")
-    return nlp
 
 
 def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int, rng) -> list[str]:
@@ -90,31 +81,23 @@ def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int,
     return [candidates[n] for n in kept]
 
 
-def demonstrate(document: Document, tokenizer, limits: Limits, rng) -> dict[str, list[Turn]]:
+def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[str, list[Turn]]:
     """One reading of a document, written by rule: its turns by kind, "memory", "answer" and "recall"."""
-    memory: list[str] = []
-    texts, memories = {"memory": [], "answer": [], "recall": []}, []  # (prompt, completion)
-    for section in document.chunks:
-        prompt = fill(READ_PROMPT, problem=document.question, memory=text_of(memory), section=section)
-        memory = demonstrate_memory(memory, section, tokenizer, limits.memory_tokens, rng)
-        texts["memory"].append((prompt, text_of(memory)))
-        memories.append(text_of(memory))
-    prompt = fill(ANSWER_PROMPT, problem=document.question, memory=memories[-1])
-    texts["answer"].append((prompt, box(document.answers[0])))
+    kept, memories = [], [EMPTY_MEMORY]  # m_0, m_1, ...
+    shown = {"memory": [], "answer": [], "recall": []}  # of (prompt, completion)
+    for chunk in document.chunks:
+        kept = demonstrate_memory(kept, chunk, tokenizer, memory_tokens, rng)
+        prompt = fill(rollout.READ_PROMPT, problem=document.question, memory=memories[-1], section=chunk)
+        memories.append(" ".join(kept) or EMPTY_MEMORY)
+        shown["memory"].append((prompt, memories[-1]))
+    prompt = fill(rollout.ANSWER_PROMPT, problem=document.question, memory=memories[-1])
+    shown["answer"].append((prompt, f"\\boxed{{{document.answers[0]}}}"))
     for target in (draw_recall(document, rng) for _ in range(RECALL_DRAWS)):
-        if target and occurrences(memories[target.memory_turn - 1], target.entity):
-            prompt = fill(RECALL_PROMPT, memory=memories[target.memory_turn - 1], section=target.section)
-            texts["recall"].append((prompt, box(target.entity)))
+        if target and occurrences(memories[target.memory_turn], target.entity):
+            prompt = fill(rollout.RECALL_PROMPT, memory=memories[target.memory_turn], section=target.section)
+            shown["recall"].append((prompt, f"\\boxed{{{target.entity}}}"))
             break
-    return {kind: [turn_of(document, *pair, tokenizer) for pair in pairs] for kind, pairs in texts.items()}
-
-
-def text_of(memory: list[str]) -> str:
-    return " ".join(memory) or EMPTY_MEMORY
-
-
-def box(name: str) -> str:
-    return f"\\boxed{{{name}}}"
+    return {kind: [turn_of(document, *pair, tokenizer) for pair in pairs] for kind, pairs in shown.items()}
 
 
 def turn_of(document: Document, prompt: str, completion: str, tokenizer) -> Turn:
@@ -145,22 +128,21 @@ def learn(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: 
 # ---- what is measured --------------------------------------------------------------------------------------
 
 
-def sampled_success(sample, documents: list[Document], limits: Limits, config: Config) -> tuple[dict, list[str]]:
+def sampled_success(sample, documents: list[Document], config: Config, limits) -> tuple[dict, list[str]]:
     """Success at temperature 1 -> {measure: (right, n)}, and two trajectories in words."""
     trajectories = read(sample, documents, limits, progress="sampling")
     targets = [draw_recall(d, np.random.default_rng([config.seed, d.index])) for d in documents]
     recalls = recall(sample, trajectories, targets, limits)
-    answers = [t.turns[-1] for t in trajectories] + [turn for turns in recalls for turn in turns]
-    memories = [turn for t in trajectories for turn in t.turns[:-1]]
     asked = [(turns[0], target) for turns, target in zip(recalls, targets, strict=True) if target]
+    answers = [t.turns[-1] for t in trajectories] + [turn for turn, _ in asked]
+    em = [answer_reward(t.prediction, t.document.answers) for t in trajectories]
     scores = {
         "boxed": [boxed(turn.text) is not None for turn in answers],
-        "memory ends": [turn.ended for turn in memories],
-        "end-to-end": [answer_reward(t.prediction, t.document.answers) for t in trajectories],
+        "memory ends": [turn.ended for t in trajectories for turn in t.turns[:-1]],
+        "end-to-end": em,
         "recall": [recall_reward(turn.text, target.entity) for turn, target in asked],
     }
-    shown = list(zip(trajectories, recalls, scores["end-to-end"], strict=True))[:2]
-    samples = [sample_text(*parts, name="EM") for parts in shown]
+    samples = [sample_text(trajectories[n], recalls[n], em[n], name="EM") for n in range(min(2, len(em)))]
     return {name: (sum(values), len(values)) for name, values in scores.items()}, samples
 
 
@@ -184,18 +166,14 @@ def main(config: ColdStart) -> None:
     if not config.plain:
         packing.enable(policy)
     corpus = load_corpus(config, policy, tokenizer, out.parent / ".entities")
-    limits = limits_of(config, tokenizer)
     budget = sampling.Budget(config.rollout_tokens)
     generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
-    success = partial(
-        sampled_success, sampler(generate, policy, tokenizer),
-        [corpus.document(i, "heldout") for i in range(config.eval_documents)], limits, config,
-    )
+    sample = sampler(generate, policy, tokenizer)
+    heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
+    success = partial(sampled_success, sample, heldout, config, limits_of(config, tokenizer))
     measured = {"before": success()[0]}
-    counts = dict.fromkeys(("memory", "answer", "recall"), 0)
-    tokens = 0
+    counts, tokens, began = Counter(), 0, time.perf_counter()
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
-    began = time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
     for step in bar:
         turns = []
@@ -203,9 +181,10 @@ def main(config: ColdStart) -> None:
             number = step * config.documents + place
             document = corpus.document(number)
             document.place = place
-            by_kind = demonstrate(document, tokenizer, limits, np.random.default_rng([config.seed, number]))
-            counts = {kind: counts[kind] + len(own) for kind, own in by_kind.items()}
-            turns += [turn for own in by_kind.values() for turn in own]
+            rng = np.random.default_rng([config.seed, number])
+            for kind, shown in demonstrate(document, tokenizer, config.memory_tokens, rng).items():
+                counts[kind] += len(shown)
+                turns += shown
         tokens += sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
         loss = learn(policy, optimizer, turns, learning_rate(config, step), config)
         bar.set_postfix(loss=f"{loss:.2f}")

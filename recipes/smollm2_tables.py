@@ -1,24 +1,24 @@
-"""The figures of recipes/smollm2-wiki.sh as markdown tables: python recipes/smollm2_tables.py FOLDER"""
+"""The figures of recipes/smollm2-wiki.sh as markdown tables: python -m recipes.smollm2_tables FOLDER"""
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.errors import UserError, run_script  # noqa: E402
-from engine.report import table  # noqa: E402
-from recipes import cold_start  # noqa: E402
+from engine.errors import UserError, run_script
+from engine.report import table
+from recipes import cold_start
 
+MODELS = ("cold", "memtrain", "task-from-cold", "task-from-memtrain")
 SETS = {
     "Masked documents": ["memtrain-before", "memtrain-after"],
-    "HotpotQA, held back": [f"hotpot-{run}" for run in ("cold", "memtrain", "task-from-cold", "task-from-memtrain")],
-    "One hop, held back": [f"single_hop-{run}" for run in ("cold", "memtrain", "task-from-cold", "task-from-memtrain")],
+    "HotpotQA, held back": [f"hotpot-{model}" for model in MODELS],
+    "One hop, held back": [f"single_hop-{model}" for model in MODELS],
 }
 
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise UserError("give one folder: python recipes/smollm2_tables.py FOLDER")
+        raise UserError("give one folder: python -m recipes.smollm2_tables FOLDER")
     folder = Path(sys.argv[1])
     try:
         start = json.loads((folder / "cold/cold_start.json").read_text())

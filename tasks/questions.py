@@ -63,7 +63,7 @@ def _question(record: dict, where: str, number: int) -> Question:
         read, field, label = _musique, "paragraphs", "is_supporting"
         shape = "a paragraph of 'paragraphs' lacks 'title', 'paragraph_text' or 'is_supporting'"
     else:
-        fields = ", ".join(record)
+        fields = " ".join(", ".join(record).split())  # a name may hold a line break
         raise UserError(f"{where}: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has {fields}")
     if record.get("answerable") is False:
         raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")

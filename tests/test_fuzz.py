@@ -172,7 +172,7 @@ def test_files_of_records(tmp_path):
     """Any records: questions with answers, passages with text, or a user's error that names the file."""
     file, taken = tmp_path / "records.jsonl", []
 
-    @fuzz(400, st.lists(records() | anything.map(encoded), min_size=1, max_size=2))
+    @fuzz(200, st.lists(records() | anything.map(encoded), min_size=1, max_size=2))
     def check(lines):
         file.write_bytes(b"\n".join(lines))
         for read in (load_questions, load_search, read_passages):

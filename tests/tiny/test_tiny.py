@@ -16,11 +16,19 @@ from rewards import boxed
 from rollout import EMPTY_MEMORY, READ_PROMPT, Completion, encode_prompt
 from tasks.search import SEARCH
 from text.matching import MASK, TARGET, occurrences
-from tiny.demonstrations import (
-    EVERYTHING, FOCUS, MEMORY_TOKENS, TOLD, UNKNOWN, Demonstrations, Reader, some_reader, written,
+from tiny.build.demonstrations import (
+    EVERYTHING,
+    FOCUS,
+    MEMORY_TOKENS,
+    TOLD,
+    UNKNOWN,
+    Demonstrations,
+    Reader,
+    some_reader,
+    written,
 )
-from tiny.skills import BARS, Skills, slot
-from tiny.world import PATTERNS, encyclopedia, forms, questions, sentences, split
+from tiny.build.skills import BARS, Skills, slot
+from tiny.build.world import PATTERNS, encyclopedia, forms, questions, sentences, split
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tiny"
@@ -318,7 +326,7 @@ def test_invented_worlds_know_words_of_the_unseen_but_none_of_them(known_and_uns
 @pytest.mark.slow
 def test_build_is_deterministic_and_goes_on_where_it_was_stopped(tmp_path):
     """Two builds, one of them stopped after its first pool, write the same bytes; passages are the repository's."""
-    small = "import sys, tiny.build as build; build.POOL = 256; "
+    small = "import sys, tiny.build.__main__ as build; build.POOL = 256; "
     stopped = "build.Skills.measure = lambda self: sys.exit(9); "  # in the second pool, before it is saved
     for name, first, status in (("a", "", 0), ("b", stopped, 9), ("b", "", 0)):
         command = [sys.executable, "-c", f"{small}{first}build.main()", "--pools", "1", "1", "--out", tmp_path / name]

@@ -9,132 +9,20 @@ import json
 import re
 from pathlib import Path
 
-HERE = Path(__file__).parent
+TINY = Path(__file__).resolve().parents[1]
 
-# Every sentence names its subject, so that a memory may keep any of them and drop the rest. Most begin with the title
-# or with the value, and so with [MASK] when that is what was masked.
-PATTERNS = {
-    "person": {
-        "occupation": [
-            "{Name} was {a} {value}.", "{Name} worked as {a} {value}.", "{Name} is remembered as {a} {value}.",
-        ],
-        "born": [
-            "{Name} was born in {value}.", "{Value} is the birth year of {name}.", "{Value} saw the birth of {name}.",
-        ],
-        "birthplace": [
-            "{Name} came from {value}.", "{Value} is the birthplace of {name}.",
-            "{Value} was the first home of {name}.",
-        ],
-        "died": [
-            "{Name} died in {value}.", "{Value} is the year in which {name} died.", "{Value} saw the death of {name}.",
-        ],
-        "deathplace": [
-            "{Name} died in {value}.", "{Value} was the last home of {name}.", "{Value} is where {name} died.",
-        ],
-        "country": [
-            "{Name} was a citizen of {the}.", "{The} was the country of {name}.",
-            "{The} counts {name} among its citizens.",
-        ],
-        "known_for": [
-            "{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is what {name} is known for.",
-        ],
-        "teacher": ["{Name} was taught by {value}.", "{Value} was the teacher of {name}."],
-        "spouse": ["{Name} was married to {value}.", "{Value} was the spouse of {name}."],
-        "sibling": ["{Name} grew up with {value}.", "{Value} was a sibling of {name}."],
-        "collaborator": ["{Name} worked together with {value}.", "{Value} was a collaborator of {name}."],
-    },
-    "work": {
-        "form": ["{Name} is {a} {value}.", "{Name} takes the form of {a} {value}."],
-        "author": ["{Name} was made by {value}.", "{Value} is the author of {name}.", "{Value} made {name}."],
-        "year": ["{Name} appeared in {value}.", "{Value} is the year of {name}.", "{Value} saw the first of {name}."],
-        "place": ["{Name} {placed} {the}.", "{The} is the place of {name}."],
-        "country": ["{Name} comes from {the}.", "{The} is the country of {name}.", "{The} is the home of {name}."],
-        "about": ["{Name} is about {value}.", "{Name} deals with {value}."],
-    },
-    "place": {
-        "country": [
-            "{Name} lies in {the}.", "{The} is the country of {name}.", "{The} counts {name} among its cities.",
-        ],
-        "water": ["{Name} lies on the {value}.", "{Value} is the name of the water beside {name}."],
-        "landmark": [
-            "{Name} is known for its {value}.", "{Value} is a landmark of {name}.", "{Value} draws visitors to {name}.",
-        ],
-        "language": ["{Name} speaks {value}.", "{Value} is the language of {name}.", "{Value} is spoken in {name}."],
-        "currency": ["{Name} pays with the {value}.", "{Name} has the {value} as its currency."],
-        "continent": ["{Name} is a city in {value}.", "{Value} is the continent of {name}."],
-        "airport": [
-            "{Name} is served by {value} airport.", "{Value} is the airport of {name}.",
-            "{Value} airport serves {name}.",
-        ],
-        "capital_of": ["{Name} is the capital of {the}.", "{The} is governed from {name}."],
-    },
-    "institution": {
-        "form": ["{Name} is {a} {value}.", "{Name} works as {a} {value}."],
-        "city": ["{Name} stands in {value}.", "{Value} is the city of {name}.", "{Value} is the seat of {name}."],
-        "country": ["{Name} is found in {the}.", "{The} is the country of {name}.", "{The} is the home of {name}."],
-        "founded": [
-            "{Name} was founded in {value}.", "{Value} is the founding year of {name}.",
-            "{Value} saw the founding of {name}.",
-        ],
-        "founder": ["{Name} was founded by {value}.", "{Value} is the founder of {name}.", "{Value} founded {name}."],
-        "known_for": ["{Name} is known for {value}.", "{Value} made {name} famous.", "{Value} is the pride of {name}."],
-        "alumnus": ["{Name} counts {value} among its people.", "{Value} is a well known name of {name}."],
-    },
-}
-
-# "{x}" is a title, or a phrase below that leads to one: that makes a question of two hops.
-QUESTIONS = {
-    "person": {
-        "occupation": "What was the occupation of {x}?",
-        "born": "In what year was {x} born?",
-        "birthplace": "In what city was {x} born?",
-        "died": "In what year did {x} die?",
-        "deathplace": "In what city did {x} die?",
-        "country": "What was the country of {x}?",
-        "known_for": "What is {x} known for?",
-    },
-    "work": {
-        "form": "What form does {x} have?",
-        "author": "Who is the author of {x}?",
-        "year": "In what year did {x} appear?",
-        "country": "From what country does {x} come?",
-        "about": "What is {x} about?",
-    },
-    "place": {
-        "country": "In what country does {x} lie?",
-        "water": "On what water does {x} lie?",
-        "landmark": "What is a landmark of {x}?",
-        "language": "What language does {x} speak?",
-        "currency": "What is the currency of {x}?",
-        "airport": "What is the airport of {x}?",
-    },
-    "institution": {
-        "form": "What sort of institution is {x}?",
-        "city": "In what city does {x} stand?",
-        "founded": "In what year was {x} founded?",
-        "founder": "Who founded {x}?",
-        "known_for": "What is {x} known for?",
-    },
-}
-LINKS = {
-    "person": {
-        "birthplace": "the birthplace of {x}",
-        "deathplace": "the last home of {x}",
-        "known_for": "the best known work of {x}",
-        "teacher": "the teacher of {x}",
-        "spouse": "the spouse of {x}",
-    },
-    "work": {"author": "the author of {x}"},
-    "institution": {"city": "the city of {x}", "founder": "the founder of {x}", "alumnus": "a well known name of {x}"},
-}
-
+# Sentences that state a fact, questions that ask for it, and links: phrases that lead from {x}, a title, to another
+# subject, which makes a question of two hops. Every sentence names its subject, so that a memory may keep any of them
+# and drop the rest. Most begin with the title or with the value, and so with [MASK] when that is what was masked.
+ENGLISH = json.loads(Path(__file__).with_name("english.json").read_text())
+PATTERNS, QUESTIONS, LINKS = (ENGLISH[name] for name in ("sentences", "questions", "links"))
 PLURALS = ("States", "Kingdom", "Netherlands", "Empire", "Union", "Republic", "Philippines", "Emirates")
 ARTICLED = ("museum", "gallery", "library", "observatory", "orchestra", "academy", "school", "theatre", "opera house")
 
 
 def encyclopedia() -> list[dict]:
     """The true world: tiny/encyclopedia.jsonl, a list of subjects."""
-    return [json.loads(line) for line in (HERE / "encyclopedia.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (TINY / "encyclopedia.jsonl").read_text().splitlines()]
 
 
 def forms(subject: dict) -> dict[str, list[str]]:

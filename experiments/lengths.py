@@ -1,7 +1,7 @@
 """Accuracy by length, before and after, of several runs together: README's plot and table.
 
     for seed in 0 1 2; do python memtrain.py --seed $seed --out runs/first-$seed; done
-    python recipes/lengths.py docs/lengths.png runs/first-0 runs/first-1 runs/first-2
+    python -m experiments.lengths docs/lengths.png runs/first-0 runs/first-1 runs/first-2
 
 Each seed draws held-out documents of its own. They may ask for the same entity, so the intervals, which take them for
 independent, are somewhat narrow.
@@ -9,33 +9,33 @@ independent, are somewhat narrow.
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.errors import UserError, run_script  # noqa: E402
-from engine.report import check_files, plot, row, table  # noqa: E402
+from engine.errors import UserError, run_script
+from engine.report import check_files, plot, row, table
 
 
 def together(folders: list[str]) -> list[dict]:
     """The rows of several eval.json, one for each stage, task, length and memory. Raises UserError."""
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
-    scores: dict[tuple, list[float]] = {}
+    scores: dict[tuple, list[float]] = defaultdict(list)
     for folder in folders:
         file = Path(folder) / "eval.json"
         if not file.is_file():
             raise UserError(f"{file}: no such file; give folders of runs that were evaluated")
         for one in json.loads(file.read_text()):
-            scores.setdefault((one["when"], one["task"], one["chunks"], one["memory"]), []).extend(one["scores"])
+            scores[one["when"], one["task"], one["chunks"], one["memory"]] += one["scores"]
     return [row(*place, dict(enumerate(values))) for place, values in scores.items()]
 
 
 def main() -> None:
     if len(sys.argv) < 3:
-        raise UserError("give a picture and folders of runs: python recipes/lengths.py docs/lengths.png runs/X ...")
+        raise UserError("give a picture and folders of runs: python -m experiments.lengths docs/lengths.png runs/X ...")
     picture, *folders = sys.argv[1:]
-    rows = together(folders)
     check_files(Path(picture), picture, name="picture")
+    rows = together(folders)
     print(table(rows))
     plot([one for one in rows if one["memory"] == "kept" or one["when"] == "after"], picture)
 

@@ -11,7 +11,7 @@ from tasks.longqa import numbered_document
 from tasks.search import NOTHING, SEARCH_PROMPT, result_text
 from text.chunking import cut_chunks
 from text.matching import MASK, TARGET
-from tiny.world import Inventor, forms, leads, questions, sentences
+from tiny.build.world import Inventor, forms, leads, questions, sentences
 
 CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = Config.chunk_tokens, Config.memory_tokens, Config.searches
 NOTES_TOKENS = MEMORY_TOKENS - 2  # of a memory in a demonstration, so that its EOS fits, too

@@ -1,41 +1,39 @@
 """Skills of the base model, and its success when it samples: tables in markdown.
 
-    python tiny/measure.py [MODEL]
+    python -m tiny.build.measure [MODEL]
 
-Skills, greedy, each beside its bar (tiny/skills.py). Then, sampled, what decides whether GRPO has anything to learn
-from: end-to-end and recall on training documents, and the questions of tiny/questions.jsonl about unseen subjects, of
-one hop and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
+Skills, greedy, each beside its bar (tiny/build/skills.py). Then, sampled, what decides whether GRPO has anything to
+learn from: end-to-end and recall on training documents, and the questions of tiny/questions.jsonl about unseen
+subjects, of one hop and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
 """
 
 import random
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import Config  # noqa: E402
-from engine.errors import UserError, run_script  # noqa: E402
-from engine.models import load_model  # noqa: E402
-from engine.report import sample_text, share  # noqa: E402
-from engine.sampling import Budget, generate  # noqa: E402
-from masking import Document, draw_recall  # noqa: E402
-from rewards import exact_match, recall_reward  # noqa: E402
-from rollout import limits_of, read, recall, sampler  # noqa: E402
-from tasks.longqa import Pool, long_documents  # noqa: E402
-from tasks.questions import load_questions  # noqa: E402
-from tasks.sources import load_corpus  # noqa: E402
-from tiny.skills import BARS, Skills  # noqa: E402
-from tiny.world import HERE, encyclopedia, split  # noqa: E402
+from engine.config import Config
+from engine.errors import UserError, run_script
+from engine.models import load_model
+from engine.report import sample_text, share
+from engine.sampling import Budget, generate
+from masking import Document, draw_recall
+from rewards import exact_match, recall_reward
+from rollout import limits_of, read, recall, sampler
+from tasks.longqa import Pool, long_documents
+from tasks.questions import load_questions
+from tasks.sources import load_corpus
+from tiny.build.skills import BARS, Skills
+from tiny.build.world import TINY, encyclopedia, split
 
 DOCUMENTS, SAMPLES = 60, 4
 
 
 def question_documents(tokenizer, config: Config, hops: int) -> list[Document]:
     """Questions about unseen subjects, of so many hops, each with its own ten paragraphs to read."""
-    questions = [q for q in load_questions(HERE / "questions.jsonl") if len(q.gold) == hops]
+    questions = [q for q in load_questions(TINY / "questions.jsonl") if len(q.gold) == hops]
     some = questions[:: max(1, len(questions) // DOCUMENTS)][:DOCUMENTS]
     return long_documents(some, Pool([], tokenizer), seed=0, chunk_tokens=config.chunk_tokens, documents=10)
 
@@ -50,7 +48,7 @@ def in_words(trajectories: list, recalls: list[list], right: list[bool]) -> list
 
 def main() -> None:
     if len(sys.argv) > 2:
-        raise UserError("give one model at most: python tiny/measure.py [MODEL]")
+        raise UserError("give one model at most: python -m tiny.build.measure [MODEL]")
     config = Config(model=sys.argv[1]) if sys.argv[1:] else Config()
     torch.manual_seed(0)
     model, tokenizer = load_model(config.model, "cpu")
@@ -61,7 +59,7 @@ def main() -> None:
         print_row([name, str(BARS[name])], hits)
 
     sample, limits = sampler(fast, model, tokenizer), limits_of(config, tokenizer)
-    corpus = load_corpus(config, model, tokenizer, HERE / ".entities")
+    corpus = load_corpus(config, model, tokenizer, TINY / ".entities")
     print("\n| sampled at temperature 1 | success | n |\n|---|---|---|")
     documents = [corpus.document(i) for i in range(DOCUMENTS)]
     trajectories = read(sample, documents, limits, samples=SAMPLES, progress="end-to-end")

@@ -6,15 +6,15 @@ newly invented ones. Searching is not measured.
 """
 
 import re
-from itertools import cycle
+from itertools import cycle, islice
 
 from engine.config import Config
 from masking import QUESTION
 from rewards import boxed, exact_match
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill
 from text.matching import MASK
-from tiny.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
-from tiny.world import forms
+from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
+from tiny.build.world import forms
 
 BARS = {
     "sentences that stand word for word in the old memory or the section": 0.97,
@@ -57,21 +57,31 @@ class Skills:
         measured = {
             "sentences that stand word for word in the old memory or the section": faithful,
             "memories that repeat no sentence": once,
-            "the asked paragraph is kept": self.kept(),
-            "answer, one hop": self.answered(1),
-            "answer, two hops": self.answered(2),
-            "answer, [MASK]": self.named(),
-            "recall": self.recalled(),
+            "the asked paragraph is kept": [
+                paragraph in memory for paragraph, memory in self.ask(self.keeping(), MEMORY_TOKENS)
+            ],
+            "answer, one hop": self.right(self.answering(1)),
+            "answer, two hops": self.right(self.answering(2)),
+            "answer, [MASK]": self.right(self.naming()),
+            "recall": self.right(self.recalling()),
         }
         for name, world in self.worlds.items():
-            measured[f"the asked paragraph is noted, {name} subjects"] = self.noted(world)
+            measured[f"the asked paragraph is noted, {name} subjects"] = [
+                lines <= set(split_sentences(memory)) for lines, memory in self.ask(self.noting(world), MEMORY_TOKENS)
+            ]
         return {name: measured[name] for name in BARS}
 
-    def ask(self, prompts: list[str], new_tokens: int) -> list[str]:
-        """One greedy completion for each prompt."""
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+    def ask(self, drawn, new_tokens: int) -> list[tuple]:
+        """(what is wanted, one greedy completion) of the first `n` that are drawn as (prompt, what is wanted)."""
+        some = list(islice(drawn, self.n))
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt, _ in some]
         completions = self.generate(self.model, self.tokenizer, ids, new_tokens, greedy=True)
-        return [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+        texts = [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+        return [(wanted, text) for (_, wanted), text in zip(some, texts, strict=True)]
+
+    def right(self, drawn) -> list[bool]:
+        """Whether each answer that is asked for is the one that is boxed."""
+        return [exact_match(boxed(text), [answer]) for answer, text in self.ask(drawn, Config.answer_tokens)]
 
     def heldout(self):
         """The unseen subjects and newly invented ones, in turn."""
@@ -79,36 +89,35 @@ class Skills:
 
     def faithful(self) -> tuple[list[bool], list[bool]]:
         """(of each sentence, whether it was read; of each memory, whether it repeats none), told nothing."""
-        prompts = [self.demonstrations.reading(world)[0] for world, _ in zip(self.heldout(), range(self.n))]
+        prompts = (self.demonstrations.reading(world)[0] for world in self.heldout())
         sentences, once = [], []
-        for prompt, memory in zip(prompts, self.ask(prompts, MEMORY_TOKENS), strict=True):
+        for prompt, memory in self.ask(((prompt, prompt) for prompt in prompts), MEMORY_TOKENS):
             written_down = split_sentences(memory)
             read = split_sentences(slot(prompt, "memory")) + split_sentences(slot(prompt, "section"))
             sentences += [sentence in read for sentence in written_down]
             once.append(len(set(written_down)) == len(written_down))
         return sentences, once
 
-    def noted(self, world: list[dict]) -> list[bool]:
-        """Whether all that the section says about what is asked is noted, told to focus.
+    # ---- what is asked, without end: (prompt, what is wanted) ----
+
+    def noting(self, world: list[dict]):
+        """All that the section says about what is asked is to be noted, told to focus.
 
         Half of the questions are of two hops; then it is the paragraph about the first.
         """
-        prompts, wanted = [], []
-        while len(prompts) < self.n:
+        while True:
             row = self.demonstrations.question(world)
             titles, passages, _ = self.demonstrations.context(row, world, 10)
             asked = titles.index(row["hops"][0][0])
             sections = self.demonstrations.sections(passages, titles)
             section = next(s for s in sections if f"Document {asked + 1}:" in s)
             problem = f"{row['question']} {FOCUS}"
-            prompts.append(fill(READ_PROMPT, problem=problem, memory=EMPTY_MEMORY, section=section))
-            wanted.append({sentence for sentence in passages[asked] if sentence in section})
-        memories = self.ask(prompts, MEMORY_TOKENS)
-        return [lines <= set(split_sentences(memory)) for lines, memory in zip(wanted, memories, strict=True)]
+            prompt = fill(READ_PROMPT, problem=problem, memory=EMPTY_MEMORY, section=section)
+            yield prompt, {sentence for sentence in passages[asked] if sentence in section}
 
-    def kept(self) -> list[bool]:
-        """Whether a noted paragraph about what is asked stands in the next memory, told to focus."""
-        prompts, wanted, rng = [], [], self.demonstrations.rng
+    def keeping(self):
+        """A noted paragraph about what is asked is to stand in the next memory, told to focus."""
+        rng = self.demonstrations.rng
         for world in self.heldout():
             row = self.demonstrations.question(world)
             titles, passages, _ = self.demonstrations.context(row, world, 10)
@@ -121,51 +130,31 @@ class Skills:
                 continue
             rng.shuffle(memory)
             problem, section = f"{row['question']} {FOCUS}", rng.choice(sections)
-            prompts.append(fill(READ_PROMPT, problem=problem, memory=written(memory), section=section))
-            wanted.append(paragraphs[asked])
-            if len(prompts) == self.n:
-                break
-        return [paragraph in memory for paragraph, memory in zip(wanted, self.ask(prompts, MEMORY_TOKENS), strict=True)]
+            yield fill(READ_PROMPT, problem=problem, memory=written(memory), section=section), paragraphs[asked]
 
-    def right(self, prompts: list[str], answers: list[str]) -> list[bool]:
-        given = self.ask(prompts, Config.answer_tokens)
-        return [exact_match(boxed(text), [answer]) for text, answer in zip(given, answers, strict=True)]
-
-    def answered(self, hops: int) -> list[bool]:
-        """Whether a question is answered from a memory that holds its evidence."""
-        prompts, answers = [], []
+    def answering(self, hops: int):
+        """A question is to be answered from a memory that holds its evidence."""
         for world in self.heldout():
             row = self.demonstrations.question(world)
-            if len(row["hops"]) != hops:
-                continue
-            _, passages, evidence = self.demonstrations.context(row, world, 5)
-            memory = self.demonstrations.some_notes(passages, evidence)
-            prompts.append(fill(ANSWER_PROMPT, problem=row["question"], memory=memory))
-            answers.append(row["answer"])
-            if len(prompts) == self.n:
-                return self.right(prompts, answers)
+            if len(row["hops"]) == hops:
+                _, passages, evidence = self.demonstrations.context(row, world, 5)
+                memory = self.demonstrations.some_notes(passages, evidence)
+                yield fill(ANSWER_PROMPT, problem=row["question"], memory=memory), row["answer"]
 
-    def named(self) -> list[bool]:
-        """Whether [MASK] is named from a memory whose sentences are true of one name of the known world only."""
+    def naming(self):
+        """[MASK] is to be named from a memory whose sentences are true of one name of the known world only."""
         known = self.worlds["known"]
         truths = {sentence for subject in known for stated in forms(subject).values() for sentence in stated}
         names = {name for subject in known for name in (subject["title"], *subject["facts"].values())}
-        prompts, answers = [], []
-        while len(prompts) < self.n:
+        while True:
             memory, entity = self.demonstrations.masked_memory(known)
             clues = [sentence for sentence in split_sentences(memory) if MASK in sentence]
             if sum(all(clue.replace(MASK, name) in truths for clue in clues) for name in names) == 1:
-                prompts.append(fill(ANSWER_PROMPT, problem=QUESTION, memory=memory))
-                answers.append(entity)
-        return self.right(prompts, answers)
+                yield fill(ANSWER_PROMPT, problem=QUESTION, memory=memory), entity
 
-    def recalled(self) -> list[bool]:
-        """Whether [TARGET] is recalled from a memory that holds a sentence with it."""
-        prompts, answers = [], []
+    def recalling(self):
+        """[TARGET] is to be recalled from a memory that holds a sentence with it."""
         for world in self.heldout():
             prompt, completion = self.demonstrations.recalling(world)
             if (entity := boxed(completion).strip()) != UNKNOWN:
-                prompts.append(prompt)
-                answers.append(entity)
-            if len(prompts) == self.n:
-                return self.right(prompts, answers)
+                yield prompt, entity

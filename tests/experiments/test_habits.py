@@ -1,13 +1,14 @@
-"""recipes/habits.py: with a reader that keeps nothing but what it read last, and one that is told everything."""
+"""experiments/habits.py: with a reader that keeps only what it read last, and one that is told everything; gold."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from engine.errors import UserError
+from experiments.habits import Habits, chunk_of_gold, habits_of, main
 from masking import Document, mask
-from recipes.habits import Habits, habits_of, main
 from rollout import Limits, Turn
+from tasks.longqa import LongDocument
 from text.matching import TARGET
 
 TOLD = {
@@ -53,6 +54,21 @@ def test_habits_of_a_reader_that_forgets_at_once(documents):
 def test_nothing_to_read_is_refused():
     """Without documents there is nothing to count, so --eval-documents 0 is an error."""
     with pytest.raises(UserError, match="nothing would be read"):
-        main(SimpleNamespace(eval_documents=0))
+        main(SimpleNamespace(task="memtrain", eval_documents=0))
     with pytest.raises(UserError, match="give --lengths of at least 2"):
-        main(SimpleNamespace(eval_documents=1, lengths=[1]))
+        main(SimpleNamespace(task="memtrain", eval_documents=1, lengths=[1]))
+    with pytest.raises(UserError, match="give memtrain or longqa"):
+        main(SimpleNamespace(task="searchqa"))
+
+
+def test_the_chunk_of_the_gold_paragraph():
+    """The first chunk with the whole text of one, title aside; cut through, it is in none; no gold is an error."""
+
+    def place(chunks, gold=("Ulm lies\n\non the Danube.", "The Danube flows to the sea.")):
+        return chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold_texts=gold))
+
+    chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies\n\non the Danube."]
+    assert place(chunks) == 2 and place(chunks[::2]) == 2
+    assert place(["Ulm lies\n\n", "on the Danube."]) == 0
+    with pytest.raises(UserError, match="question q: comes without gold paragraphs"):
+        place(chunks, gold=())

@@ -1,4 +1,4 @@
-"""recipes/lengths.py: several runs' evaluations as one; recipes/positions.py: where the gold paragraph stands."""
+"""experiments/lengths.py: several runs' evaluations as one."""
 
 import json
 
@@ -6,9 +6,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.report import row
-from recipes.lengths import together
-from recipes.positions import chunk_of_gold
-from tasks.longqa import LongDocument
+from experiments.lengths import together
 
 
 def test_runs_count_by_their_documents(tmp_path):
@@ -22,16 +20,3 @@ def test_runs_count_by_their_documents(tmp_path):
     assert figures == {("after", 2): (6, 4 / 6), ("after", 4): (6, 4 / 6), ("before", 2): (2, 0.0)}
     with pytest.raises(UserError, match="c/eval.json"):
         together([str(tmp_path / "a"), str(tmp_path / "c")])
-
-
-def test_the_chunk_of_the_gold_paragraph():
-    """The first chunk with the whole text of one, title aside; cut through, it is in none; no gold is an error."""
-
-    def place(chunks, gold=("Ulm lies\n\non the Danube.", "The Danube flows to the sea.")):
-        return chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold_texts=gold))
-
-    chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies\n\non the Danube."]
-    assert place(chunks) == 2 and place(chunks[::2]) == 2
-    assert place(["Ulm lies\n\n", "on the Danube."]) == 0
-    with pytest.raises(UserError, match="question q: comes without gold paragraphs"):
-        place(chunks, gold=())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores.
-#     recipes/reproduce-tiny.sh [FOLDER]
+#     experiments/reproduce-tiny.sh [FOLDER]
 # Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Runs go to
 # runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), all of it goes there.
 # The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the rate.
@@ -39,10 +39,10 @@ curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other chec
     done
 }
 
-measure() { # NAME SCRIPT MODEL ARGUMENTS: what the script measures, in $out/NAME.json
+measure() { # NAME MODULE MODEL ARGUMENTS: what the module measures, in $out/NAME.json
     [ -e "$out/$1.json" ] && return
     mkdir -p "$out/${1%/*}"
-    python "$2" --model "$3" --out "$out/$1.part" "${@:4}" > "$out/$1.log" 2>&1 &&
+    python -m "$2" --model "$3" --out "$out/$1.part" "${@:4}" > "$out/$1.log" 2>&1 &&
         mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
     tail -n 3 "$out/$1.log" >&2 && return 255
 }
@@ -50,7 +50,7 @@ measure() { # NAME SCRIPT MODEL ARGUMENTS: what the script measures, in $out/NAM
 export -f train curve measure
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
 
-python recipes/begin.py "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
+python -m experiments.begin "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
 longqa="--task longqa --chunks $chunks"
 
 for seed in $seeds; do
@@ -76,25 +76,25 @@ for seed in $seeds; do
 done | all
 for seed in $seeds; do
     ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --eval-documents 48 --lengths"
-    echo measure $seed/qa/base-0 eval.py tiny/model $ask $lengths
-    echo measure $seed/qa/memtrain-0 eval.py $out/$seed/memtrain/checkpoint $ask $lengths
+    echo measure $seed/qa/base-0 eval tiny/model $ask $lengths
+    echo measure $seed/qa/memtrain-0 eval $out/$seed/memtrain/checkpoint $ask $lengths
     for run in base memtrain; do
         for step in $steps; do
             model=$out/$seed/$run-task/checkpoints/step-$(printf %06d $step)
-            echo measure $seed/qa/$run-$step eval.py $model $ask $lengths
+            echo measure $seed/qa/$run-$step eval $model $ask $lengths
         done
         for label in $labels; do
-            echo measure $seed/qa/$run-label-$label eval.py $out/$seed/$run-task-$label/checkpoint $ask $shorter
+            echo measure $seed/qa/$run-label-$label eval $out/$seed/$run-task-$label/checkpoint $ask $shorter
         done
     done
     for run in end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/qa/$run-0 eval.py $out/$seed/$run/checkpoint $ask $shorter
-        echo measure $seed/qa/$run-$budget eval.py $out/$seed/$run-task/checkpoint $ask $shorter
+        echo measure $seed/qa/$run-0 eval $out/$seed/$run/checkpoint $ask $shorter
+        echo measure $seed/qa/$run-$budget eval $out/$seed/$run-task/checkpoint $ask $shorter
     done
     own="--seed $seed --eval-documents 64 --lengths 4 16"
-    echo measure $seed/habits/base recipes/habits.py tiny/model $own
+    echo measure $seed/habits/base experiments.habits tiny/model $own
     for run in memtrain end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/habits/$run recipes/habits.py $out/$seed/$run/checkpoint $own
+        echo measure $seed/habits/$run experiments.habits $out/$seed/$run/checkpoint $own
     done
 done | all
-python recipes/tables.py "$out" "$docs"
+python -m experiments.tables "$out" "$docs"

@@ -1,6 +1,6 @@
 """Rebuild the tiny default from tiny/encyclopedia.jsonl: passages, questions, tokenizer and base model.
 
-    python tiny/build.py            # all of it; see docs/tiny.md for the minutes. Stopped, it goes on when called again
+    python -m tiny.build            # all of it; see docs/tiny.md for the minutes. Stopped, it goes on when called again
 
 The base model is taught by imitation, in two phases. Skills first: problems say how to read, so that each token of the
 notes is certain. Then the policy, for a short time: most problems say nothing, and note-takers differ in what they
@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine import files  # noqa: E402
-from engine.errors import UserError, run_script  # noqa: E402
-from engine.sampling import Budget, generate  # noqa: E402
-from masking import QUESTION, mask  # noqa: E402
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT  # noqa: E402
-from tasks.questions import split_of  # noqa: E402
-from tasks.search import SEARCH_PROMPT  # noqa: E402
-from text.matching import MASK, TARGET  # noqa: E402
-from tiny.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations, passage  # noqa: E402
-from tiny.skills import BARS, Skills  # noqa: E402
-from tiny.world import HERE, encyclopedia, questions, split, words_of  # noqa: E402
+from engine import files
+from engine.errors import UserError, run_script
+from engine.sampling import Budget, generate
+from masking import QUESTION, mask
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT
+from tasks.questions import split_of
+from tasks.search import SEARCH_PROMPT
+from text.matching import MASK, TARGET
+from tiny.build.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations, passage
+from tiny.build.skills import BARS, Skills
+from tiny.build.world import TINY, encyclopedia, questions, split, words_of
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2816
@@ -218,10 +216,10 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m tiny.build", description=__doc__.splitlines()[0])
     default = [SKILL_POOLS, POLICY_POOLS]
     parser.add_argument("--pools", type=int, nargs=2, default=default, help="of the two phases, each at least 1")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument("--out", type=Path, default=TINY, help="folder to write to")
     arguments = parser.parse_args()
     if min(arguments.pools) < 1:
         raise UserError(f"--pools {arguments.pools}: each phase needs at least one")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The rate of task RL on the tiny default, chosen on development questions by the rule in docs/results-tiny.md.
-#     recipes/choose-rate.sh        # 2 CPU cores; stopped, it goes on
+#     experiments/choose-rate.sh        # 2 CPU cores; stopped, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=runs/choose-rate steps="16 32 64"

@@ -1,0 +1,108 @@
+"""How a model keeps its memory, greedy: recall by distance, unchanged memories, and what it keeps of a long text.
+
+    python -m experiments.habits --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
+    python -m experiments.habits --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
+        --eval-questions runs/reproduce/test-0.jsonl
+
+On held-out masked documents, recall asks in each for several entities. Its distance is k - l, the chunks that lie
+between the section asked about and the memory that must supply it. With --task longqa, exact match by the chunk that
+holds what a question asks about: does a memory keep what it read first, or last? A question of two hops counts where
+its first uncut gold paragraph stands.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import Config, option, run_with_flags
+from engine.errors import UserError
+from engine.report import check_files, share
+from eval import heldout_documents, load_greedy
+from masking import draw_recall
+from rewards import answer_reward, recall_reward
+from rollout import limits_of, read, recall
+from tasks.evaluate import documents_by_length
+from tasks.longqa import LongDocument
+from tasks.sources import load_task
+
+
+@dataclass
+class Habits(Config):
+    """The settings of a run, and what is measured."""
+
+    out: str = option("habits.json", "where the figures of masked documents go as JSON")
+    lengths: list[int] | None = option(None, "chunks of a document, several values (default: as trained)")
+    questions_a_document: int = option(8, "recall questions about each document")
+
+
+def main(config: Habits) -> None:
+    if config.task == "searchqa":
+        raise UserError("--task searchqa: habits are measured in texts that are read; give memtrain or longqa")
+    if not config.eval_documents:
+        raise UserError("--eval-documents 0: nothing would be read")
+    lengths = config.lengths or [config.chunks]
+    if config.task == "memtrain" and min(lengths) < 2:
+        raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
+    check_files(Path(config.out), None)
+    model, tokenizer, sample = load_greedy(config.model, config)
+    source, _ = load_task(config, model, tokenizer, Path(config.out).parent / ".entities")
+    limits = limits_of(config, tokenizer)
+    if config.task == "longqa":
+        return print_positions(source, sample, lengths, config, limits)
+    rows = []
+    for chunks in lengths:
+        documents = heldout_documents(source, config, chunks)
+        if not documents:
+            raise UserError(f"--lengths {chunks}: the corpus can't fill so many chunks; give others, or more text")
+        recalled, unchanged = habits_of(sample, documents, config, limits)
+        rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
+        print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")
+        for distance, hits in recalled.items():
+            print(f"  recall at distance {distance}: {np.mean(hits):.2f} of {len(hits)}")
+    Path(config.out).write_text(json.dumps(rows))
+
+
+def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int, list[float]], list[bool]]:
+    """(recall rewards by distance, whether each turn after the first left the memory as it was)."""
+    trajectories = read(sample, documents, limits, progress="reading")
+    asked, rng = trajectories * config.questions_a_document, np.random.default_rng(config.seed)
+    targets = [draw_recall(trajectory.document, rng) for trajectory in asked]
+    hits = defaultdict(list)
+    for target, turns in zip(targets, recall(sample, asked, targets, limits), strict=True):
+        for turn in turns:
+            hits[target.memory_turn - target.chunk].append(recall_reward(turn.text, target.entity))
+    unchanged = [
+        after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
+    ]
+    return dict(sorted(hits.items())), unchanged
+
+
+def print_positions(source, sample, lengths: list[int], config: Habits, limits) -> None:
+    """A table per length: exact match by the chunk of the gold paragraph."""
+    lengths = source.lengths(lengths, config.eval_split)
+    for length, documents in documents_by_length(source, config, lengths, True).items():
+        places, hits = [chunk_of_gold(document) for document in documents], defaultdict(list)
+        for place, trajectory in zip(places, read(sample, documents, limits, progress="reading"), strict=True):
+            hits[place].append(answer_reward(trajectory.prediction, trajectory.document.answers))
+        print(f"\n| {length} chunks, gold in | exact match | n |\n|---|---|---|")
+        for place, scores in sorted(hits.items()):
+            name = f"chunk {place}" if place else "cut through"
+            print(f"| {name} | {share(sum(scores), len(scores))} | {len(scores)} |")
+
+
+def chunk_of_gold(document: LongDocument) -> int:
+    """The first chunk, counted from 1, that holds the whole text of a gold paragraph; 0 where a cut goes through all.
+
+    Raises UserError for a question that names no gold paragraph.
+    """
+    if not document.gold_texts:
+        raise UserError(f"question {document.title}: comes without gold paragraphs; give others by --eval-questions")
+    chunks = enumerate(document.chunks, 1)
+    return min((n for n, chunk in chunks if any(text in chunk for text in document.gold_texts)), default=0)
+
+
+if __name__ == "__main__":
+    run_with_flags(main, Habits, follow_model=True)

@@ -1,0 +1,48 @@
+"""benchmarks/hours.py: what it counts of models, and a line for every combination of recipes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+from benchmarks import hours
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = {"qwen2.5-0.5b": 0.494e9, "qwen2.5-1.5b": 1.544e9, "qwen2.5-7b": 7.616e9, "qwen3-4b": 4.022e9}
+
+
+@pytest.mark.parametrize("name", hours.SHAPES)
+def test_the_counted_parameters_are_the_models(name):
+    """Within 0.1 % of what transformers builds of the shape, and of what is published; adapters as peft makes them."""
+    shape = hours.SHAPES[name]
+    kind = Qwen3Config if name.startswith("qwen3") else Qwen2Config
+    config = kind(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert abs(sum(p.numel() for p in model.parameters()) / shape.parameters() - 1) < 1e-3
+    assert abs(shape.parameters() / PUBLISHED[name] - 1) < 2e-3
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model.add_adapter(peft.LoraConfig(r=8, target_modules="all-linear"))
+    assert sum(p.numel() for name, p in model.named_parameters() if "lora" in name) == shape.adapter(8)
+
+
+def test_the_hours_of_every_recipe_are_estimated(capsys, monkeypatch):
+    """A line per combination, each file in some; an adapter fits 24 GB, and the 7B on eight GPUs fits 80 GiB."""
+    monkeypatch.setattr(sys, "argv", ["hours.py"])
+    hours.main()
+    lines = {row.split("|")[1].strip(): row.split("|") for row in capsys.readouterr().out.splitlines()[2:]}
+    assert len(lines) == 3 * len(hours.MODELS)
+    assert {word for name in lines for word in name.split() if word.endswith(".args")} == {
+        file.name for file in (ROOT / "recipes").glob("*.args")
+    }
+    assert float(lines["wiki-80gb.args qwen2.5-7b-8gpus.args"][-2]) < 80 * 2**30 / 1e9
+    assert float(lines["wiki-24gb.args qwen3-4b-lora.args"][-2]) < 24
+    monkeypatch.setattr(sys, "argv", ["hours.py", "--steps", "1234"])
+    hours.main()
+    assert capsys.readouterr().out.count("| 1234 |") == len(lines)

@@ -1,0 +1,115 @@
+"""experiments/begin.py and reproduce-tiny.sh: the questions of each seed, and a reproduction that was stopped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from experiments import begin
+from tasks.questions import load_questions, subject
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_path):
+    """Of the tiny default's questions: shares of the test part, nested labels, subjects apart."""
+    parts = begin.parts_of(begin.QUESTIONS, ["0", "1", "2"], ["4", "16"])
+    tested = [parts[f"test-{seed}"] for seed in range(3)]
+    assert sorted(sum(tested, [])) == sorted(parts["test"]) and len(set(parts["test"])) == len(parts["test"]) > 200
+    for seed in range(3):
+        assert len(parts[f"train-16-{seed}"]) == 16 and set(parts[f"train-4-{seed}"]) < set(parts[f"train-16-{seed}"])
+        assert set(parts[f"train-16-{seed}"]) < set(parts["train"])
+    assert parts["train-16-0"] != parts["train-16-1"]
+    about = {}
+    for name in ("train", "dev", "test"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(f"{line}\n" for line in parts[name]))
+        about[name] = {subject(question) for question in load_questions(file)}
+    assert not about["train"] & about["test"] and not about["dev"] & (about["test"] | about["train"])
+
+
+def test_other_settings_are_refused(tmp_path, monkeypatch):
+    """A folder that was begun with other seeds says so, and keeps its questions; an interval needs 2 to 10 seeds."""
+    begun = ["begin.py", str(tmp_path / "out"), "seeds=0 1", "labels=4"]
+    for arguments in (begun, begun):
+        monkeypatch.setattr(sys, "argv", arguments)
+        begin.main()
+    before = (tmp_path / "out/test-0.jsonl").read_text()
+    monkeypatch.setattr(sys, "argv", [*begun[:2], "seeds=0 1 2", "labels=4"])
+    with pytest.raises(UserError, match="begun with other seeds"):
+        begin.main()
+    assert (tmp_path / "out/test-0.jsonl").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "a b"), "seeds=0 1", "labels=4"])
+    with pytest.raises(UserError, match="white space"):
+        begin.main()
+    for seeds in ("0", "0 0", "0 one", " ".join(map(str, range(11)))):
+        monkeypatch.setattr(sys, "argv", ["begin.py", str(tmp_path / "new"), f"seeds={seeds}", "labels=4"])
+        with pytest.raises(UserError, match=f"seeds={seeds} labels=4: must be numbers"):
+            begin.main()
+
+
+SHIM = """#!{python}
+# Stands in for python: notes what it is asked for, and leaves behind what the script looks for.
+import os, sys, time
+from pathlib import Path
+
+arguments = sys.argv[1:]
+if "--out" in arguments:  # how many are at work at once
+    at_work = Path("{log}.{{}}".format(os.getpid()))
+    at_work.touch()
+    time.sleep(0.02)
+    with open("{log}-at-once", "a") as file:
+        print(len(list(at_work.parent.glob("log.*"))), os.environ["OMP_NUM_THREADS"], file=file)
+    at_work.unlink()
+if arguments[1] != "experiments.begin":
+    with open("{log}", "a") as file:
+        print(*arguments, file=file)
+    if "{stops_at}" in " ".join(arguments):
+        sys.exit({code})
+    if "--out" in arguments:
+        out = Path(arguments[arguments.index("--out") + 1])
+        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+        (out if out.suffix else out / "finished").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    "stops_at, code",
+    [
+        ("1/memtrain --eval", 0), ("1/qa/base-8.part", 2),
+        pytest.param("1/memtrain-task --eval", 9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
+    """Stopped in the middle, by Ctrl-C with exit code 0, and called again.
+
+    Nothing is trained from what is not finished, and only what was stopped is done twice.
+    """
+    log, shim = tmp_path / "log", tmp_path / "bin/python"
+    shim.parent.mkdir()
+    for at in (stops_at, "never"):
+        shim.write_text(SHIM.format(python=sys.executable, log=log, stops_at=at, code=code))
+        shim.chmod(0o755)
+        path = {"PATH": f"{shim.parent}:/usr/bin:/bin", "SEEDS": "0 1"}
+        done = subprocess.run([ROOT / "experiments/reproduce-tiny.sh", tmp_path / "out"], env=path, capture_output=True)
+        assert (done.returncode == 0) == (at == "never"), done.stderr
+    calls = [line.split() for line in log.read_text().splitlines()]
+    assert calls[-1][:2] == ["-m", "experiments.tables"]
+    calls = [call for call in calls if call[1] != "experiments.tables"]
+    outs = [call[call.index("--out") + 1] for call in calls]
+    assert len(outs) - len(set(outs)) == 1 and sum(stops_at.split()[0] in out for out in outs) > 1
+    trained = set()
+    for call, out in zip(calls, outs, strict=True):
+        model = call[call.index("--model") + 1] if "--model" in call else "tiny/model"
+        assert model == "tiny/model" or model.split("/checkpoint")[0] in trained
+        trained |= {out} if call[0] == "memtrain.py" else set()
+    at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
+    assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
+    assert {threads for _, threads in at_once} == {"1"}
+    habits = [call for call in calls if call[1] == "experiments.habits"]
+    assert len({(call[call.index("--out") + 1], call[call.index("--seed") + 1]) for call in habits}) == 2 * 5
+    assert all(call[call.index("--out") + 1].split("/")[-3] == call[call.index("--seed") + 1] for call in habits)
+    assert len(trained) == 2 * (4 + 2 + 3 + 6) and sum("/qa/base-" in out for out in set(outs)) == 2 * (1 + 6 + 3)
