@@ -1,6 +1,5 @@
 """Numbers for people: accuracies with their intervals, as rows and tables; a step's metrics and samples."""
 
-import json
 import math
 from itertools import groupby
 
@@ -81,64 +80,46 @@ def cell(row: dict | None, measure: str) -> str:
 
 # ---- a step --------------------------------------------------------------------------------------------
 
+MEANS = ("end_to_end", "recall", "reward", "degenerate", "recall_leaky", "truncated", "unboxed", "memory_tokens")
+
 
 def step_values(trajectories: list) -> dict[str, list]:
     """The values of which a step's metrics are means or sums: one per trajectory, turn, group or document."""
-    documents = [next(same).document for _, same in groupby(trajectories, key=lambda t: t.document.place)]
-    turns = [turn for t in trajectories for turn in t.turns]
-    turns += [turn for t in trajectories for turn in t.recalls]
+    by_document = [list(same) for _, same in groupby(trajectories, key=lambda t: t.document.place)]
+    documents = [group[0].document for group in by_document]
+    turns = [turn for t in trajectories for turn in t.turns + t.recalls]
+    # Where the rewards of a group are equal, its advantages are 0.
+    groups = [[t.turns[0].advantage for t in group] for group in by_document]
+    groups += [[turn.advantage for turn in t.recalls] for t in trajectories if t.recalls]
     return {
-        "correct": [t.em for t in trajectories],
+        "end_to_end": [t.em for t in trajectories],
+        "recall": [reward for t in trajectories for reward in t.recall_rewards],
         "reward": [t.reward for t in trajectories],
-        "recalled": [reward for t in trajectories for reward in t.recall_rewards],
-        "degenerate": [not any(advantages) for advantages in group_advantages(trajectories)],
-        "leaks": [document.leaks for document in documents],
-        "draws": [1 + document.redraws for document in documents],
-        "answers": [first_answer(document.answers) for document in documents],
+        "degenerate": [not any(advantages) for advantages in groups],
         "recall_leaky": [t.target.leaky for t in trajectories if t.target],
         "truncated": [not turn.ended for turn in turns],
         "unboxed": [t.prediction is None for t in trajectories],
         "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
+        "leaks": [document.leaks for document in documents],
+        "draws": [1 + document.redraws for document in documents],
+        # Of several questions asked as one (MEM1) the answers are lists: the first one's stand for all.
+        "answers": [d.answers[0] if isinstance(d.answers[0], str) else d.answers[0][0] for d in documents],
         "tokens": [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns],
     }
 
 
-def group_advantages(trajectories: list) -> list[list[float]]:
-    """The advantages of each group, all 0 where its rewards are equal: those of a document, those of a recall."""
-    groups = [[t.turns[0].advantage for t in same] for _, same in groupby(trajectories, lambda t: t.document.place)]
-    return groups + [[turn.advantage for turn in t.recalls] for t in trajectories if t.recalls]
-
-
-def first_answer(answers: list) -> str:
-    """The first answer; where `answers` holds the answers of several questions (MEM1), the first question's."""
-    return answers[0] if isinstance(answers[0], str) else answers[0][0]
-
-
 def step_metrics(values: dict[str, list], sums: dict[str, float], seconds: dict[str, float]) -> dict:
     """A line of metrics.jsonl, of all processes' samples (`values`) and updates (`sums`); see docs/metrics.md."""
-    numbers = {name: own for name, own in values.items() if name != "answers"}
-    mean = {name: float(np.mean(own)) if own else None for name, own in numbers.items()}
-    std = {name: float(np.std(own)) if own else None for name, own in numbers.items()}
-    trained = max(sums.get("tokens", 0), 1)
+    mean = {name: float(np.mean(values[name])) if values[name] else None for name in MEANS}
+    std = {f"{name}_std": float(np.std(values[name])) if values[name] else None for name in MEANS[:3]}
     kinds = [kind(answer) for answer in values["answers"]]
-    return {
-        "end_to_end": mean["correct"], "end_to_end_std": std["correct"],
-        "recall": mean["recalled"], "recall_std": std["recalled"],
-        "reward": mean["reward"], "reward_std": std["reward"],
-        "degenerate": mean["degenerate"], "leaky": sum(values["leaks"]) / sum(values["draws"]),
-        "recall_leaky": mean["recall_leaky"],
-    } | {f"y_{name}": kinds.count(name) / len(kinds) for name in KINDS} | {
-        "truncated": mean["truncated"], "unboxed": mean["unboxed"], "memory_tokens": mean["memory_tokens"],
-        "loss": sums["loss"], "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
+    trained = max(sums.get("tokens", 0), 1)
+    return mean | std | {f"y_{name}": kinds.count(name) / len(kinds) for name in KINDS} | {
+        "leaky": sum(values["leaks"]) / sum(values["draws"]), "loss": sums["loss"],
+        "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
         "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,
         "tokens_per_second": sum(values["tokens"]) / sum(seconds.values()),
     } | {f"seconds_{name}": value for name, value in seconds.items()}
-
-
-def json_line(values: dict) -> str:
-    """A line of JSON; numbers that are not finite, which JSON lacks, become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(finite) + "\n"
 
 
 # ---- samples to read -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 import fcntl
 import json
+import math
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from engine import checkpoints, parallel
 from engine.config import flag
 from engine.errors import UserError
 from engine.files import replace_text
-from engine.metrics import json_line, sample_rows, sample_text, step_metrics, step_values, table
+from engine.metrics import sample_rows, sample_text, step_metrics, step_values, table
 
 # What may differ when a run resumes: where it writes, and what changes memory, speed and rounding but not the method.
 FREE = {
@@ -129,7 +130,7 @@ class Run:
         self.state["seconds"] += sum(self.seconds.values())
         self.state["bad_steps"] = self.state["bad_steps"] + 1 if bad_updates else 0
         self.stopping = any(signals)
-        broken = self.state["bad_steps"] == MAX_BAD_STEPS
+        broken = self.state["bad_steps"] >= MAX_BAD_STEPS
         if broken or self.stopping or (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps:
             self.save()
         if broken:
@@ -220,8 +221,10 @@ def worth_keeping(path: Path) -> bool:
 
 
 def append(file: Path, values: dict) -> None:
+    """Add a line of JSON to a log; numbers that are not finite, which JSON lacks, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     with file.open("a") as log:
-        log.write(json_line(values))
+        log.write(json.dumps(finite) + "\n")
 
 
 def model_card(config, step: int) -> str:
