@@ -1,7 +1,7 @@
 """MemTrain: train a language model to keep a good memory while it reads, without labels (arXiv 2606.03197).
 
     python memtrain.py                                                         # tiny default: no download, CPU, minutes
-    python memtrain.py --config recipes/qwen3-4b-lora-24gb.args                # a real model on one GPU
+    python memtrain.py --config recipes/wiki-24gb.args                         # a real model on one GPU
     python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # then, from there: training on a task
     torchrun --nproc_per_node 8 memtrain.py --config ...                       # a process per GPU, a share of documents
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from engine.config import Config, parse
 from engine.errors import run_script
-from engine.packing import HEAD_TOKENS
+from grpo import HEAD_TOKENS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILL, OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.5, 0.25, 0.6, 0.8e-3

@@ -20,12 +20,12 @@ from transformers import AutoTokenizer
 
 from engine.config import ROOT, Config
 from engine.errors import run_script
-from masking import Corpus
+from masking import Corpus, find_entities
 from tasks.evaluate import documents_by_length
-from tasks.longqa import LongQA, Pool
+from tasks.longqa import LongQA, measured
 from tasks.questions import load_questions
 from text.bm25 import BM25
-from text.corpus import Passage, find_entities
+from text.corpus import Passage
 
 SYLLABLES = np.array([a + b for a in "bdfgklmnprstvz" for b in "aeiou"])
 
@@ -79,9 +79,9 @@ def masked(passages: list[Passage], tokenizer) -> dict[str, float]:
 
 
 def long_text_source(passages: list[Passage], tokenizer) -> LongQA:
-    pool = Pool(((passage.title, passage.text) for passage in passages), tokenizer)
+    pool = measured([(passage.title, passage.text) for passage in passages], tokenizer)
     questions = load_questions(ROOT / "tiny/questions.jsonl")
-    return LongQA({"train": questions, "test": questions}, pool, seed=0, chunk_tokens=5120, chunks=8)
+    return LongQA({"train": questions, "test": questions}, pool, tokenizer, seed=0, chunk_tokens=5120, chunks=8)
 
 
 def long_texts(passages: list[Passage], tokenizer) -> dict[str, float]:

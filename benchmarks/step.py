@@ -16,8 +16,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,17 +25,15 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from engine import lora
-from engine.attention import enable_packing, packs
 from engine.config import Config, option, run_with_flags
-from engine.models import load_model
+from engine.models import as_reference, load_model
 from engine.optimizer import MasterAdamW
-from engine.packing import by_prompt
-from engine.sampling import Budget, generate
-from grpo import group_advantages
-from masking import draw_recall
-from memtrain import store_reference_logprobs, update
-from rollout import Turn, limits_of, read, recall, sampler
-from tasks.sources import load_source
+from fast.attention import packs
+from fast.packing import by_prompt
+from grpo import batch_loss, fixed_logprobs, group_advantages, set_weights
+from masking import draw_recall, load_corpus
+from memtrain import twins
+from rollout import Budget, Sampler, read, recall
 
 GROUP = 8  # samples
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
@@ -60,6 +56,7 @@ class Step(Config):
     unshared: bool = option(False, "a different prompt for every sample")
     steps: int = option(3, "steps after a warm-up step, or rounds of --lengths; the median is shown")
     lr: float = option(1e-6, "learning rate of AdamW")
+    fast: bool = option(True, "the twins in fast/; False: the lesson's own code")
     lengths: list[int] | None = option(
         None, "the tiny default's loop on documents of these chunks instead; of the other flags --steps alone counts"
     )
@@ -102,28 +99,41 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def train(model, reference, optimizer, turns: list, config: Config, micro_batches, token_logprobs) -> tuple:
+    """Reference log-probs, then one update, as in memtrain.py -> the time after each."""
+    if reference is not None:
+        with as_reference(reference, config, model.device.type):
+            for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
+                turn.reference_logprobs = logprobs
+    referred = now(model.device.type)
+    model.train(config.gradient_checkpointing)
+    set_weights(turns)
+    for batch in micro_batches(turns, config.train_tokens):
+        loss, _ = batch_loss(model, batch, config, token_logprobs)
+        loss.backward()
+    optimizer.step(config.lr, config.grad_clip)
+    model.eval()
+    return referred, now(model.device.type)
+
+
 # ---- random shapes -----------------------------------------------------------------------------------------
 
 
 def step(model, reference, optimizer, prompts: list[list[int]], new_tokens: int, config: Config) -> tuple:
     """One GRPO step, a completion of each prompt, by the project's own functions -> its turns, seconds by phase."""
-    device, special = model.device.type, SimpleNamespace(pad_token_id=0, eos_token_id=1)
-    enable_packing(model)
-    if reference is not None:
-        enable_packing(reference)
-    times = [now(device)]
-    completions = generate(model, special, prompts, new_tokens, budget=Budget(config.rollout_tokens))
-    times.append(now(device))
-    rewards = torch.tensor([len(set(c.ids)) / len(c.ids) for c in completions]).view(-1, GROUP)  # shared prompts or not
-    advantages = group_advantages(rewards, "mean")[0].flatten().tolist()
-    turns = [
-        Turn(prompt, c.ids, c.ended, "", place=n // GROUP, advantage=advantages[n])
-        for n, (prompt, c) in enumerate(zip(prompts, completions, strict=True))
-    ]
-    store_reference_logprobs(reference, turns, config, device)
-    times.append(now(device))
-    update(model, optimizer, turns, config.lr, config)
-    times.append(now(device))
+    generate, *training = twins(config, model, reference)
+    special = SimpleNamespace(
+        pad_token_id=0, eos_token_id=1, decode=lambda *_, **__: "", batch_decode=lambda rows, **_: [""] * len(rows)
+    )
+    times = [now(model.device.type)]
+    turns = generate(model, special, prompts, new_tokens, None, False, Budget(config.rollout_tokens))
+    times.append(now(model.device.type))
+    for start in range(0, len(turns), GROUP):  # shared prompts or not
+        group = turns[start : start + GROUP]
+        rewards = [len(set(turn.completion_ids)) / len(turn.completion_ids) for turn in group]
+        for turn, advantage in zip(group, group_advantages(rewards, "mean"), strict=True):
+            turn.place, turn.advantage = start // GROUP, advantage
+    times += train(model, reference, optimizer, turns, config, *training)
     return turns, dict(zip(("generate", "reference", "update"), np.diff(times).tolist(), strict=True))
 
 
@@ -184,32 +194,31 @@ def measure_chunks(chunks: int, number: int) -> list[float]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for length in (4, chunks):  # the first one warms up
-        config = Config(chunks=length, documents=4)
-        model, tokenizer = load_model(config.model, device, config.dtype)
-        enable_packing(model)
         with tempfile.TemporaryDirectory() as folder:
-            corpus = load_source(config, model, tokenizer, Path(folder))
-        optimizer, limits = MasterAdamW(model, config.lr), limits_of(config, tokenizer)
-        sample = sampler(partial(generate, budget=Budget(config.rollout_tokens)), model, tokenizer)
+            config = Config(chunks=length, documents=4, fast=True, out=f"{folder}/run")
+            model, tokenizer = load_model(config.model, device, config.dtype)
+            corpus = load_corpus(config, tokenizer)
+        optimizer, (generate, *training) = MasterAdamW(model, config.lr), twins(config, model)
+        sample = Sampler(generate, model, tokenizer, Budget(config.rollout_tokens))
         torch.manual_seed(number)
         began = now(device)
-        trajectories = read(sample, [corpus.document(4 * number + n) for n in range(4)], limits, samples=config.g1)
-        targets = [draw_recall(t.document, np.random.default_rng([number, n])) for n, t in enumerate(trajectories)]
-        recalls = recall(sample, trajectories, targets, limits, samples=config.g2)
+        trajectories = read(sample, [corpus.document(4 * number + n) for n in range(4)], config, samples=config.g1)
+        for n, t in enumerate(trajectories):
+            t.target = draw_recall(t.document, np.random.default_rng([number, n]))
+        recall(sample, trajectories, config, samples=config.g2)
         sampled = now(device)
-        turns = []
-        for n, (trajectory, own) in enumerate(zip(trajectories, recalls, strict=True)):
-            for turn in trajectory.turns:
+        for n, t in enumerate(trajectories):
+            for turn in t.turns:
                 turn.advantage = (-1.0) ** n
-            for k, turn in enumerate(own):
+            for k, turn in enumerate(t.recalls):
                 turn.advantage = (-1.0) ** k
-            for turn in trajectory.turns + own:
+            for turn in t.turns + t.recalls:
                 turn.place = n // config.g1
-                turns.append(turn)
-        update(model, optimizer, turns, config.lr, config)
-        done = now(device)
+        turns = [turn for t in trajectories for turn in t.turns + t.recalls]
+        _, done = train(model, None, optimizer, turns, config, *training)
     tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
-    together = [*zip(*(t.turns for t in trajectories), strict=True), sum(recalls, [])]  # what is written at one time
+    together = [*zip(*(t.turns for t in trajectories), strict=True)]  # what is written at one time
+    together.append([turn for t in trajectories for turn in t.recalls])
     computed = sum(map(computed_tokens, together))
     whole, rollout, learning = done - began, sampled - began, done - sampled
     return [tokens / whole, computed / whole, tokens / rollout, tokens / learning, peak_memory(device)]

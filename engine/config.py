@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -196,7 +197,8 @@ def with_files(arguments: list[str]) -> list[str]:
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
     """The settings, with other `defaults` than those of the dataclass. Raises UserError."""
     epilog = "--config FILE reads settings from a file; several may be given, and the command line wins."
-    parser = HfArgumentParser([flags], epilog=epilog)
+    about = sys.modules["__main__"].__doc__
+    parser = HfArgumentParser([flags], description=about, epilog=epilog, formatter_class=Help)
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
     config, rest = parser.parse_args_into_dataclasses(
@@ -205,6 +207,10 @@ def parse_with(flags: type, defaults: dict, arguments: list[str]):
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
     return config
+
+
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, then each flag with its default."""
 
 
 def refuse(message: str) -> None:

@@ -12,19 +12,20 @@ import random
 import sys
 from pathlib import Path
 
+from engine.config import ROOT
 from engine.errors import UserError, run_script
 from experiments.tables import STUDENT
-from tasks.questions import load_questions, split_of, subject
+from tasks.questions import load_questions, split_questions, subject
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
-QUESTIONS, MODEL = TINY / "questions.jsonl", TINY / "model/model.safetensors"
+QUESTIONS, MODEL = ROOT / "tiny/questions.jsonl", ROOT / "tiny/model/model.safetensors"
 
 
 def parts_of(file: Path, seeds: list[str], labels: list[str]) -> dict[str, list[str]]:
     """The lines of the question file by the name of their part: train, dev, test, test-SEED, train-LABELS-SEED."""
     rows = list(zip(load_questions(file), file.read_text().splitlines(), strict=True))
     random.Random(0).shuffle(rows)
-    parts = {name: [line for row, line in rows if split_of(subject(row)) == name] for name in ("train", "dev", "test")}
+    split = split_questions(rows, None, key=lambda row: subject(row[0]))
+    parts = {name: [line for _, line in some] for name, some in split.items()}
     for n, seed in enumerate(seeds):
         parts[f"test-{seed}"] = parts["test"][n :: len(seeds)]
         few = random.Random(int(seed)).sample(parts["train"], len(parts["train"]))

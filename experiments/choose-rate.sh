@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The rate of task RL on the tiny default, chosen on development questions by the rule in docs/results-tiny.md.
-#     experiments/choose-rate.sh        # 2 CPU cores; stopped, it goes on
+#     experiments/choose-rate.sh        # 2 CPU cores; rerun it to resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export out=runs/choose-rate steps="16 32 64"
@@ -12,7 +12,8 @@ learn() { # RATE SEED: exact match at 2 and 8 chunks after each of $steps, multi
     name="$out/$1-$2"
     [ -e "$name/finished" ] ||
         python memtrain.py --task longqa --chunks 2 --lr "$1" --lr-schedule constant --steps "${steps##* }" \
-            --seed "$2" --save-every 16 --keep 4 --eval-documents 0 --sample-every 100 --out "$name" >> "$name.log" 2>&1
+            --seed "$2" --save-every 16 --keep 4 --eval-documents 0 --sample-every 100 --fast True --out "$name" \
+            >> "$name.log" 2>&1
     [ -e "$name/finished" ] || { tail -n 3 "$name.log" >&2 && return 255; } # after which xargs starts nothing more
     for step in $steps; do
         [ -e "$name-$step.json" ] && continue

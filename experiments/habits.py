@@ -12,21 +12,22 @@ its first uncut gold paragraph stands.
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from engine.config import Config, option, run_with_flags
+from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
-from engine.report import check_files, share
-from eval import heldout_documents, load_greedy
+from engine.files import check_writable
+from engine.metrics import share
+from eval import heldout_documents, load_sampler, load_task
 from masking import draw_recall
 from rewards import answer_reward, recall_reward
-from rollout import limits_of, read, recall
+from rollout import read, recall
 from tasks.evaluate import documents_by_length
 from tasks.longqa import LongDocument
-from tasks.sources import load_task
 
 
 @dataclass
@@ -46,18 +47,18 @@ def main(config: Habits) -> None:
     lengths = config.lengths or [config.chunks]
     if config.task == "memtrain" and min(lengths) < 2:
         raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
-    check_files(Path(config.out), None)
-    model, tokenizer, sample = load_greedy(config.model, config)
-    source, _ = load_task(config, model, tokenizer, Path(config.out).parent / ".entities")
-    limits = limits_of(config, tokenizer)
+    check(config)
+    check_writable(Path(config.out))
+    sample = replace(load_sampler(config.model, config), greedy=True)
+    source, _ = load_task(config, sample.model, sample.tokenizer)
     if config.task == "longqa":
-        return print_positions(source, sample, lengths, config, limits)
+        return print_positions(sample, source, lengths, config)
     rows = []
     for chunks in lengths:
         documents = heldout_documents(source, config, chunks)
         if not documents:
             raise UserError(f"--lengths {chunks}: the corpus can't fill so many chunks; give others, or more text")
-        recalled, unchanged = habits_of(sample, documents, config, limits)
+        recalled, unchanged = habits_of(sample, documents, config)
         rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
         print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")
         for distance, hits in recalled.items():
@@ -65,28 +66,27 @@ def main(config: Habits) -> None:
     Path(config.out).write_text(json.dumps(rows))
 
 
-def habits_of(sample, documents: list, config: Habits, limits) -> tuple[dict[int, list[float]], list[bool]]:
+def habits_of(sample, documents: list, config: Habits) -> tuple[dict[int, list[float]], list[bool]]:
     """(recall rewards by distance, whether each turn after the first left the memory as it was)."""
-    trajectories = read(sample, documents, limits, progress="reading")
-    asked, rng = trajectories * config.questions_a_document, np.random.default_rng(config.seed)
-    targets = [draw_recall(trajectory.document, rng) for trajectory in asked]
+    trajectories = read(sample, documents, config, progress="reading")
+    rng = np.random.default_rng(config.seed)
+    asked = [replace(t, target=draw_recall(t.document, rng)) for t in trajectories * config.questions_a_document]
+    recall(sample, asked, config)
     hits = defaultdict(list)
-    for target, turns in zip(targets, recall(sample, asked, targets, limits), strict=True):
-        for turn in turns:
-            hits[target.memory_turn - target.chunk].append(recall_reward(turn.text, target.entity))
-    unchanged = [
-        after == before for t in trajectories for before, after in zip(t.memories, t.memories[1:], strict=False)
-    ]
+    for t in asked:
+        for turn in t.recalls:
+            hits[t.target.memory_turn - t.target.chunk].append(recall_reward(turn.text, t.target.entity))
+    unchanged = [after == before for t in trajectories for before, after in pairwise(t.memories)]
     return dict(sorted(hits.items())), unchanged
 
 
-def print_positions(source, sample, lengths: list[int], config: Habits, limits) -> None:
+def print_positions(sample, source, lengths: list[int], config: Habits) -> None:
     """A table per length: exact match by the chunk of the gold paragraph."""
     lengths = source.lengths(lengths, config.eval_split)
-    for length, documents in documents_by_length(source, config, lengths, True).items():
+    for length, documents in documents_by_length(source, config, lengths, verbose=True).items():
         places, hits = [chunk_of_gold(document) for document in documents], defaultdict(list)
-        for place, trajectory in zip(places, read(sample, documents, limits, progress="reading"), strict=True):
-            hits[place].append(answer_reward(trajectory.prediction, trajectory.document.answers))
+        for place, t in zip(places, read(sample, documents, config, progress="reading"), strict=True):
+            hits[place].append(answer_reward(t.prediction, t.document.answers))
         print(f"\n| {length} chunks, gold in | exact match | n |\n|---|---|---|")
         for place, scores in sorted(hits.items()):
             name = f"chunk {place}" if place else "cut through"
@@ -98,10 +98,10 @@ def chunk_of_gold(document: LongDocument) -> int:
 
     Raises UserError for a question that names no gold paragraph.
     """
-    if not document.gold_texts:
+    if not document.gold:
         raise UserError(f"question {document.title}: comes without gold paragraphs; give others by --eval-questions")
     chunks = enumerate(document.chunks, 1)
-    return min((n for n, chunk in chunks if any(text in chunk for text in document.gold_texts)), default=0)
+    return min((n for n, chunk in chunks if any(text in chunk for _, text in document.gold)), default=0)
 
 
 if __name__ == "__main__":

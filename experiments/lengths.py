@@ -13,7 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from engine.errors import UserError, run_script
-from engine.report import check_files, plot, row, table
+from engine.metrics import row, table
+from look.compare import check_picture, plot
 
 
 def together(folders: list[str]) -> list[dict]:
@@ -34,7 +35,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise UserError("give a picture and folders of runs: python -m experiments.lengths docs/lengths.png runs/X ...")
     picture, *folders = sys.argv[1:]
-    check_files(Path(picture), picture, name="picture")
+    check_picture(picture, name="picture")
     rows = together(folders)
     print(table(rows))
     plot([one for one in rows if one["memory"] == "kept" or one["when"] == "after"], picture)

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores.
 #     experiments/reproduce-tiny.sh [FOLDER]
-# Stopped, it goes on when called again: a finished part is not run again, one begun is resumed. Runs go to
+# Rerun the same command to resume: a finished part is not run again, one begun goes on. Runs go to
 # runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), all of it goes there.
 # The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the rate.
 set -euo pipefail
+case ${1:-} in
+-h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit ;;
+-*) echo "error: unknown argument $1; a folder can be given" >&2 && exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
 docs=$([ $# -gt 0 ] && echo "$out" || echo docs)
@@ -25,8 +29,8 @@ train() { # NAME ARGUMENTS: the run in $out/NAME
     [ -e "$out/$1/finished" ] && return
     mkdir -p "$out/${1%/*}"
     # A run that Ctrl-C stopped ends well, too, but isn't finished.
-    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 "${@:2}" >> "$out/$1.log" 2>&1 &&
-        [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return
+    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 --fast True "${@:2}" \
+        >> "$out/$1.log" 2>&1 && [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return
     tail -n 3 "$out/$1.log" >&2 && return 255 # after which xargs starts nothing more
 }
 
@@ -42,7 +46,7 @@ curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other chec
 measure() { # NAME MODULE MODEL ARGUMENTS: what the module measures, in $out/NAME.json
     [ -e "$out/$1.json" ] && return
     mkdir -p "$out/${1%/*}"
-    python -m "$2" --model "$3" --out "$out/$1.part" "${@:4}" > "$out/$1.log" 2>&1 &&
+    python -m "$2" --model "$3" --out "$out/$1.part" --fast True "${@:4}" > "$out/$1.log" 2>&1 &&
         mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
     tail -n 3 "$out/$1.log" >&2 && return 255
 }

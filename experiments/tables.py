@@ -9,13 +9,14 @@ about one subject were independent; and over the seeds' own means (Student's t),
 
 import json
 import sys
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import UserError, run_script
-from engine.report import load_pyplot, paired_bootstrap, share
+from engine.metrics import share
+from look.compare import load_pyplot, paired_bootstrap
 
 CLAIM = (2, 4, 8, 16)  # steps of task RL over which the claim is averaged
 STARTS = {"base": "base", "MemTrain": "memtrain"}
@@ -30,6 +31,8 @@ BEGIN = "<!-- experiments/tables.py writes what follows -->"
 END = "<!-- experiments/tables.py wrote what stands before -->"
 Seeds = list[list[float]]  # scores of questions, a list for each seed
 Scores = dict[int, Seeds]  # by chunks
+Found = dict[str, dict[object, Scores]]  # by the name of a start or a model, then by the place on a figure's x
+Lines = dict[str, tuple[list, Seeds]]  # by name: x, and the seeds' means at each x
 
 
 class Runs:
@@ -39,10 +42,7 @@ class Runs:
         self.folder = folder
         settings = self.read("settings.json")
         self.seeds = settings["seeds"]
-        self.steps, self.labels = [int(n) for n in settings["steps"]], [int(n) for n in settings["labels"]]
-        self.budget = int(settings["budget"][0])
-        if not 2 <= len(self.seeds) <= max(STUDENT):
-            raise UserError(f"{folder}: {len(self.seeds)} seeds; an interval over seeds needs 2 to {max(STUDENT)}")
+        self.steps, self.labels, (self.budget,) = ([*map(int, settings[name])] for name in ("steps", "labels", "budget"))
 
     def text(self, name: str) -> str:
         try:
@@ -55,28 +55,26 @@ class Runs:
 
     def scores(self, name: str, memory: str = "kept") -> Scores:
         """What `measure SEED/qa/name` wrote."""
-        by_seed = [
-            {row["chunks"]: row["scores"] for row in self.read(f"{seed}/qa/{name}.json") if row["memory"] == memory}
-            for seed in self.seeds
-        ]
-        if any(found.keys() != by_seed[0].keys() for found in by_seed):
-            raise UserError(f"{self.folder}: qa/{name}.json has other lengths in some seeds")
-        return {chunks: [found[chunks] for found in by_seed] for chunks in sorted(by_seed[0])}
+        found: Scores = {}
+        for seed in self.seeds:
+            for row in self.read(f"{seed}/qa/{name}.json"):
+                if row["memory"] == memory:
+                    found.setdefault(row["chunks"], []).append(row["scores"])
+        return found
+
+    def found(self, runs: dict[str, str], ends: dict) -> Found:
+        """The scores of qa/RUN-END, of all these runs and ends."""
+        return {name: {at: self.scores(f"{run}-{end}") for at, end in ends.items()} for name, run in runs.items()}
 
     def minutes(self, run: str, steps: int | None = None) -> float:
         """Training minutes of a run up to a step, or whole, the mean over seeds."""
-        total = []
-        for seed in self.seeds:
-            rows = map(json.loads, self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps])
-            total.append(sum(row[name] for row in rows for name in row if name.startswith("seconds_")) / 60)
-        return float(np.mean(total))
+        logs = [self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps] for seed in self.seeds]
+        rows = [json.loads(line) for log in logs for line in log]
+        seconds = sum(value for row in rows for name, value in row.items() if name.startswith("seconds_"))
+        return seconds / 60 / len(self.seeds)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------
-
-
-def flat(lists) -> list:
-    return [item for items in lists for item in items]
 
 
 def over_seeds(means: list[float]) -> float:
@@ -88,193 +86,154 @@ def seed_means(seeds: Seeds) -> list[float]:
     return [float(np.mean(seed)) for seed in seeds]
 
 
-def mean_over(parts: list[Seeds]) -> Seeds:
-    """Each question's mean over several measurements of it."""
-    return [np.mean(same_seed, axis=0).tolist() for same_seed in zip(*parts, strict=True)]
-
-
-def lengths_of(found: dict[str, list[Scores]]) -> list[int]:
-    """The lengths at which all of these were measured."""
-    first, *others = flat(found.values())
-    return [length for length in first if all(length in other for other in others)]
-
-
-# ---- text ------------------------------------------------------------------------------------------------
-
-
 def cell(seeds: Seeds) -> str:
     """"0.25 [0.20, 0.31] ± 0.04": over questions, then over seeds."""
-    scores = flat(seeds)
+    scores = [*chain(*seeds)]
     return f"{share(sum(scores), len(scores))} ± {over_seeds(seed_means(seeds)):.2f}"
 
 
-def compare(name: str, first: Seeds, second: Seeds, results: dict) -> str:
-    """The mean of second - first on the same questions, with both intervals, as a line of a list and in `results`."""
-    mean, low, high = paired_bootstrap(flat(first), flat(second))
-    by_seed = [float(np.mean(b) - np.mean(a)) for a, b in zip(first, second, strict=True)]
+def compare(name: str, first: Seeds, second: Seeds) -> str:
+    """The mean of second - first on the same questions, with both intervals and each seed's own."""
+    mean, low, high = paired_bootstrap([*chain(*first)], [*chain(*second)])
+    by_seed = [after - before for before, after in zip(seed_means(first), seed_means(second), strict=True)]
     middle, half = float(np.mean(by_seed)), over_seeds(by_seed)
-    results[name] = {
-        "mean": mean, "low": low, "high": high, "seeds_low": middle - half, "seeds_high": middle + half,
-        "by_seed": by_seed,
-    }
     seeds = ", ".join(f"{one:+.2f}" for one in by_seed)
-    return (
-        f"- {name}: {mean:+.3f}, over questions [{low:+.3f}, {high:+.3f}], over seeds "
-        f"[{middle - half:+.3f}, {middle + half:+.3f}] ({seeds})"
-    )
+    over_questions = f"over questions [{low:+.3f}, {high:+.3f}]"
+    return f"- {name}: {mean:+.3f}, {over_questions}, over seeds [{middle - half:+.3f}, {middle + half:+.3f}] ({seeds})"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+# ---- tables and figures ----------------------------------------------------------------------------------
 
 
-def accuracies(head: str, places: list, found: dict[str, list[Scores]], lengths: list[int]) -> list[str]:
-    """A table of `found`, which has the Scores of each place by name: a line per length and name."""
+def markdown(head: list, rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def accuracies(head: str, found: Found, lengths: list[int]) -> list[str]:
+    """A table with a line per length and name, and a column per place."""
     rows = [
-        [f"{name}, {length} chunks", *(cell(scores[length]) for scores in points)]
-        for length in lengths for name, points in found.items()
+        [f"{name}, {n} chunks", *(cell(scores[n]) for scores in own.values())]
+        for n in lengths for name, own in found.items()
     ]
-    return [*markdown([head, *map(str, places)], rows), ""]
+    return [*markdown([head, *next(iter(found.values()))], rows), ""]
 
 
-# ---- figures ---------------------------------------------------------------------------------------------
+def from_starts(found: Found, n: int, x: dict[str, list] | None = None) -> Lines:
+    """Accuracy at n chunks by place, from each start; `x` are other places than those of `found`."""
+    lines = {}
+    for name, own in found.items():
+        places = x[name] if x else [*map(str, own)]
+        lines[f"from {name}"] = places, [seed_means(scores[n]) for scores in own.values()]
+    return lines
 
 
-def draw_curves(steps: list[int], curves: dict[str, list[Scores]], times: dict, pyplot) -> None:
-    """Accuracy by steps of task RL and by minutes, a column for each length; bands over seeds."""
-    lengths = list(next(iter(curves.values()))[0])
-    _, panels = pyplot.subplots(2, len(lengths), figsize=(4.2 * len(lengths), 7), sharey="col", squeeze=False)
-    for height, label in enumerate(("steps of task RL", "minutes of training, MemTrain's own included")):
-        for axes, length in zip(panels[height], lengths, strict=True):
-            for name, points in curves.items():
-                by_step = [seed_means(scores[length]) for scores in points]
-                middle, half = np.mean(by_step, axis=1), np.array([over_seeds(means) for means in by_step])
-                x = steps if height == 0 else times[name]
-                axes.plot(x, middle, marker="o", label=f"from {name}")
-                axes.fill_between(x, middle - half, middle + half, alpha=0.15)
-            axes.set(xlabel=label, ylabel="exact match", ylim=(0, 1), title=f"{length // lengths[0]} x the length")
-            if height == 0:
-                axes.set_xscale("symlog", linthresh=2)
-                axes.set_xticks(steps, labels=map(str, steps))
-                axes.set_xticks([], minor=True)
-                axes.set_xlim(-0.3, 1.2 * steps[-1])
-            axes.legend(fontsize="small")
-
-
-def draw_lines(label: str, places: list, panels: dict[str, dict[str, list[list[float]]]], pyplot) -> None:
-    """A panel is {line: its seeds' means at each of the places}, by title; bars are intervals over seeds."""
-    _, all_axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
-    for axes, (title, lines) in zip(all_axes[0], panels.items(), strict=True):
-        for name, points in lines.items():
+def draw(rows: list[list[tuple[str, str, Lines]]], pyplot) -> None:
+    """Panels, each (title, label of x, lines). Words on x stand evenly, numbers where they are; bars are over seeds."""
+    columns = len(rows[0])
+    _, grid = pyplot.subplots(len(rows), columns, figsize=(4.4 * columns, 3.6 * len(rows)), squeeze=False)
+    for axes, (title, label, lines) in zip(grid.flat, chain(*rows), strict=True):
+        for name, (x, points) in lines.items():
             halves = [over_seeds(means) for means in points]
-            axes.errorbar(range(len(places)), np.mean(points, axis=1), halves, marker="o", capsize=3, label=name)
+            axes.errorbar(x, np.mean(points, axis=1), halves, marker="o", capsize=3, label=name)
         axes.set(title=title, xlabel=label, ylim=(0, 1))
-        axes.set_xticks(range(len(places)), labels=map(str, places))
         axes.legend(fontsize="small")
 
 
-# ---- the sections: each returns its text and what draws its figure, and puts its numbers into `results` --------
+# ---- the sections: each returns its lines of text, and the panels of its figure -----------------------------
 
 
-def claim(runs: Runs, results: dict) -> tuple:
+def claim(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by steps of task RL from both starts, the claim, and the same at equal minutes."""
-    curves = {name: [runs.scores(f"{run}-{step}") for step in runs.steps] for name, run in STARTS.items()}
+    curves = runs.found(STARTS, {step: step for step in runs.steps})
     base, trained = curves.values()
+    lengths, last = list(base[0]), runs.steps[-1]
     text = ["![accuracy by steps and by minutes](curves.png)", "", "**Steps of task RL**, from both starts:", ""]
-    for n in (lengths := list(base[0])):
-        text += accuracies(f"{n // lengths[0]} x the trained length", runs.steps, curves, [n])
-    claimed = [at for at, step in enumerate(runs.steps) if step in CLAIM]
     for n in lengths:
-        first, second = (mean_over([points[at][n] for at in claimed]) for points in curves.values())
+        text += accuracies(f"{n // lengths[0]} x the trained length", curves, [n])
+    for n in lengths:
+        # Each question's mean over the steps.
+        first, second = (
+            [np.mean(seed, axis=0).tolist() for seed in zip(*(own[step][n] for step in CLAIM), strict=True)]
+            for own in curves.values()
+        )
         name = f"from MemTrain minus from the base, {n} chunks, mean of {CLAIM[0]} to {CLAIM[-1]} steps"
-        text.append(compare(name, first, second, results))
-    own, last = runs.minutes("memtrain"), runs.steps[-1]
-    times = results["minutes"] = {
-        name: [runs.minutes(f"{run}-task", step) + own * (run == "memtrain") for step in runs.steps]
-        for name, run in STARTS.items()
-    }
-    for step, minutes, scores in zip(runs.steps, times["MemTrain"], trained, strict=True):
-        # The base at the last measured step that takes no longer.
-        equal = max((at for at, time in enumerate(times["base"]) if time <= minutes), default=0)
-        against = f"the base's {runs.steps[equal]} ({times['base'][equal]:.1f})"
+        text.append(compare(name, first, second))
+    own = runs.minutes("memtrain")
+    times = {step: runs.minutes("base-task", step) for step in runs.steps}
+    own_times = {step: own + runs.minutes("memtrain-task", step) for step in runs.steps}
+    for step, minutes in own_times.items():
+        equal = max((other for other, time in times.items() if time <= minutes), default=0)
+        against = f"the base's {equal} ({times[equal]:.1f})"
         for n in lengths[:2]:
             name = f"MemTrain and {step} steps ({minutes:.1f} minutes) minus {against}, {n} chunks"
-            text.append(compare(name, base[equal][n], scores[n], results))
-    closed = flat(runs.scores(f"memtrain-{last}", "empty")[lengths[0]])
-    text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times['base'][-1]:.1f}."]
+            text.append(compare(name, base[equal][n], trained[step][n]))
+    closed = [*chain(*runs.scores(f"memtrain-{last}", "empty")[lengths[0]])]
+    text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times[last]:.1f}."]
     text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(closed), len(closed))}.")
-    return text, partial(draw_curves, runs.steps, curves, times)
+    titles = {n: f"{n // lengths[0]} x the length" for n in lengths}
+    x = {"base": [*times.values()], "MemTrain": [*own_times.values()]}
+    return text, [
+        [(titles[n], "steps of task RL", from_starts(curves, n)) for n in lengths],
+        [(titles[n], "minutes of training, MemTrain's own included", from_starts(curves, n, x)) for n in lengths],
+    ]
 
 
-def few_labels(runs: Runs, results: dict) -> tuple:
+def few_labels(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by the number of labelled questions, from both starts."""
-    ends = [*(f"label-{label}" for label in runs.labels), runs.budget]
-    found = {name: [runs.scores(f"{run}-{end}") for end in ends] for name, run in STARTS.items()}
-    lengths, places = lengths_of(found), [*runs.labels, "all"]
+    ends = {label: f"label-{label}" for label in runs.labels} | {"all": runs.budget}
+    found, label = runs.found(STARTS, ends), f"labelled questions, {runs.budget} steps of task RL"
+    lengths = list(found["base"][runs.labels[0]])
     text = ["", f"**Labels**, {runs.budget} steps of task RL:", "", "![accuracy by labels](labels.png)", ""]
-    text += accuracies("labelled questions", places, found, lengths)
-    for place, first, second in zip(places, *found.values(), strict=True):
+    text += accuracies("labelled questions", found, lengths)
+    for place in ends:
         for n in lengths[:2]:
             name = f"from MemTrain minus from the base, {place} labels, {n} chunks"
-            text.append(compare(name, first[n], second[n], results))
-    panels = {
-        f"{n // lengths[0]} x the length": {
-            f"from {name}": [seed_means(scores[n]) for scores in points] for name, points in found.items()
-        }
-        for n in lengths
-    }
-    return text, partial(draw_lines, f"labelled questions, {runs.budget} steps of task RL", places, panels)
+            text.append(compare(name, found["base"][place][n], found["MemTrain"][place][n]))
+    return text, [[(f"{n // lengths[0]} x the length", label, from_starts(found, n)) for n in lengths]]
 
 
-def ablations(runs: Runs, results: dict) -> tuple:
+def ablations(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by what MemTrain was made of, before and after task RL."""
     steps = (0, runs.budget)
-    found = {name: [runs.scores(f"{run}-{step}") for step in steps] for name, run in MODELS.items()}
-    lengths = lengths_of(found)
+    found = runs.found(MODELS, {step: step for step in steps})
+    lengths = list(found["decoupled"][0])
     text = ["", "**Ablations**, and the control whose rewards are dealt out at random:", ""]
     text += ["![accuracy by what MemTrain was made of](ablations.png)", ""]
     head = ["", *(f"{n} chunks, {step} steps" for step in steps for n in lengths)]
-    rows = [[name, *(cell(scores[n]) for scores in points for n in lengths)] for name, points in found.items()]
+    rows = [[name, *(cell(own[step][n]) for step in steps for n in lengths)] for name, own in found.items()]
     text += [*markdown(head, rows), ""]
-    pairs = [(name, FULL) for name in MODELS if name != FULL] + [("base", "shuffled rewards")]
-    for first, second in pairs:
-        for step, before, after in zip(steps, found[first], found[second], strict=True):
+    for first, second in [*((name, FULL) for name in MODELS if name != FULL), ("base", "shuffled rewards")]:
+        for step in steps:
             for n in lengths[:2]:
                 name = f"{second} minus {first}, {n} chunks, {step} steps of task RL"
-                text.append(compare(name, before[n], after[n], results))
-    panels = {
-        f"{step} steps of task RL": {
-            name: [seed_means(points[at][n]) for n in lengths] for name, points in found.items()
-        }
-        for at, step in enumerate(steps)
-    }
-    return text, partial(draw_lines, "chunks", lengths, panels)
+                text.append(compare(name, found[first][step][n], found[second][step][n]))
+    panels = []
+    for step in steps:
+        lines = {name: ([*map(str, lengths)], [seed_means(own[step][n]) for n in lengths]) for name, own in found.items()}
+        panels.append((f"{step} steps of task RL", "chunks", lines))
+    return text, [panels]
 
 
-def habits(runs: Runs, results: dict) -> tuple:
+def habits(runs: Runs) -> tuple[list[str], list]:
     """Recall at each distance in the longest documents, and the share of unchanged memories."""
-    recalled, rows, lengths = {}, [], []
+    rows, lines = [], {}
     for name, run in MODELS.items():
-        measured = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # a row for each length
-        lengths = [row["chunks"] for row in measured[0]]
-        unchanged = [[float(np.mean(row["unchanged"])) for row in same] for same in zip(*measured, strict=True)]
-        recalled[name] = {
-            place: [recall_between(low, high, seed[-1]["recall"]) for seed in measured]
-            for place, (low, high) in DISTANCES.items() if low < lengths[-1]
-        }
-        cells = [*unchanged, *recalled[name].values()]
-        rows.append([name, *(f"{np.mean(means):.2f} ± {over_seeds(means):.2f}" for means in cells)])
-    places = list(recalled["base"])
+        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # of each seed a row for each length
+        lengths = [row["chunks"] for row in by_seed[0]]
+        bins = {place: bounds for place, bounds in DISTANCES.items() if bounds[0] < lengths[-1]}
+        unchanged = [seed_means([row["unchanged"] for row in same]) for same in zip(*by_seed, strict=True)]
+        recalled = [[recall_between(*bounds, rows[-1]["recall"]) for rows in by_seed] for bounds in bins.values()]
+        rows.append([name, *(f"{np.mean(means):.2f} ± {over_seeds(means):.2f}" for means in unchanged + recalled)])
+        lines[name] = list(bins), recalled
     head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
-    head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in places]
+    head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in bins]
     text = ["", "**Habits** on held-out masked documents, greedy:", "", "![recall by distance](distance.png)", ""]
-    panels = {f"recall, {lengths[-1]} chunks": {name: list(means.values()) for name, means in recalled.items()}}
-    return text + markdown(head, rows), partial(draw_lines, "distance k - l", places, panels)
+    return text + markdown(head, rows), [[(f"recall, {lengths[-1]} chunks", "distance k - l", lines)]]
 
 
 def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> float:
     """The mean of recall's rewards by distance, of those from `low` to `high`."""
-    return float(np.mean(flat(rewards for distance, rewards in hits.items() if low <= int(distance) <= high)))
+    return float(np.mean([hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]))
 
 
 FIGURES = {"curves": claim, "labels": few_labels, "ablations": ablations, "distance": habits}
@@ -286,21 +245,18 @@ def main() -> None:
     runs, docs = Runs(Path(sys.argv[1])), Path(sys.argv[2])
     if not docs.is_dir():
         raise UserError(f"{docs}: no such folder; name one for tables and figures")
-    if not (pyplot := load_pyplot()):
-        print("no figures: matplotlib is not installed (`pip install matplotlib`)")
-    results: dict = {}
-    sections = {name: section(runs, results) for name, section in FIGURES.items()}
-    (runs.folder / "results.json").write_text(json.dumps(results, indent=1))
-    body, page = "\n".join(flat(text for text, _ in sections.values())), docs / "results-tiny.md"
+    sections = {name: section(runs) for name, section in FIGURES.items()}
+    body, page = "\n".join(chain(*(text for text, _ in sections.values()))), docs / "results-tiny.md"
     before, _, rest = page.read_text().partition(BEGIN) if page.exists() else ("", "", "")
     page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}")
     print(body)
-    if pyplot:
-        for name, (_, draw) in sections.items():
-            draw(pyplot)
-            pyplot.tight_layout()
-            pyplot.savefig(docs / f"{name}.png", dpi=90)
-            pyplot.close()
+    if not (pyplot := load_pyplot()):
+        return print("no figures: matplotlib is not installed (`pip install matplotlib`)")
+    for name, (_, panels) in sections.items():
+        draw(panels, pyplot)
+        pyplot.tight_layout()
+        pyplot.savefig(docs / f"{name}.png", dpi=90)
+        pyplot.close()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +23,19 @@ import spacy
 import torch
 from tqdm import tqdm
 
+import grpo
 import rollout
-from engine import packing, parallel, sampling
-from engine.config import Config, option, run_with_flags
+from engine import parallel
+from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
-from engine.models import check_new, load_policy, save_new
+from engine.metrics import sample_text, share
+from engine.models import load_policy
 from engine.optimizer import MasterAdamW
-from engine.report import sample_text, share
-from masking import Document, draw_recall
-from memtrain import learning_rate, logprobs_twin, set_weights
+from masking import Document, draw_recall, load_corpus
+from memtrain import learning_rate, twins
+from recipes.folders import check_new, save_new
 from rewards import answer_reward, boxed, recall_reward
-from rollout import EMPTY_MEMORY, Turn, encode_prompt, fill, limits_of, read, recall, sampler
-from tasks.sources import load_corpus
+from rollout import EMPTY_MEMORY, Budget, Sampler, Turn, draw_documents, encode_prompt, fill, read, recall
 from text.matching import MASK, occurrences
 
 WORD = "Xmaskx"  # stands for [MASK] while sentences are cut
@@ -72,9 +72,8 @@ def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int,
     """
     candidates = list(dict.fromkeys(old + sentences(section)))
     room = int(max_tokens * rng.uniform(0.6, 1.0)) - 1  # the EOS counts, too
-    order = sorted(range(len(candidates)), key=lambda n: rng.random() - 0.5 * (MASK in candidates[n]))
     kept: list[int] = []
-    for n in order:
+    for n in sorted(range(len(candidates)), key=lambda n: rng.random() - 0.5 * (MASK in candidates[n])):
         wanted = sorted([*kept, n])
         if len(tokenizer(" ".join(candidates[i] for i in wanted), add_special_tokens=False)["input_ids"]) <= room:
             kept = wanted
@@ -83,39 +82,42 @@ def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int,
 
 def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[str, list[Turn]]:
     """One reading of a document, written by rule: its turns by kind, "memory", "answer" and "recall"."""
+    shown: dict[str, list[Turn]] = {"memory": [], "answer": [], "recall": []}
+
+    def show(kind: str, completion: str, prompt: str, **slots) -> None:
+        prompt_ids = encode_prompt(tokenizer, fill(prompt, **slots))
+        ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        shown[kind].append(Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, place=document.place))
+
     kept, memories = [], [EMPTY_MEMORY]  # m_0, m_1, ...
-    shown = {"memory": [], "answer": [], "recall": []}  # of (prompt, completion)
     for chunk in document.chunks:
         kept = demonstrate_memory(kept, chunk, tokenizer, memory_tokens, rng)
-        prompt = fill(rollout.READ_PROMPT, problem=document.question, memory=memories[-1], section=chunk)
-        memories.append(" ".join(kept) or EMPTY_MEMORY)
-        shown["memory"].append((prompt, memories[-1]))
-    prompt = fill(rollout.ANSWER_PROMPT, problem=document.question, memory=memories[-1])
-    shown["answer"].append((prompt, f"\\boxed{{{document.answers[0]}}}"))
+        memory = " ".join(kept) or EMPTY_MEMORY
+        show("memory", memory, rollout.READ_PROMPT, problem=document.question, memory=memories[-1], section=chunk)
+        memories.append(memory)
+    answer = f"\\boxed{{{document.answers[0]}}}"
+    show("answer", answer, rollout.ANSWER_PROMPT, problem=document.question, memory=memories[-1])
     for target in (draw_recall(document, rng) for _ in range(RECALL_DRAWS)):
-        if target and occurrences(memories[target.memory_turn], target.entity):
-            prompt = fill(rollout.RECALL_PROMPT, memory=memories[target.memory_turn], section=target.section)
-            shown["recall"].append((prompt, f"\\boxed{{{target.entity}}}"))
+        if target and occurrences(memory := memories[target.memory_turn], target.entity):
+            answer, section = f"\\boxed{{{target.entity}}}", target.masked_chunk
+            show("recall", answer, rollout.RECALL_PROMPT, memory=memory, section=section)
             break
-    return {kind: [turn_of(document, *pair, tokenizer) for pair in pairs] for kind, pairs in shown.items()}
-
-
-def turn_of(document: Document, prompt: str, completion: str, tokenizer) -> Turn:
-    ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    return Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, place=document.place)
+    return shown
 
 
 # ---- learning ----------------------------------------------------------------------------------------------
 
 
-def learn(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config) -> float:
+def learn(
+    policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config,
+    micro_batches=grpo.micro_batches, token_logprobs=grpo.token_logprobs,
+) -> float:
     """One update towards the turns -> their loss: -log p in nats a token, averaged with the weights of Eq. 4."""
     policy.train(config.gradient_checkpointing)
-    set_weights(turns)
+    grpo.set_weights(turns)
     total = 0.0
-    for batch in packing.micro_batches(policy, turns, config.train_tokens):
-        logprobs, _, mask = logprobs_twin(config)(policy, batch)  # (turns, longest)
+    for batch in micro_batches(turns, config.train_tokens):
+        logprobs, _, mask = token_logprobs(policy, batch)  # (turns, longest)
         weights = torch.tensor([turn.weight for turn in batch], device=mask.device)  # (turns,)
         loss = -(weights * logprobs.sum(1) / mask.sum(1)).sum()
         loss.backward()
@@ -128,21 +130,21 @@ def learn(policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: 
 # ---- what is measured --------------------------------------------------------------------------------------
 
 
-def sampled_success(sample, documents: list[Document], config: Config, limits) -> tuple[dict, list[str]]:
+def sampled_success(sample: Sampler, documents: list[Document], config: Config) -> tuple[dict, list[str]]:
     """Success at temperature 1 -> {measure: (right, n)}, and two trajectories in words."""
-    trajectories = read(sample, documents, limits, progress="sampling")
-    targets = [draw_recall(d, np.random.default_rng([config.seed, d.index])) for d in documents]
-    recalls = recall(sample, trajectories, targets, limits)
-    asked = [(turns[0], target) for turns, target in zip(recalls, targets, strict=True) if target]
-    answers = [t.turns[-1] for t in trajectories] + [turn for turn, _ in asked]
-    em = [answer_reward(t.prediction, t.document.answers) for t in trajectories]
+    trajectories = read(sample, documents, config, progress="sampling")
+    for t in trajectories:
+        t.target = draw_recall(t.document, np.random.default_rng([config.seed, t.document.index]))
+        t.em = t.reward = answer_reward(t.prediction, t.document.answers)
+    recall(sample, trajectories, config)
+    answers = [turn for t in trajectories for turn in (t.turns[-1], *t.recalls)]
     scores = {
         "boxed": [boxed(turn.text) is not None for turn in answers],
         "memory ends": [turn.ended for t in trajectories for turn in t.turns[:-1]],
-        "end-to-end": em,
-        "recall": [recall_reward(turn.text, target.entity) for turn, target in asked],
+        "end-to-end": [t.em for t in trajectories],
+        "recall": [recall_reward(turn.text, t.target.entity) for t in trajectories for turn in t.recalls],
     }
-    samples = [sample_text(trajectories[n], recalls[n], em[n], name="EM") for n in range(min(2, len(em)))]
+    samples = [sample_text(t, name="EM") for t in trajectories[:2]]
     return {name: (sum(values), len(values)) for name, values in scores.items()}, samples
 
 
@@ -156,41 +158,36 @@ def table(measured: dict[str, dict[str, tuple[float, int]]]) -> str:
 
 
 def main(config: ColdStart) -> None:
+    check(config)
     out = Path(config.out)
     check_new(out)
     if "LOCAL_RANK" in os.environ:
         raise UserError("a cold start takes minutes on one device: run it by python, not by torchrun")
     torch.manual_seed(config.seed)
-    _, _, device = parallel.start()
+    device = parallel.start()
     policy, tokenizer = load_policy(config, device)
-    if not config.plain:
-        packing.enable(policy)
-    corpus = load_corpus(config, policy, tokenizer, out.parent / ".entities")
-    budget = sampling.Budget(config.rollout_tokens)
-    generate = rollout.generate if config.plain else partial(sampling.generate, budget=budget)
-    sample = sampler(generate, policy, tokenizer)
+    corpus = load_corpus(config, tokenizer)
+    generate, micro_batches, token_logprobs = twins(config, policy)
+    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
-    success = partial(sampled_success, sample, heldout, config, limits_of(config, tokenizer))
-    measured = {"before": success()[0]}
-    counts, tokens, began = Counter(), 0, time.perf_counter()
+    measured = {"before": sampled_success(sample, heldout, config)[0]}
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
+    counts, tokens, began = Counter(), 0, time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
     for step in bar:
         turns = []
-        for place in range(config.documents):
-            number = step * config.documents + place
-            document = corpus.document(number)
-            document.place = place
-            rng = np.random.default_rng([config.seed, number])
+        for document in draw_documents(corpus, config, step):
+            rng = np.random.default_rng([config.seed, document.index])
             for kind, shown in demonstrate(document, tokenizer, config.memory_tokens, rng).items():
                 counts[kind] += len(shown)
                 turns += shown
-        tokens += sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
-        loss = learn(policy, optimizer, turns, learning_rate(config, step), config)
+        tokens += sum(map(grpo.turn_tokens, turns))
+        lr = learning_rate(config, step)
+        loss = learn(policy, optimizer, turns, lr, config, micro_batches, token_logprobs)
         bar.set_postfix(loss=f"{loss:.2f}")
     minutes = (time.perf_counter() - began) / 60
     save_new(policy, tokenizer, out)
-    measured["after"], samples = success()
+    measured["after"], samples = sampled_success(sample, heldout, config)
     made = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
     print(*samples, f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}", sep="\n")
     print(table(measured), f"model in {out}", sep="\n")

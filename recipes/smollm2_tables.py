@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import UserError, run_script
-from engine.report import table
+from engine.metrics import table
 from recipes import cold_start
 
 MODELS = ("cold", "memtrain", "task-from-cold", "task-from-memtrain")

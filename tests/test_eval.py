@@ -162,3 +162,17 @@ def test_a_config_of_another_program_holds_no_settings(tmp_path):
         )
         assert done.returncode == 0 and "settings are" not in done.stdout, done.stderr
         assert [row["n"] for row in json.loads((tmp_path / "rows.json").read_text())] == [2, 2]
+
+
+def test_each_model_has_its_own_window(tmp_path):
+    """All read the same documents, so one that can't is refused by its name before it begins."""
+    shutil.copytree(MODEL, tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 150}))
+    done = command(
+        "--model", MODEL, "--against", tmp_path / "short", "--eval_documents", 1, "--lengths", 1, "--out",
+        tmp_path / "rows.json", script="eval",
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and f"{tmp_path / 'short'} has 150; make them smaller" in last, done.stderr
+    assert [row["when"] for row in json.loads((tmp_path / "rows.json").read_text())] == [MODEL] * 2

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from rewards import boxed
-from rollout import EMPTY_MEMORY, READ_PROMPT, Completion, encode_prompt
+from rollout import EMPTY_MEMORY, READ_PROMPT, Turn, encode_prompt
 from tasks.search import SEARCH
 from text.matching import MASK, TARGET, occurrences
 from tiny.build.demonstrations import (
@@ -259,17 +260,15 @@ def test_searching_looks_up_what_the_question_leads_to(known_and_unseen, tokeniz
 
 
 class Oracle:
-    """Solves every prompt by rules of its own, from the worlds and the text, as a `generate`."""
+    """Solves every prompt by rules of its own, from the worlds and the text, in the place of a model."""
 
-    def __init__(self, tokenizer, worlds: list[list[dict]]):
-        self.tokenizer, self.worlds = tokenizer, worlds
+    def __init__(self, worlds: list[list[dict]]):
+        self.worlds = worlds
         self.answers = {row["question"]: row["answer"] for world in worlds for row in questions(world)}
         self.titles = {subject["title"] for world in worlds for subject in world}
 
-    def __call__(self, model, tokenizer, prompts, new_tokens, done=None, greedy=False):
-        assert greedy
-        texts = [self.solve(tokenizer.decode(prompt)) for prompt in prompts]
-        return [Completion(tokenizer(text)["input_ids"], True, 0) for text in texts]
+    def __call__(self, prompts, new_tokens):
+        return [Turn([], [], True, self.solve(prompt)) for prompt in prompts]
 
     def solve(self, prompt: str) -> str:
         memory = slot(prompt, "memory")
@@ -302,13 +301,11 @@ class Oracle:
 def test_skills_are_all_met_by_an_oracle_and_by_no_mute(known_and_unseen, tokenizer):
     """Whoever solves the prompts by rules of its own meets every bar; one who writes nothing repeats no
     sentence, and meets no other bar."""
-    skills = Skills(None, None, tokenizer, *known_and_unseen, n=40, seed="a")
-    skills.generate = Oracle(tokenizer, list(skills.worlds.values()))
+    skills = Skills(SimpleNamespace(tokenizer=tokenizer), *known_and_unseen, n=40, seed="a")
+    skills.sample = Oracle(list(skills.worlds.values()))
     for name, hits in skills.measure().items():
         assert len(hits) >= 40 and sum(hits) / len(hits) >= BARS[name], name
-    skills.generate = lambda model, tokenizer, prompts, *_, **__: [
-        Completion(tokenizer(EMPTY_MEMORY)["input_ids"], True, 0) for _ in prompts
-    ]
+    skills.sample = lambda prompts, new_tokens: [Turn([], [], True, EMPTY_MEMORY) for _ in prompts]
     for name, hits in skills.measure().items():
         assert sum(hits) == 0 or name == "memories that repeat no sentence", name
 

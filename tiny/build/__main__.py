@@ -13,7 +13,6 @@ import json
 import random
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from engine import files
 from engine.errors import UserError, run_script
-from engine.sampling import Budget, generate
+from fast.sampling import generate
 from masking import QUESTION, mask
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Budget, Sampler
 from tasks.questions import split_of
 from tasks.search import SEARCH_PROMPT
 from text.matching import MASK, TARGET
@@ -239,8 +238,8 @@ def main() -> None:
     model = build_model(tokenizer, seed=0)
     # No subject that a test question starts at helps to choose the model.
     others = [s for s in unseen if split_of(s["title"]) != "test"]
-    fast = partial(generate, budget=Budget(24576))
-    skills = Skills(fast, model, tokenizer, known, others, n=100, seed="to choose by")
+    sample = Sampler(generate, model, tokenizer, Budget(24576), greedy=True)
+    skills = Skills(sample, known, others, n=100, seed="to choose by")
     train(model, demonstrations, skills, folder, arguments.pools)
     best = Qwen3ForCausalLM.from_pretrained(folder / "best")
     best.half().save_pretrained(folder / "made/model")  # float16: half the bytes in the repository

@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from engine.config import Config
 from masking import QUESTION
 from rewards import boxed, exact_match
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, Sampler, fill
 from text.matching import MASK
 from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
 from tiny.build.world import forms
@@ -43,12 +43,12 @@ def slot(prompt: str, name: str) -> str:
 class Skills:
     """Measures a model: `measure()` gives the hits of each skill in BARS, as bools, of `n` questions each.
 
-    `generate` is rollout.generate or its fast twin. Each call asks the same; another `seed` asks something else.
+    `sample` is greedy. Each call asks the same; another `seed` asks something else.
     """
 
-    def __init__(self, generate, model, tokenizer, known: list[dict], unseen: list[dict], n: int, seed: str):
-        self.generate, self.model, self.tokenizer, self.n, self.seed = generate, model, tokenizer, n, seed
-        self.demonstrations = Demonstrations(known, unseen, tokenizer, seed, free=1.0)
+    def __init__(self, sample: Sampler, known: list[dict], unseen: list[dict], n: int, seed: str):
+        self.sample, self.n, self.seed = sample, n, seed
+        self.demonstrations = Demonstrations(known, unseen, sample.tokenizer, seed, free=1.0)
         self.worlds = {"known": known, "unseen": unseen, "invented": self.demonstrations.inventor.fresh(60)}
 
     def measure(self) -> dict[str, list[bool]]:
@@ -74,10 +74,8 @@ class Skills:
     def ask(self, drawn, new_tokens: int) -> list[tuple]:
         """(what is wanted, one greedy completion) of the first `n` that are drawn as (prompt, what is wanted)."""
         some = list(islice(drawn, self.n))
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt, _ in some]
-        completions = self.generate(self.model, self.tokenizer, ids, new_tokens, greedy=True)
-        texts = [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
-        return [(wanted, text) for (_, wanted), text in zip(some, texts, strict=True)]
+        turns = self.sample([prompt for prompt, _ in some], new_tokens)
+        return [(wanted, turn.text.strip()) for (_, wanted), turn in zip(some, turns, strict=True)]
 
     def right(self, drawn) -> list[bool]:
         """Whether each answer that is asked for is the one that is boxed."""
