@@ -42,7 +42,8 @@ class Runs:
         self.folder = folder
         settings = self.read("settings.json")
         self.seeds = settings["seeds"]
-        self.steps, self.labels, (self.budget,) = ([*map(int, settings[name])] for name in ("steps", "labels", "budget"))
+        self.steps, self.labels = [int(n) for n in settings["steps"]], [int(n) for n in settings["labels"]]
+        self.budget = int(settings["budget"][0])
 
     def text(self, name: str) -> str:
         try:
@@ -135,7 +136,7 @@ def draw(rows: list[list[tuple[str, str, Lines]]], pyplot) -> None:
         for name, (x, points) in lines.items():
             halves = [over_seeds(means) for means in points]
             axes.errorbar(x, np.mean(points, axis=1), halves, marker="o", capsize=3, label=name)
-        axes.set(title=title, xlabel=label, ylim=(0, 1))
+        axes.set(title=title, xlabel=label, ylabel="exact match", ylim=(0, 1))
         axes.legend(fontsize="small")
 
 
@@ -209,7 +210,8 @@ def ablations(runs: Runs) -> tuple[list[str], list]:
                 text.append(compare(name, found[first][step][n], found[second][step][n]))
     panels = []
     for step in steps:
-        lines = {name: ([*map(str, lengths)], [seed_means(own[step][n]) for n in lengths]) for name, own in found.items()}
+        points = {name: [seed_means(own[step][n]) for n in lengths] for name, own in found.items()}
+        lines = {name: ([*map(str, lengths)], own) for name, own in points.items()}
         panels.append((f"{step} steps of task RL", "chunks", lines))
     return text, [panels]
 
@@ -222,7 +224,7 @@ def habits(runs: Runs) -> tuple[list[str], list]:
         lengths = [row["chunks"] for row in by_seed[0]]
         bins = {place: bounds for place, bounds in DISTANCES.items() if bounds[0] < lengths[-1]}
         unchanged = [seed_means([row["unchanged"] for row in same]) for same in zip(*by_seed, strict=True)]
-        recalled = [[recall_between(*bounds, rows[-1]["recall"]) for rows in by_seed] for bounds in bins.values()]
+        recalled = [[recall_between(*bounds, seed[-1]["recall"]) for seed in by_seed] for bounds in bins.values()]
         rows.append([name, *(f"{np.mean(means):.2f} ± {over_seeds(means):.2f}" for means in unchanged + recalled)])
         lines[name] = list(bins), recalled
     head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]

@@ -123,7 +123,7 @@ def print_update(policy, reference, optimizer, tokenizer, trajectories, turns: l
     kept += sum(any(turn.advantage for turn in t.recalls) for t in trajectories)
     print(f"\n6. {groups - kept} of {groups} groups have equal rewards: left out. {len(turns)} turns are trained")
     if not turns:
-        print("   Nothing is trained. Try another --seed or shorter documents, or `python -m recipes.cold_start` first.")
+        print("   Nothing is trained. Try another --seed, shorter documents, or `python -m recipes.cold_start` first.")
         return
     if reference is not None:
         with as_reference(reference, config, policy.device):

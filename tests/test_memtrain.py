@@ -35,7 +35,7 @@ def process(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--eval_documents", 0]
+SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--chunks", 2, "--memory_tokens", 24, "--eval_documents", 0]
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_batches_keep_their_budgets_and_only_evaluation_is_greedy(
     monkeypatch.setattr(sampler, "generate", generate)
     monkeypatch.setattr(trainer, "token_logprobs", token_logprobs)
     done = command(
-        *SMALL, "--eval_documents", 1, "--chunks", 2, "--steps", 1, "--update_batch", 1, "--kl", 0.1, "--fast", fast,
+        *SMALL, "--eval_documents", 1, "--steps", 1, "--update_batch", 1, "--kl", 0.1, "--fast", fast,
         "--rollout_tokens", 1700, "--train_tokens", 250, "--out", tmp_path / "run",
     )
     assert done.returncode == 0, done.stderr
@@ -196,8 +196,7 @@ def test_the_default_is_the_lesson(tmp_path, monkeypatch, every_group_counts, on
         monkeypatch.setitem(sys.modules, name, None)
     called = watch(monkeypatch, *PLAIN)
     done = command(
-        "--task", task, *SMALL, "--chunks", 1 if task == "longqa" else 2, "--steps", 1, "--eval_documents", 1,
-        "--searches", 1, "--out", tmp_path / "run",
+        "--task", task, *SMALL, "--steps", 1, "--eval_documents", 1, "--searches", 1, "--out", tmp_path / "run",
     )
     assert done.returncode == 0, done.stderr
     assert set(called) == names(PLAIN)
@@ -209,7 +208,7 @@ def test_the_default_is_the_lesson(tmp_path, monkeypatch, every_group_counts, on
 
 def test_fast_puts_the_twins_in_their_place(tmp_path, monkeypatch, every_group_counts, one_length):
     """With --fast True none of the plain three is called; greedy rows, before any update, are the same."""
-    arguments = [*SMALL, "--chunks", 2, "--steps", 1, "--eval_documents", 8]
+    arguments = [*SMALL, "--steps", 1, "--eval_documents", 8]
     rows = []
     for fast, places in ((False, PLAIN), (True, TWINS)):
         with monkeypatch.context() as patched:
@@ -227,7 +226,7 @@ def test_a_run_that_an_exception_ended_resumes(tmp_path, monkeypatch):
 
     The weights in the end are those of a run that never stopped, and so are the metrics, times aside.
     """
-    arguments = [*SMALL, "--chunks", 2, "--memory_tokens", 16, "--steps", 3, "--save_every", 1, "--out"]
+    arguments = [*SMALL, "--steps", 3, "--save_every", 1, "--out"]
     assert command(*arguments, tmp_path / "whole").returncode == 0
     real = memtrain.draw_targets
 
@@ -275,9 +274,9 @@ def test_two_steps_on_real_text_with_real_tokenizers(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     done = command(
-        "--model", tmp_path / "model", "--corpus", shared("wiki/passages.jsonl"), "--max_passages", 600,
-        "--chunk_tokens", 512, "--memory_tokens", 32, "--answer_tokens", 8, "--chunks", 2, "--steps", 2,
-        "--fast", "True", "--out", tmp_path / "run", *SMALL,
+        *SMALL, "--model", tmp_path / "model", "--corpus", shared("wiki/passages.jsonl"), "--max_passages", 600,
+        "--chunk_tokens", 512, "--memory_tokens", 32, "--answer_tokens", 8, "--steps", 2, "--fast", "True",
+        "--out", tmp_path / "run",
     )
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2

@@ -241,9 +241,13 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "--retriever dense: was removed; run Search-R1's server with an encoder and give its http://...",
     ),
     ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
-    ("eval", "--controls full", "--controls full: masked documents have the control empty only"),
-    ("eval", "--task longqa --controls half", "--controls half: choose from empty, full and oracle"),
-    ("eval", "--task searchqa --controls full", "--controls full: search questions come without a text; use empty"),
+    ("eval", "--controls full", "--controls full: --task memtrain has the control empty only"),
+    (
+        "eval", "--task longqa --controls half",
+        "argument --controls: invalid choice: 'half' (choose from 'empty', 'full', 'oracle'); --help lists all "
+        "arguments",
+    ),
+    ("eval", "--task searchqa --controls full", "--controls full: --task searchqa has the control empty only"),
     (
         "eval", "--out {bad}/nowhere/rows.json",
         "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another",

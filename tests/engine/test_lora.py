@@ -165,7 +165,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
     """Its checkpoints hold the adapter; eval.py reads them, and a task's run goes on from them."""
-    arguments = [*SMALL, "--lora", RANK, "--kl", "1e-3", "--steps", 3]
+    arguments = [*SMALL, "--fast", "True", "--lora", RANK, "--kl", "1e-3", "--steps", 3]
     done = command(*arguments, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "run/checkpoint"

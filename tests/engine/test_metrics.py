@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from engine.metrics import json_line, row, step_metrics, step_values, table, wilson
+from engine.metrics import row, step_metrics, step_values, table, wilson
+from engine.run import append
 from masking import Document, RecallTarget
 from rollout import Trajectory, Turn
 
@@ -91,11 +92,14 @@ def test_the_metrics_of_a_step_by_hand():
     })
 
 
-def test_a_step_without_recall_or_update():
+def test_a_step_without_recall_or_update(tmp_path):
     """What nothing was measured of is None, and null in the log; so is a number that is not finite."""
     trajectories = made_up_step()
     trajectories[0].target, trajectories[0].recalls, trajectories[0].recall_rewards = None, [], []
     found = step_metrics(step_values(trajectories), {"loss": float("nan")}, {"rollout": 2.0})
     assert found["recall"] is found["recall_std"] is found["recall_leaky"] is None
     assert found["kl"] == found["entropy"] == found["clip_fraction"] == 0 and found["degenerate"] == 0.5
-    assert json.loads(json_line(found)) == found | {"loss": None}
+    append(tmp_path / "log.jsonl", found)
+    append(tmp_path / "log.jsonl", {"step": 2})
+    first, second = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(first) == found | {"loss": None} and json.loads(second) == {"step": 2}

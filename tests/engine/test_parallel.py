@@ -138,7 +138,8 @@ def test_two_processes_equal_one(tmp_path, fast, capture):
 
 def test_torchrun_writes_one_run(tmp_path):
     """`torchrun --nproc_per_node 2 memtrain.py`: one line of metrics, one end, and all questions in the rows."""
-    size = "--steps 1 --chunks 2 --documents 3 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 2".split()
+    size = "--steps 1 --chunks 2 --chunk_tokens 32 --documents 3 --g1 2 --g2 2 --memory_tokens 16".split()
+    size += ["--eval_documents", "2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(ROOT / "memtrain.py"), *size, "--fast", "True", "--out", str(tmp_path / "run")],

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from helpers import Scripted
 
 from engine.errors import UserError
 from experiments.habits import Habits, chunk_of_gold, habits_of, main
 from masking import Document, mask
-from rollout import Limits, Turn
+from rollout import Turn
 from tasks.longqa import LongDocument
 from text.matching import TARGET
 
@@ -37,8 +38,8 @@ def reader(prompts, new_tokens, done=None):
 
 def test_habits_of_a_reader_that_forgets_at_once(documents):
     """Its memory changes with each section, and nothing is recalled at any distance; one that keeps all recalls all."""
-    limits, config = Limits(64, 16, 0, 0, lambda text, tokens: text), Habits(questions_a_document=40)
-    recalled, unchanged = habits_of(reader, documents, config, limits)
+    config = Habits(questions_a_document=40)
+    recalled, unchanged = habits_of(Scripted(reader), documents, config)
     assert unchanged == [False] * 9 and sorted(recalled) == [1, 2, 3]
     assert not any(sum(hits) for hits in recalled.values()) and sum(map(len, recalled.values())) == 120
 
@@ -47,7 +48,7 @@ def test_habits_of_a_reader_that_forgets_at_once(documents):
         turns = reader([prompt.replace("(empty)", everything) for prompt in prompts], new_tokens)
         return [turn if turn.text.startswith("\\boxed") else Turn([1], [1], True, everything) for turn in turns]
 
-    recalled, unchanged = habits_of(keeper, documents, config, limits)
+    recalled, unchanged = habits_of(Scripted(keeper), documents, config)
     assert unchanged == [True] * 9 and all(sum(hits) == len(hits) for hits in recalled.values())
 
 
@@ -64,8 +65,10 @@ def test_nothing_to_read_is_refused():
 def test_the_chunk_of_the_gold_paragraph():
     """The first chunk with the whole text of one, title aside; cut through, it is in none; no gold is an error."""
 
-    def place(chunks, gold=("Ulm lies\n\non the Danube.", "The Danube flows to the sea.")):
-        return chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold_texts=gold))
+    gold = ("Ulm", "Ulm lies\n\non the Danube."), ("Danube", "The Danube flows to the sea.")
+
+    def place(chunks, gold=gold):
+        return chunk_of_gold(LongDocument(0, "q", "Where?", ["x"], chunks, [], gold=gold))
 
     chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies\n\non the Danube."]
     assert place(chunks) == 2 and place(chunks[::2]) == 2

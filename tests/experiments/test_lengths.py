@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine.errors import UserError
-from engine.report import row
+from engine.metrics import row
 from experiments.lengths import together
 
 
