@@ -1,8 +1,8 @@
-"""One whole GRPO step: sampling, reference, loss, backward, update. On random weights of any shape, or on documents.
+"""One whole GRPO step: sampling, reference, loss, backward, update. On random prompts and weights, or on documents.
 
-    python -m benchmarks.step                             # 5 M parameters, 8 prompts x 8 samples, CPU
-    python -m benchmarks.step --fast True                 # by the twins in fast/
-    python -m benchmarks.step --fast True --unshared True # as many different prompts
+    python -m benchmarks.step                                # 5 M parameters, 8 prompts x 8 samples, CPU
+    python -m benchmarks.step --fast True                    # by the twins in fast/
+    python -m benchmarks.step --fast True --unshared True    # as many different prompts
     python -m benchmarks.step --shape qwen3-4b --dtype bfloat16 --prompt-tokens 6144 --new-tokens 1024 --kl 1e-3 \\
         --rollout-tokens 262144 --train-tokens 16384 --gradient-checkpointing True --offload-optimizer True --fast True
     python -m benchmarks.step --lengths 4 16 64 --documents 4 --fast True    # cost by a document's length
@@ -13,20 +13,23 @@ packed once), seconds per phase, peak memory, and the share of this machine's ow
 
 import multiprocessing
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
+from random import Random
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from engine import lora, models
 from engine.config import Config, check, option, run_with_flags
+from engine.models import as_reference, load_policy, load_reference
 from fast.attention import packs
 from fast.packing import by_prompt
 from grpo import batch_loss, fixed_logprobs, group_advantages, set_weights, turn_tokens
@@ -41,7 +44,6 @@ SHAPES = {
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
     "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936),
 }
-NO_WORDS = SimpleNamespace(pad_token_id=0, eos_token_id=1, decode=lambda ids, **more: "")  # a tokenizer of random ids
 
 
 @dataclass
@@ -68,7 +70,7 @@ def main(config: Step) -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             columns[name] = fresh.submit(measure, config, chunks).result()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{config.documents} x {config.g1}, {config.dtype}, {device}; median (lowest to highest)")
+    print(f"{config.documents} x {config.g1}, {config.dtype}, {device}; median (lowest to highest)\n")
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for key in next(iter(columns.values()))[0]:
         values = [[row[key] for row in rows] for rows in columns.values()]
@@ -77,16 +79,17 @@ def main(config: Step) -> None:
 
 
 def measure(config: Step, chunks: int) -> list[dict[str, float]]:
-    """The figures of each step, without the first, which warms up; `chunks` is 0 for random prompts."""
+    """The figures of each step, without the first, which warms up; `chunks` is 0 for random prompts and weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    if chunks:
-        config = replace(config, chunks=chunks)
-        policy, tokenizer = models.load_policy(config, device)
-        reference, corpus = models.load_reference(config, policy, device), load_corpus(config, tokenizer)
-    else:
-        policy, reference = random_models(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if not chunks:
+            write_random_model(config.shape, config.dtype, folder)
+        config = replace(config, chunks=chunks) if chunks else replace(config, model=folder)
+        policy, tokenizer = load_policy(config, device)
+        reference = load_reference(config, policy, device)
+    corpus = load_corpus(config, tokenizer) if chunks else None
     generate, *others = twins(config, policy, reference)
+    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     optimizer = make_optimizer(policy, config)
     # Matrix products only: the network once over every token for sampling, three times for training (twice where its
     # weights are frozen), once for the reference. Attention over the text comes on top and is left out.
@@ -99,10 +102,9 @@ def measure(config: Step, chunks: int) -> list[dict[str, float]]:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if chunks:
-            sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
             sampled = partial(read_documents, sample, corpus, config, number)
         else:
-            sampled = partial(complete, generate, policy, random_prompts(policy, config, number), config)
+            sampled = partial(complete, sample, random_prompts(config, number), config)
         turns, phases = step(sampled, policy, reference, optimizer, config, *others)
         tokens, seconds = sum(map(turn_tokens, turns)), sum(phases.values())
         computed = computed_tokens(turns) if config.fast and packs(policy) else tokens
@@ -127,7 +129,7 @@ def step(
     turns = sampled()
     times.append(now(device))
     if reference is not None:
-        with models.as_reference(reference, config, device):
+        with as_reference(reference, config, device):
             for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
                 turn.reference_logprobs = logprobs
     times.append(now(device))
@@ -143,9 +145,9 @@ def step(
     return turns, dict(zip(names, np.diff(times).tolist(), strict=True))
 
 
-def complete(generate, policy, prompts: list[list[int]], config: Step) -> list[Turn]:
+def complete(sample: Sampler, prompts: list[str], config: Step) -> list[Turn]:
     """A completion of each prompt; the reward, compared in groups of --g1, is its share of different tokens."""
-    turns = generate(policy, NO_WORDS, prompts, config.new_tokens, None, False, Budget(config.rollout_tokens))
+    turns = sample(prompts, config.new_tokens)
     for place in range(config.documents):
         group = turns[place * config.g1 : (place + 1) * config.g1]
         rewards = [len(set(turn.completion_ids)) / len(turn.completion_ids) for turn in group]
@@ -155,7 +157,7 @@ def complete(generate, policy, prompts: list[list[int]], config: Step) -> list[T
 
 
 def read_documents(sample: Sampler, corpus, config: Step, number: int) -> list[Turn]:
-    """All turns of a step. Each is trained on: how many groups carry a signal differs by length, and is not its cost."""
+    """All turns of a step. Each is trained on: how many groups carry a signal differs by length, and isn't its cost."""
     trajectories = read(sample, draw_documents(corpus, config, number), config, samples=config.g1)
     draw_targets(trajectories, config, number)
     recall(sample, trajectories, config, samples=config.g2)
@@ -167,22 +169,11 @@ def read_documents(sample: Sampler, corpus, config: Step, number: int) -> list[T
     return turns
 
 
-# ---- random shapes, and what is counted ----------------------------------------------------------------------
+# ---- random weights and prompts ------------------------------------------------------------------------------
 
 
-def random_models(config: Step, device: str) -> tuple:
-    """(policy, reference or None) of random weights."""
-    policy = random_model(config.shape, config.dtype, device)
-    if config.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    if config.lora:
-        lora.attach(policy, config.lora, seed=0)
-        return policy, policy if config.kl else None  # with its adapter off
-    return policy, random_model(config.shape, config.dtype, device) if config.kl else None
-
-
-def random_model(shape: str, dtype: str, device: str):
-    """A model of random weights: one of SHAPES, or the shape of a folder with a config.json."""
+def write_random_model(shape: str, dtype: str, folder: str) -> None:
+    """A model folder: one of SHAPES, or the shape of a folder with a config.json. Its tokenizer reads "t7 t9" as 7, 9."""
     torch.manual_seed(0)
     if shape in SHAPES:
         hidden, intermediate, layers, heads, kv_heads, head, vocabulary = SHAPES[shape]
@@ -193,16 +184,24 @@ def random_model(shape: str, dtype: str, device: str):
         )
     else:
         config = AutoConfig.from_pretrained(shape)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def random_prompts(policy, config: Step, number: int) -> list[list[int]]:
-    samples = 1 if config.unshared else config.g1
-    size = config.documents * config.g1 // samples, config.prompt_tokens
-    random = torch.Generator().manual_seed(number)
-    prompts = torch.randint(2, policy.config.vocab_size, size, generator=random).tolist()
+def random_prompts(config: Step, number: int) -> list[str]:
+    """A prompt for each sample of a step: those of a group are the same, or none with --unshared."""
+    rng, samples = Random(number), 1 if config.unshared else config.g1
+    prompts = [
+        " ".join(f"t{rng.randrange(2, 2048)}" for _ in range(config.prompt_tokens))
+        for _ in range(config.documents * config.g1 // samples)
+    ]
     return [prompt for prompt in prompts for _ in range(samples)]
+
+
+# ---- what is counted ---------------------------------------------------------------------------------------
 
 
 def computed_tokens(turns: list[Turn]) -> int:
