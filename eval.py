@@ -10,6 +10,7 @@ memory. The control measures how much can be answered without a memory.
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ import torch
 
 import rollout
 from engine import metrics, models, parallel
-from engine.config import Config, check, option, run_with_flags
+from engine.config import Config, check, flag, option, run_with_flags
 from engine.errors import UserError
 from engine.files import check_writable
 from masking import Document, draw_recall, load_corpus
 from rewards import answer_reward, recall_reward
-from rollout import Budget, Sampler, check_window, read, recall
+from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, prompt_overhead, read, recall
 
 # ---- what training evaluates, too ------------------------------------------------------------------------
 
@@ -44,12 +45,24 @@ def load_task(config: Config, model, tokenizer, left_out: Counter | None = None)
 
 
 def check_fits(config: Config, model, tokenizer, source) -> None:
-    """Raises UserError where a conversation of the task can't fit the model's window."""
+    """Raises UserError where a turn about the task's longest question can't fit the model's window."""
+    memory, answer = config.memory_tokens, config.answer_tokens
     if config.task == "searchqa":
-        from tasks.search import check_search_window
+        from tasks.search import SEARCH_PROMPT
 
-        return check_search_window(config, model, tokenizer, source.longest_question)
-    check_window(config, model, tokenizer, source.longest_question)
+        prompts, text = [SEARCH_PROMPT], "result_tokens"
+        tokens = 2 * memory + memory + answer  # notes and last search, then what is written: notes and an action
+    else:
+        prompts, text = [READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT], "chunk_tokens"
+        tokens = memory + max(memory, answer)
+    tokens += len(tokenizer(source.longest_question)["input_ids"]) + getattr(config, text)
+    tokens += prompt_overhead(tokenizer, *prompts)
+    window = models.window_of(model)
+    if tokens > window:
+        raise UserError(
+            f"{flag(text)} {getattr(config, text)}, --memory-tokens {memory} and --answer-tokens {answer} need a "
+            f"window of {tokens} tokens, {model.config.name_or_path} has {window}; make them smaller"
+        )
 
 
 def evaluate(
@@ -82,22 +95,21 @@ def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths:
     for t in kept:
         rng = np.random.default_rng([config.seed, len(t.document.chunks), t.document.index])
         t.target = draw_recall(t.document, rng)
-    scores: dict[tuple, dict[int, float]] = defaultdict(dict)  # (task, chunks, memory) -> document -> score
+    found = []  # (task, chunks, memory), document, score
     for memory, trajectories in (("kept", kept), ("empty", empty)):
-        recall(greedy, kept, config, empty_memory=memory == "empty")
         for t in trajectories:
-            place = len(t.document.chunks), memory
-            scores["end_to_end", *place][t.document.index] = answer_reward(t.prediction, t.document.answers)
+            score = answer_reward(t.prediction, t.document.answers)
+            found.append((("end_to_end", len(t.document.chunks), memory), t.document.index, score))
+        recall(greedy, kept, config, empty_memory=memory == "empty")
         for t in kept:
-            place = len(t.document.chunks), memory
             for turn in t.recalls:
-                scores["recall", *place][t.document.index] = recall_reward(turn.text, t.target.entity)
-    everywhere: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for part in parallel.gather(dict(scores)):
-        for key, by_document in part.items():
-            everywhere[key] |= by_document
-    in_order = sorted(everywhere, key=lambda key: (key[0], key[1], key[2] == "empty"))
-    return [metrics.row(when, *key, everywhere[key]) for key in in_order]
+                score = recall_reward(turn.text, t.target.entity)
+                found.append((("recall", len(t.document.chunks), memory), t.document.index, score))
+    scores: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for key, document, score in chain(*parallel.gather(found)):
+        scores[key][document] = score
+    in_order = sorted(scores, key=lambda key: (key[:2], key[2] == "empty"))
+    return [metrics.row(when, *key, scores[key]) for key in in_order]
 
 
 def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
@@ -122,9 +134,7 @@ class Evaluation(Config):
     """The settings of a run, and what an evaluation adds to them."""
 
     out: str | None = option(None, "where the rows go as JSON (default: eval.json in a local model's folder)")
-    lengths: list[int] | None = option(
-        None, "chunks of a document, several values (default: trained x 1/2, 1, 2, 4, 8)"
-    )
+    lengths: list[int] | None = option(None, "chunks of a document (default: trained x 1/2, 1, 2, 4, 8)")
     controls: list[str] = option(
         ["empty"], "in the memory's place: empty; in longqa also full (text) and oracle (gold paragraphs)",
         choices=["empty", "full", "oracle"],

@@ -22,6 +22,7 @@ would be two networks.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -178,13 +179,9 @@ def head_logprobs(model, hidden: Tensor, targets: Tensor, with_entropy: bool) ->
     Logits are the widest tensor: 16k tokens by a vocabulary of 151k are 10 GB in float32. So they are made for
     HEAD_TOKENS positions at a time, and made again in backward.
     """
-    slices = list(zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True))
-    parts = []
-    for states, tokens in slices:
-        if len(slices) > 1:
-            parts.append(checkpoint(slice_logprobs, model, states, tokens, with_entropy, use_reentrant=False))
-        else:
-            parts.append(slice_logprobs(model, states, tokens, with_entropy))
+    make = slice_logprobs if len(hidden) <= HEAD_TOKENS else partial(checkpoint, slice_logprobs, use_reentrant=False)
+    slices = zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+    parts = [make(model, states, tokens, with_entropy) for states, tokens in slices]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 

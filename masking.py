@@ -14,8 +14,7 @@ A form of an entity is its whole words in any case (text/matching.py).
 import hashlib
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -40,6 +39,8 @@ SMALLEST_CHUNK = 16  # tokens: less may not hold a [MASK], nor an emoji
 MAX_DRAWS = 200  # of a pivot and y, for one document
 MAX_REPLACEMENTS = 4  # in training, of a document that can't be built, by others
 OVERSHOOT = 1.05  # a text may be cut from passages that fill so many times the chunks asked for
+# Chunks; in their joined text the spans of the pivot, of every [MASK], and of all other entities.
+Draft = tuple[list[str], Span, list[Span], list[Span]]
 
 
 @dataclass
@@ -134,15 +135,13 @@ def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
         name, start, end = core[1], entity.start_char + core.start(1), entity.start_char + core.end(1)
         plain = name.islower() and not any(character.isdigit() for character in name)
         ordinary = name.lower() in common or all(word in STOP_WORDS for word in name.lower().split())
-        if 0 < len(name) <= 80 and not plain and not ordinary and _found_again(text, start, end):
+        if not 0 < len(name) <= 80 or plain or ordinary:
+            continue
+        # A word edge of the raw text may be none in NFKC, by which masking goes: there Ulm\u2122 is UlmTM.
+        first = max(0, start - 8)
+        if (start - first, end - first) in occurrences(text[first : end + 8], name):
             found.append((start, end, entity.label_))
     return found
-
-
-def _found_again(text: str, start: int, end: int) -> bool:
-    """Whether masking finds this span: a word edge of the raw text may be none in NFKC, where Ulm\u2122 is UlmTM."""
-    first = max(0, start - 8)
-    return (start - first, end - first) in occurrences(text[first : end + 8], text[start:end])
 
 
 # ---- masking -----------------------------------------------------------------------------------------
@@ -182,38 +181,6 @@ def gives_away(text: str, name: str) -> bool:
 # ---- documents ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Pivots:
-    """The passages of a split that can be a pivot, by the kind of name that y can be; some have both."""
-
-    several_words: list[int]
-    one_word: list[int]
-    several_share: float  # of the names of all these passages
-
-    def of_kind(self, several: bool) -> list[int]:
-        return self.several_words if several else self.one_word
-
-
-@dataclass
-class Pool:
-    """All passages that a document about one pivot may take, in the order in which it takes them."""
-
-    numbers: np.ndarray  # (passages,) the pivot, then related passages, then random ones
-    keys: np.ndarray  # (passages,) random; sorted by them, more passages keep the order of the fewer
-    size: int  # passages of the document; where it is to fill chunks, a first guess
-
-
-@dataclass
-class Draft:
-    """Passages masked, joined and cut; all places are those in `text`."""
-
-    text: str
-    masks: list[Span]
-    entities: list[Span]  # all others
-    pivot: Span
-    chunks: list[str]  # joined, they are `text`
-
-
 def is_heldout(title: str, share: float) -> bool:
     """Whether a title is kept for evaluation: by a hash of the title, so it is the same in every run."""
     digest = hashlib.sha256(title.encode("utf-8", "surrogatepass")).digest()
@@ -227,6 +194,8 @@ class Corpus:
     chunks are kept. In the split "train" a passage with a held-out title is never the pivot, and its title is never
     masked; in "heldout" such a passage is always the pivot. Raises UserError for too few passages.
     """
+
+    longest_question = QUESTION
 
     def __init__(
         self, passages: list[Passage], tokenizer, *, seed: int, chunk_tokens: int, n_chunks: int | None = None,
@@ -245,13 +214,19 @@ class Corpus:
             self.same_title.setdefault(passage.title, []).append(n)
         self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
         self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
-        self.pivots = {split: self._pivots(split) for split in ("train", "heldout")}
-        if not any(pivots.several_words or pivots.one_word for pivots in self.pivots.values()):
+        # Keys: the split, and whether a name has several words. Values: the passages with such names; the names.
+        self.pivots: dict[tuple[str, bool], list[int]] = defaultdict(list)
+        self.name_counts: dict[tuple[str, bool], int] = Counter()
+        for n, passage in enumerate(passages):
+            split = "heldout" if passage.title in self.heldout else "train"
+            kinds = [(split, " " in name) for name in self._names(passage.text, passage.entities, split)]
+            self.name_counts.update(kinds)
+            for kind in set(kinds):
+                self.pivots[kind].append(n)
+        if not self.pivots:
             raise UserError("the corpus has no passage with an entity to mask: use another corpus, or another --ner")
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
         self.passage_tokens: dict[int, int] = {}  # passage -> its tokens, of those counted so far
-
-    longest_question = QUESTION
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
@@ -267,64 +242,52 @@ class Corpus:
         return self._draw(i, split, n_chunks, replacements)
 
     def _draw(self, i: int, split: str, n_chunks: int | None, attempt: int) -> Document:
+        """Draw a pivot and try its names as y, in random order; then another pivot.
+
+        Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
+        """
         rng = np.random.default_rng([self.seed, split == "heldout", i, *([attempt] if attempt else [])])
-        # Where no chunk will be left out, one passage that leaks tells as much as the whole document, and sooner.
-        check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
-        draws, leaks = 0, 0
-        for pool, answer in self._candidates(split, n_chunks, rng):
-            draws += 1
-            if check_passages and self._leaks(pool.numbers[: pool.size], answer):
-                leaks += 1
-                continue
-            document = self._build(i, split, pool, answer, n_chunks)
-            if document is None:
-                continue
-            leaky = any(gives_away(chunk, answer) for chunk in document.chunks)
-            leaks += leaky
-            if self.keep_leaky or not leaky:
-                document.leaks, document.redraws = leaks, draws - 1
-                return document
+        several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
+        if not several_words + one_word:
+            raise UserError(
+                f"no passage with an entity is left for the split {split!r}: use a larger corpus, or change --heldout"
+            )
+        drawn_kind = bool(rng.random() < several_words / (several_words + one_word))
+        draws = leaks = 0
+        while draws < MAX_DRAWS:
+            several = drawn_kind
+            if draws > MAX_DRAWS / 2 and self.pivots[split, not drawn_kind]:  # the drawn kind can't be had
+                several = not drawn_kind
+            pivot = int(rng.choice(self.pivots[split, several]))
+            pool, keys = self._pool(pivot, rng)
+            passage = self.passages[pivot]
+            names = [name for name in self._names(passage.text, passage.entities, split) if (" " in name) == several]
+            for n in rng.permutation(len(names)).tolist():
+                draws += 1
+                chunks, candidates, leaky = self._build(split, pool, keys, n_chunks, names[n])
+                leaks += leaky
+                if chunks and (self.keep_leaky or not leaky):
+                    return Document(i, passage.title, QUESTION, [names[n]], chunks, candidates, leaks, draws - 1)
         raise UserError(
             f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: use a larger corpus, "
             "longer chunks or --keep-leaky"
         )
 
-    def _candidates(self, split: str, n_chunks: int | None, rng) -> Iterator[tuple[Pool, str]]:
-        """Pools of random pivots, each with one after the other of the pivot's names; ends after MAX_DRAWS or so.
+    def _names(self, text: str, spans: list[Span], split: str) -> list[str]:
+        """The names at these spans, each once, that may be masked.
 
-        Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
+        Left out: those that normalise to nothing and, in training, those that are held out.
         """
-        pivots, draws = self.pivots[split], 0
-        if not (pivots.several_words or pivots.one_word):
-            raise UserError(
-                f"no passage with an entity is left for the split {split!r}: use a larger corpus, or change --heldout"
-            )
-        drawn_kind = bool(rng.random() < pivots.several_share)
-        while draws < MAX_DRAWS:
-            several = drawn_kind
-            if draws > MAX_DRAWS / 2 and pivots.of_kind(not drawn_kind):  # the drawn kind can't be had
-                several = not drawn_kind
-            pivot = int(rng.choice(pivots.of_kind(several)))
-            pool = self._pool(pivot, n_chunks, rng)
-            names = [name for name in self._names(pivot, split) if (" " in name) == several]
-            for n in rng.permutation(len(names)).tolist():
-                draws += 1
-                yield pool, names[n]
+        names = [text[start:end] for start, end in spans]
+        named = {normalize(name): " ".join(name.split()) for name in names}
+        return [name for key, name in named.items() if key and (split == "heldout" or key not in self.never_in_train)]
 
-    def _pivots(self, split: str) -> Pivots:
-        several_words, one_word, counts = [], [], Counter()
-        for n, passage in enumerate(self.passages):
-            if (passage.title in self.heldout) == (split == "heldout"):
-                kinds = [" " in name for name in self._names(n, split)]
-                counts.update(kinds)
-                if True in kinds:
-                    several_words.append(n)
-                if False in kinds:
-                    one_word.append(n)
-        return Pivots(several_words, one_word, counts[True] / max(1, counts.total()))
+    def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
+        """All passages that a document may take -> (passages,) the pivot, related ones, random ones; (passages,) keys.
 
-    def _pool(self, pivot: int, n_chunks: int | None, rng) -> Pool:
-        """Other passages of the pivot's own title are left out: they would all but repeat it."""
+        A document takes the first of them and sorts them by these random keys, so a longer one keeps the order of a
+        shorter. Other passages of the pivot's own title are left out: they would all but repeat it.
+        """
         own = self.same_title[self.passages[pivot].title]
         related = []
         if self.n_related:
@@ -333,97 +296,87 @@ class Corpus:
             related = [n for n, _ in found if n not in own][: self.n_related]
         others = rng.permutation(len(self.passages))
         others = others[~np.isin(others, [*own, *related])]
-        numbers = np.array([pivot, *related, *others])
-        size = self._estimate(numbers, n_chunks) if n_chunks else self.n_passages
-        return Pool(numbers, rng.random(len(numbers)), size)
+        pool = np.array([pivot, *related, *others])
+        return pool, rng.random(len(pool))
 
-    def _leaks(self, numbers: np.ndarray, name: str) -> bool:
-        """Whether one of these passages gives `name` away when it is masked."""
-        for word in name_words(name):
-            holding = self.index.holding(word)
-            for n in holding[np.isin(holding, numbers)].tolist():
-                if gives_away(mask(self.passages[n].text, name), name):
-                    return True
-        return False
+    def _build(
+        self, split: str, pool: np.ndarray, keys: np.ndarray, n_chunks: int | None, answer: str
+    ) -> tuple[list[str], list[list[str]], bool]:
+        """The chunks with `answer` masked, the recall candidates of each, and whether a chunk gives the answer away.
 
-    def _names(self, n: int, split: str) -> list[str]:
-        """The distinct entities of passage n that may be masked."""
-        passage = self.passages[n]
-        return self._allowed([passage.text[start:end] for start, end in passage.entities], split)
-
-    def _allowed(self, names: list[str], split: str) -> list[str]:
-        """Each name once, without those that normalise to nothing and, in training, those that are held out."""
-        named = {normalize(name): " ".join(name.split()) for name in names}
-        return [name for key, name in named.items() if key and (split == "heldout" or key not in self.never_in_train)]
-
-    def _build(self, i: int, split: str, pool: Pool, answer: str, n_chunks: int | None) -> Document | None:
-        """The document with `answer` masked, or None where its chunks can't hold the whole pivot."""
-        draft = self._fill(pool, answer, n_chunks)
-        edges = [0, *accumulate(map(len, draft.chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
+        No chunks where they can't hold the whole pivot, and where a passage alone gives the answer away.
+        """
+        size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
+        # Where no chunk will be left out, one passage that leaks tells as much as the whole document, and sooner.
+        check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
+        if check_passages and self._leaks(pool[:size], answer):
+            return [], [], True
+        chunks, (pivot_start, pivot_end), masks, others = self._fill(pool, keys, size, n_chunks, answer)
+        text = "".join(chunks)
+        edges = [0, *accumulate(map(len, chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
         # Keep a window of at most so many chunks: the first ones, or shifted to end with the pivot's last chunk.
-        most = n_chunks or self.n_chunks or len(draft.chunks)
-        pivot_start, pivot_end = draft.pivot
+        most = n_chunks or self.n_chunks or len(chunks)
         first = max(0, bisect_left(edges, pivot_end) - most)
-        if pivot_start < edges[first] or not draft.masks:
-            return None
-        chunks = draft.chunks[first : first + most]
-        mask_edges = {edge for span in draft.masks for edge in span}
-        apart = [span for span in draft.entities if mask_edges.isdisjoint(span)]  # [MASK]-Berlin may be one name
+        if pivot_start < edges[first] or not masks:
+            return [], [], False
+        chunks = chunks[first : first + most]
+        mask_edges = {edge for span in masks for edge in span}
+        apart = [span for span in others if mask_edges.isdisjoint(span)]  # [MASK]-Berlin may be one name
         candidates = []
-        for chunk_start, chunk_end in pairwise(edges[first : first + len(chunks) + 1]):
-            inside = [draft.text[start:end] for start, end in apart if chunk_start <= start and end <= chunk_end]
-            names = self._allowed(inside, split)
+        for start, end in pairwise(edges[first : first + len(chunks) + 1]):
+            inside = [span for span in apart if start <= span[0] and span[1] <= end]
+            names = self._names(text, inside, split)
             candidates.append([name for name in names if not may_be_same_entity(name, answer)])
-        return Document(i, self.passages[pool.numbers[0]].title, QUESTION, [answer], chunks, candidates)
+        return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
-    def _fill(self, pool: Pool, answer: str, n_chunks: int | None) -> Draft:
-        """The draft of about as few passages as fill `n_chunks` chunks; without these, of pool.size passages."""
-        size, too_few, enough = pool.size, 0, len(pool.numbers) + 1
-        while True:
-            if size > len(pool.numbers):
-                asked = f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}"
-                raise self._too_few(asked)
-            draft = self._draft(pool, size, answer)
-            made = len(draft.chunks)
-            if not n_chunks or n_chunks <= made <= OVERSHOOT * n_chunks:
-                return draft
-            if made < n_chunks:
-                too_few = size
-            elif size == too_few + 1:
-                return draft
-            else:
-                enough = size
-            # Each try cuts the whole text, so aim by the chunks that a passage made in this one.
-            aim = int(size * (n_chunks + 0.5) / made)
-            size = max(too_few + 1, min(aim, enough - 1))
-
-    def _estimate(self, numbers: np.ndarray, n_chunks: int) -> int:
-        """How many of these passages should fill the chunks, by their tokens."""
+    def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
+        """How many passages of the pool should fill the chunks, by their tokens."""
         used = 0
-        for size, n in enumerate(numbers):
+        for size, n in enumerate(pool):
             if used >= n_chunks * self.chunk_tokens:
                 return size
             if n not in self.passage_tokens:
-                uncounted = [m for m in numbers[size : size + 256].tolist() if m not in self.passage_tokens]
-                texts = [self.passages[m].text for m in uncounted]
-                encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                self.passage_tokens |= zip(uncounted, map(len, encoded), strict=True)
+                encoded = self.tokenizer(self.passages[n].text, add_special_tokens=False, verbose=False)
+                self.passage_tokens[n] = len(encoded["input_ids"])
             used += self.passage_tokens[n]
-        return len(numbers)
+        return len(pool)
 
-    def _draft(self, pool: Pool, size: int, answer: str) -> Draft:
-        """The first `size` passages of the pool with `answer` masked, joined in the order of their keys, and cut."""
-        texts, masks, entities, offset = [], [], [], 0
-        for n in pool.numbers[np.argsort(pool.keys[:size])].tolist():
-            text, others, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
+    def _leaks(self, passages: np.ndarray, name: str) -> bool:
+        """Whether one of these passages gives `name` away when it is masked."""
+        holding = (n for word in name_words(name) for n in np.intersect1d(self.index.holding(word), passages))
+        return any(gives_away(mask(self.passages[n].text, name), name) for n in holding)
+
+    def _fill(self, pool: np.ndarray, keys: np.ndarray, size: int, n_chunks: int | None, answer: str) -> Draft:
+        """The draft of about as few passages as fill `n_chunks` chunks; without these, of `size` passages."""
+        low, high = 1, len(pool)
+        while size <= len(pool):
+            made = self._mask_and_cut(pool[np.argsort(keys[:size])], pool[0], answer)
+            filled = len(made[0])
+            if not n_chunks or n_chunks <= filled <= OVERSHOOT * n_chunks:
+                return made
+            if filled < n_chunks:
+                low = size + 1
+            elif size == low:
+                return made
+            else:
+                high = size - 1
+            # Each try cuts the whole text, so aim by the chunks that a passage made in this one.
+            size = max(low, min(int(size * (n_chunks + 0.5) / filled), high))
+        raise self._too_few(f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}")
+
+    def _mask_and_cut(self, passages: np.ndarray, pivot: int, answer: str) -> Draft:
+        """These passages with `answer` masked, in this order, joined and cut."""
+        texts, masks, others, offset = [], [], [], 0
+        for n in passages:
+            text, entities, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
             masks += [(start + offset, end + offset) for start, end in tokens]
-            entities += [(start + offset, end + offset) for start, end in others]
-            if n == pool.numbers[0]:
-                pivot = offset, offset + len(text)
+            others += [(start + offset, end + offset) for start, end in entities]
+            if n == pivot:
+                whole_pivot = offset, offset + len(text)
             texts.append(text)
             offset += len(text) + len(GAP)
-        text = GAP.join(texts)
-        return Draft(text, masks, entities, pivot, cut_chunks(text, entities, self.tokenizer, self.chunk_tokens))
+        chunks = cut_chunks(GAP.join(texts), others, self.tokenizer, self.chunk_tokens)
+        return chunks, whole_pivot, masks, others
 
     def _too_few(self, asked: str) -> UserError:
         return UserError(

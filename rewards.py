@@ -37,17 +37,14 @@ def trajectory_reward(correct: float, recall_rewards: list[float], recall_weight
 
 
 def answer_reward(prediction: str | None, answers: list) -> float:
-    """EM of Eq. 2, 0 or 1; where `answers` holds the answers of several questions (MEM1), the mean over them."""
-    several = bool(answers) and isinstance(answers[0], list)
-    return objective_scores(prediction, answers) if several else float(exact_match(prediction, answers))
+    """EM of Eq. 2, 0 or 1; of several questions asked as one (MEM1), the mean over them.
 
-
-def objective_scores(prediction: str | None, answers: list[list[str]]) -> float:
-    """Mean exact match of a prediction that answers len(answers) questions in their order, with ";" between (MEM1).
-
-    A missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]:
-    "Ulm; 1879" scores 1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
+    Then `answers` has a list for each question, and the prediction answers them in their order, with ";" between. A
+    missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]: "Ulm; 1879" scores
+    1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
     """
+    if not answers or isinstance(answers[0], str):
+        return float(exact_match(prediction, answers))
     given = (prediction or "").split(";", len(answers) - 1)
     right = [exact_match(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
     return sum(right) / len(answers)
@@ -96,7 +93,7 @@ def matches(prediction: str, answer: str) -> bool:
     """Whether two texts name the same: two numbers by their value, others by their words and the numbers in them."""
     if numbers(prediction) != numbers(answer):
         return False
-    if is_number(prediction) and is_number(answer):
+    if all(NUMBER.fullmatch(folded(text).strip()) for text in (prediction, answer)):
         return True
     return normalize(prediction) == normalize(answer) != ""
 
@@ -118,7 +115,3 @@ def normalize(text: str) -> str:
 def numbers(text: str) -> list[Decimal]:
     """Every number written in digits, in order: "-1,500.0 and 7" gives [-1500.0, 7]."""
     return [Decimal(number.replace(",", "")) for number in NUMBER.findall(folded(text))]
-
-
-def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(folded(text).strip()) is not None

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
-from engine import models, parallel
+from engine import parallel
 from engine.models import chat_parts, end_ids
 from masking import Document, RecallTarget, draw_recall
 from rewards import boxed
@@ -180,12 +181,9 @@ def generate(
 
 def left_padded(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, each (rows, width). Left padding: a completion follows its prompt without a gap."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)  # (rows, width)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (rows, width)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     return ids.to(device), mask.to(device)
 
 
@@ -211,9 +209,7 @@ class Sampler:
     budget: Budget
     greedy: bool = False
 
-    def __call__(
-        self, prompts: list[str], new_tokens: int, done: Callable[[str], bool] | None = None
-    ) -> list[Turn]:
+    def __call__(self, prompts: list[str], new_tokens: int, done: Callable | None = None) -> list[Turn]:
         if not prompts:
             return []
         encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in dict.fromkeys(prompts)}  # each text once
@@ -241,6 +237,12 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def prompt_overhead(tokenizer, *prompts: str) -> int:
+    """Tokens of the longest of these prompts with all its slots empty: the instructions and the template."""
+    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
+    return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)
+
+
 # ---- the agents ----------------------------------------------------------------------------------------
 
 
@@ -259,8 +261,7 @@ def answered(text: str) -> bool:
 
 
 def read(
-    sample, documents: list[Document], config, samples: int = 1, empty_memory: bool = False,
-    progress: str | None = None,
+    sample, documents: list[Document], config, samples: int = 1, empty_memory: bool = False, progress: str | None = None
 ) -> list[Trajectory]:
     """Read every document `samples` times -> trajectories, document by document.
 
@@ -303,9 +304,7 @@ def draw_targets(trajectories: list[Trajectory], config, step: int) -> None:
         trajectory.target = draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream]))
 
 
-def recall(
-    sample, trajectories: list[Trajectory], config, samples: int = 1, empty_memory: bool = False
-) -> None:
+def recall(sample, trajectories: list[Trajectory], config, samples: int = 1, empty_memory: bool = False) -> None:
     """Ask each trajectory that has a target its recall question `samples` times: t.recalls.
 
     The model sees the memory m_k that the trajectory had after chunk k, and an earlier chunk with the entity masked.
@@ -318,20 +317,3 @@ def recall(
     turns = sample(prompts, config.answer_tokens, answered)
     for n, t in enumerate(asked):
         t.recalls = turns[n * samples : (n + 1) * samples]
-
-
-# ---- the model's window ---------------------------------------------------------------------------------
-
-
-def check_window(config, model, tokenizer, question: str) -> None:
-    """Raises UserError where a conversation about `question`, the longest, can't fit the model's window."""
-    overhead = prompt_overhead(tokenizer, READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT)
-    texts = len(tokenizer(question)["input_ids"]) + config.memory_tokens + config.chunk_tokens
-    needed = overhead + texts + max(config.memory_tokens, config.answer_tokens)
-    models.check_window(model, needed, config, "chunk_tokens")
-
-
-def prompt_overhead(tokenizer, *prompts: str) -> int:
-    """Tokens of the longest of these prompts with all its slots empty: the instructions and the template."""
-    slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
-    return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)

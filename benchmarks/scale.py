@@ -3,24 +3,21 @@
     python -m benchmarks.scale                                 # 500,000 passages; nine minutes
     python -m benchmarks.scale --passages 20000 --tokenizer FOLDER
 
-Each part runs in a process of its own, whose highest memory is shown; the passages themselves are part of it. Seconds
-are CPU seconds of one process. Entities of made-up passages are known, so finding them is measured on 20,000 passages.
+Seconds are CPU seconds of one process. Memory is the highest up to a line, the passages themselves included. Entities
+of made-up passages are known, so finding them is measured on 20,000 passages.
 """
 
 import argparse
-import multiprocessing
 import resource
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from engine.config import ROOT, Config
 from engine.errors import run_script
-from masking import Corpus, find_entities
+from masking import Corpus, common_words, entities_of
 from tasks.evaluate import documents_by_length
 from tasks.longqa import LongQA, measured
 from tasks.questions import load_questions
@@ -51,97 +48,60 @@ def made_up_passages(count: int, words: int = 85) -> list[Passage]:
     return passages
 
 
-def started(began: float) -> float:
-    return time.process_time() - began
-
-
-def per_call(function, calls: int = 6) -> float:
-    """Median CPU seconds of function(i)."""
+def timed(name: str, function: Callable[[int], object], calls: int = 1):
+    """Call function(0), function(1), ... and print the median of their CPU seconds -> the last one's result."""
     seconds = []
     for i in range(calls):
         began = time.process_time()
-        function(i)
-        seconds.append(started(began))
-    return float(np.median(seconds))
+        result = function(i)
+        seconds.append(time.process_time() - began)
+    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"| {name} | {np.median(seconds):.2f} | {gib:.1f} |", flush=True)
+    return result
 
 
-# ---- the parts: each returns seconds by what they are of -----------------------------------------------------
+def entities(passages: list[Passage], tokenizer) -> None:
+    texts, names = [p.text for p in passages[:20_000]], frozenset(p.name for p in passages[:20_000])
+    what = f"entities of {len(texts):,} passages by rules, one process"
+    timed(what, lambda _: entities_of(texts, "rules", names, common_words(texts)))
 
 
-def masked(passages: list[Passage], tokenizer) -> dict[str, float]:
-    """The proxy task: the recipes' 8 chunks of 5,120 tokens, and 64 of them."""
-    began = time.process_time()
-    corpus = Corpus(passages, tokenizer, seed=0, chunk_tokens=5120, n_chunks=8, n_related=29)
-    found = {"masked documents: start-up": started(began)}
-    for chunks in (8, 64):
-        found[f"a masked document of {chunks} chunks"] = per_call(lambda i, n=chunks: corpus.document(i, chunks=n))
-    return found
+def search(passages: list[Passage], tokenizer) -> None:
+    index = timed("BM25: start-up", lambda _: BM25([f"{p.title} {p.text}" for p in passages]))
+    queries = [" ".join(p.text.split()[:12]) for p in passages[:: max(1, len(passages) // 50)]]
+    timed("a BM25 search of 12 words", lambda i: index.search([queries[i]], 3), calls=40)
 
 
-def long_text_source(passages: list[Passage], tokenizer) -> LongQA:
-    pool = measured([(passage.title, passage.text) for passage in passages], tokenizer)
-    questions = load_questions(ROOT / "tiny/questions.jsonl")
-    return LongQA({"train": questions, "test": questions}, pool, tokenizer, seed=0, chunk_tokens=5120, chunks=8)
-
-
-def long_texts(passages: list[Passage], tokenizer) -> dict[str, float]:
-    began = time.process_time()
-    source = long_text_source(passages, tokenizer)
-    found = {"long-text QA: start-up, a pool": started(began)}
-    for chunks in (8, 48):
-        found[f"a long text of {chunks} chunks"] = per_call(lambda i, n=chunks: source.document(i, "test", n))
-    return found
-
-
-def evaluation(passages: list[Passage], tokenizer) -> dict[str, float]:
-    """All documents of one evaluation of long-text QA, before and after training."""
-    source = long_text_source(passages, tokenizer)
-    config, found = Config(task="longqa", eval_documents=128), {}
+def long_texts(passages: list[Passage], tokenizer) -> None:
+    """Long-text QA: the recipes' chunks, and all documents of one evaluation, before and after training."""
+    pairs, questions = [(p.title, p.text) for p in passages], load_questions(ROOT / "tiny/questions.jsonl")
+    pool = timed("long-text QA: start-up, a pool", lambda _: measured(pairs, tokenizer))
+    source = LongQA({"train": questions, "test": questions}, pool, tokenizer, seed=0, chunk_tokens=5120, chunks=8)
+    timed("a long text of 8 chunks", lambda i: source.document(i), calls=6)
+    timed("a long text of 48 chunks", lambda i: source.document(i, chunks=48), calls=6)
+    config, lengths = Config(task="longqa", eval_documents=128), [3, 6, 12, 24, 48]
     for when in ("", ", again"):
-        began = time.process_time()
-        documents_by_length(source, config, [3, 6, 12, 24, 48], True)
-        found[f"128 questions at 3, 6, 12, 24 and 48 chunks{when}"] = started(began)
-    return found
+        what = f"128 questions at 3, 6, 12, 24 and 48 chunks{when}"
+        timed(what, lambda _: documents_by_length(source, config, lengths, verbose=True))
 
 
-def entities(passages: list[Passage], tokenizer) -> dict[str, float]:
-    some = passages[:20_000]
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.process_time()
-        find_entities(some, "rules", Path(folder))
-    return {f"entities of {len(some):,} passages by rules, one process": started(began)}
-
-
-def search(passages: list[Passage], tokenizer) -> dict[str, float]:
-    began = time.process_time()
-    index = BM25([f"{passage.title} {passage.text}" for passage in passages])
-    found = {"BM25: start-up": started(began)}
-    queries = [" ".join(passage.text.split()[:12]) for passage in passages[:: max(1, len(passages) // 50)]]
-    found["a BM25 search of 12 words"] = per_call(lambda i: index.search([queries[i]], 3), 40)
-    return found
-
-
-PARTS = {part.__name__: part for part in (masked, long_texts, entities, search, evaluation)}
-
-
-def measure(part: str, count: int, tokenizer: str) -> tuple[dict[str, float], float]:
-    """(seconds of a part on so many passages, the highest memory of this process in GiB)."""
-    seconds = PARTS[part](made_up_passages(count), AutoTokenizer.from_pretrained(tokenizer))
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def masked(passages: list[Passage], tokenizer) -> None:
+    """The proxy task: the recipes' 8 chunks of 5,120 tokens, and 64 of them."""
+    how = dict(seed=0, chunk_tokens=5120, n_chunks=8, n_related=29)
+    corpus = timed("masked documents: start-up", lambda _: Corpus(passages, tokenizer, **how))
+    timed("a masked document of 8 chunks", lambda i: corpus.document(i), calls=6)
+    timed("a masked document of 64 chunks", lambda i: corpus.document(i, chunks=64), calls=6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=500_000)
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny/model"), help="folder or hub name (the tiny model's)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
+    passages, tokenizer = made_up_passages(arguments.passages), AutoTokenizer.from_pretrained(arguments.tokenizer)
     print(f"| {arguments.passages:,} passages | CPU seconds | GiB at most |\n|---|---|---|")
-    for part in arguments.parts:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            seconds, gib = fresh.submit(measure, part, arguments.passages, arguments.tokenizer).result()
-        for n, (name, value) in enumerate(seconds.items()):
-            print(f"| {name} | {value:.2f} | {f'{gib:.1f}' if n == 0 else ''} |", flush=True)
+    for part in (entities, search, long_texts, masked):
+        part(passages, tokenizer)
 
 
 if __name__ == "__main__":

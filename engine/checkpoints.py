@@ -1,9 +1,8 @@
 """Checkpoints that a kill can't spoil, and from which a run resumes as if it had never stopped.
 
-`runs/NAME/checkpoints/step-000100/` is a model folder that AutoModelForCausalLM and AutoTokenizer load, with three
-files more: README.md, `training.safetensors` (optimizer and random states) and `training.json` (where the run was). It
-is written under another name, flushed and renamed, so it is there whole or not at all. `runs/NAME/checkpoint` points to
-the newest.
+`runs/NAME/checkpoints/step-000100/` is a model folder that AutoModelForCausalLM and AutoTokenizer load, with two files
+more: `training.safetensors` (optimizer and random states) and `training.json` (where the run was). It is written under
+another name, flushed and renamed, so it is there whole or not at all. `runs/NAME/checkpoint` points to the newest.
 """
 
 import json
@@ -34,17 +33,10 @@ def random_state() -> dict[str, torch.Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def size(model, optimizer) -> int:
-    """Bytes of a checkpoint: trained weights, moments, and float32 masters where the weights are not their own."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in optimizer.weights)
-    return weights + parameters * (12 if optimizer.separate else 8)
-
-
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors: dict[str, torch.Tensor]) -> None:
+def save(out: Path, state: dict, model, tokenizer, keep: int, tensors: dict[str, torch.Tensor]) -> None:
     """Write the checkpoint of `state`'s step, point `out`/checkpoint to it, and delete all but the last `keep`.
 
     Raises UserError, leaving the older ones as they were, where it can't be written.
@@ -58,7 +50,6 @@ def save(out: Path, state: dict, model, tokenizer, card: str, keep: int, tensors
         fresh.mkdir(parents=True)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        (fresh / "README.md").write_text(card)
         lengths = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, fresh / "training.safetensors")

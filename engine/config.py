@@ -1,12 +1,12 @@
 """The settings of a run, read from flags and files."""
 
 import importlib.util
-import json
 import math
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from transformers import HfArgumentParser
 
@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 def option(default, help: str, **more):
     """A field with its help text; `more` are argparse's."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help, **more})
-    return field(default=default, metadata={"help": help, **more})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help, **more})
 
 
 @dataclass
@@ -29,29 +28,17 @@ class Config:
     """All settings of a run. The defaults are those of the tiny model; recipes/ has those of real ones."""
 
     model: str = option(str(ROOT / "tiny/model"), "model folder or hub name")
-    dtype: str = option(
-        "float32", "float32, or bfloat16 (training then keeps float32 master weights)", choices=["float32", "bfloat16"]
-    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "training in bfloat16 keeps float32 master weights")
     lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft)")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     fast: bool = option(False, "sample and train by the twins in fast/: the same results, several times as fast")
     explain: bool = option(False, "print one training step in full, and save nothing")
 
     # The task
-    task: str = option(
-        "memtrain", "memtrain (masked documents), longqa (questions in long texts) or searchqa",
-        choices=["memtrain", "longqa", "searchqa"],
-    )
-    questions: str = option(
-        str(ROOT / "tiny/questions.jsonl"),
-        "longqa, searchqa: questions to train on, in the layout of HotpotQA, 2Wiki, MuSiQue or FlashRAG",
-    )
-    eval_questions: str | None = option(
-        None, "questions to evaluate on (default: those of --questions whose subject's hash says test)"
-    )
-    eval_split: str = option(
-        "test", "without --eval-questions: test, or dev to choose settings by", choices=["dev", "test"]
-    )
+    task: Literal["memtrain", "longqa", "searchqa"] = option("memtrain", "masked documents, or questions with answers")
+    questions: str = option(str(ROOT / "tiny/questions.jsonl"), "as HotpotQA, 2Wiki, MuSiQue or FlashRAG have them")
+    eval_questions: str | None = option(None, "questions to evaluate on (default: --eval-split of --questions)")
+    eval_split: Literal["dev", "test"] = option("test", "which part of --questions: dev to choose settings by")
     objectives: int = option(2, "searchqa: questions asked as one (paper: 2)")
     searches: int = option(6, "searchqa: most searches of an episode (paper: 6)")
     result_tokens: int = option(192, "searchqa: tokens of a search result (paper: 1024)")
@@ -67,15 +54,11 @@ class Config:
     text_field: str = option("text", "field that holds the text")
     max_passages: int | None = option(None, "stop loading after this many passages")
     ner: str = option("rules", "'rules', or an installed spaCy pipeline such as en_core_web_sm")
-    heldout: float = option(
-        0.2, "share of the titles kept for evaluation: never a pivot, an answer or a recall target in training"
-    )
+    heldout: float = option(0.2, "share of titles kept for evaluation: no pivot, answer or recall target of training")
 
     # A document, and the texts of an agent
     chunk_tokens: int = option(64, "tokens of a chunk (paper: 5120)")
-    chunks: int = option(
-        4, "chunks of a training document, filled with passages to that length; with --passages the most it may have"
-    )
+    chunks: int = option(4, "chunks of a training document; with --passages the most it may have")
     passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
     related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
@@ -91,33 +74,28 @@ class Config:
     g1: int = option(8, "trajectories a document, a group")
     g2: int = option(4, "recall answers a trajectory, a group (paper: 8)")
     recall_weight: float = option(0.5, "lambda of Eq. 2")
-    ablation: str = option(
+    ablation: Literal["none", "end_to_end", "decoupled", "shuffled_rewards"] = option(
         "none",
-        "none, end_to_end (no recall at all), decoupled (recall stays out of R^E), or a control: shuffled_rewards "
-        "(each group's rewards, dealt out to its samples at random)",
-        choices=["none", "end_to_end", "decoupled", "shuffled_rewards"],
+        "end_to_end: no recall at all; decoupled: recall stays out of R^E; shuffled_rewards, a control: each group's "
+        "rewards, dealt out to its samples at random",
     )
     shared_recall_draw: bool = option(False, "one draw of what to recall for all trajectories of a document")
 
     # Training: the update
     lr: float = option(2e-4, "peak learning rate of AdamW (paper: 1e-6)")
     lr_warmup: int = option(2, "steps of linear warm-up")
-    lr_schedule: str = option("cosine", "constant or cosine (down to zero)", choices=["constant", "cosine"])
+    lr_schedule: Literal["constant", "cosine"] = option("cosine", "cosine goes down to zero")
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
-    advantage: str = option("group_norm", "group_norm, or mean as in the paper (Eq. 3)", choices=["group_norm", "mean"])
+    advantage: Literal["group_norm", "mean"] = option("group_norm", "of Eq. 3 (paper: mean)")
     eps_low: float = option(0.2, "clip range below 1")
     eps_high: float = option(0.2, "clip range above 1")
     kl: float = option(0.0, "beta, KL to the model that training started from (paper: 1e-3); 0 loads no reference")
     update_batch: int | None = option(None, "documents an update (default: all of a step's)")
     train_tokens: int = option(4096, "padded tokens of one forward and backward; gradients add up over them")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, slower")
-    offload_optimizer: bool = option(
-        False, "master weights and moments in CPU memory: 12 bytes a parameter less on the GPU"
-    )
+    offload_optimizer: bool = option(False, "master weights and moments, 12 bytes a parameter, in CPU memory")
     offload_reference: bool = option(False, "the reference in CPU memory while it isn't used")
-    shard_optimizer: bool = option(
-        False, "torchrun: master weights and moments shared out over the processes, 12 bytes a parameter in all"
-    )
+    shard_optimizer: bool = option(False, "torchrun: the processes share out master weights and moments")
 
     # Training: what is written, and when
     sample_every: int = option(10, "show a decoded trajectory every so many steps")
@@ -167,10 +145,12 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
 
     With `follow_model` the defaults are the settings of the run that wrote --model. Raises UserError.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = with_files(sys.argv[1:] if arguments is None else arguments)
     config = parse_with(flags, {}, arguments)
-    if follow_model and (saved := saved_settings(config.model)):
-        config = parse_with(flags, saved, arguments)
+    if follow_model:
+        from engine.saved import saved_settings
+
+        config = parse_with(flags, saved_settings(config.model), arguments)
     for name, value in vars(config).items():
         for number in value if isinstance(value, list) else [value]:
             check_number(name, number)
@@ -181,17 +161,16 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
 
 def with_files(arguments: list[str]) -> list[str]:
     """The words of each `--config FILE`, then all other arguments: the last one of a flag counts. Raises UserError."""
-    from_files, own, rest = [], [], iter(arguments)
-    for argument in rest:
-        name, _, value = argument.partition("=")
-        if name != "--config":
-            own.append(argument)
-            continue
-        file = Path(value or next(rest, ""))
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("--config", action="append", default=[])
+    given, own = parser.parse_known_args(arguments)
+    words = []
+    for file in map(Path, given.config):
         if not file.is_file():
             raise UserError(f"--config {file}: no such file; recipes/ holds those that come with the project")
-        from_files += file.read_text().split()
-    return from_files + own
+        words += file.read_text().split()
+    return words + own
 
 
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
@@ -202,7 +181,7 @@ def parse_with(flags: type, defaults: dict, arguments: list[str]):
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
     config, rest = parser.parse_args_into_dataclasses(
-        with_files(arguments), look_for_args_file=False, return_remaining_strings=True
+        arguments, look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
         raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
@@ -224,22 +203,6 @@ def check_number(name: str, number) -> None:
     least = 1 if isinstance(number, int) and name not in MAY_BE_ZERO else 0
     if not (least <= number and math.isfinite(number)):
         raise UserError(f"{flag(name)} {number}: must be a number of at least {least}")
-
-
-def saved_settings(model: str) -> dict:
-    """The settings of the run that wrote `model`, runs/NAME/checkpoint or .../checkpoints/step-N; {} for others."""
-    for folder in Path(model).parents[:2]:
-        file = folder / "config.json"
-        if file.is_file():
-            try:
-                written = json.loads(file.read_text())
-            except ValueError:
-                return {}
-            if not isinstance(written, dict) or "chunk_tokens" not in written:  # another program's config.json
-                return {}
-            print(f"settings are those of {file}, but for the command line's")
-            return {name: value for name, value in written.items() if name not in ("model", "out")}
-    return {}
 
 
 # ---- what is missing ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ peft is needed only where an adapter is.
 import json
 import warnings
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,18 +23,13 @@ ALPHA = 32  # updates count ALPHA / rank times, so that one learning rate does f
 START = "start"  # the name of a frozen copy of the adapter with which a run began
 
 
-def require_peft(why: str):
-    try:
-        import peft
-    except ImportError:
-        raise UserError(f"{why}: needs peft; run `pip install peft`") from None
-    return peft
-
-
 def base_of(name: str, given: str) -> str:
-    """The model that the adapter in the folder `name` belongs to. Raises UserError."""
-    require_peft(f"{given} {name} is an adapter")
+    """The model that the adapter in the folder `name` belongs to; `name` itself if it is none. Raises UserError."""
     file = Path(name) / CONFIG
+    if not file.is_file():
+        return name
+    if find_spec("peft") is None:
+        raise UserError(f"{given} {name}: is an adapter, which needs peft; run `pip install peft`")
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
@@ -44,45 +40,45 @@ def base_of(name: str, given: str) -> str:
 
 
 def begin(model, config) -> None:
-    """Give the model the adapter that is trained: a fresh one, or that of --model. Raises UserError."""
-    folder = config.model
-    if not (Path(folder) / CONFIG).is_file():
-        return attach(model, config.lora, config.seed)
-    rank = json.loads((Path(folder) / CONFIG).read_text()).get("r", 0)
-    if rank != config.lora:
-        raise UserError(f"--lora {config.lora}: the adapter in {folder} has rank {rank}; give --lora {rank}")
-    attach_saved(model, folder, [START, "default"])  # the first stays as it is
+    """Give the model the adapter that is trained: that of --model, or a fresh one, which changes nothing yet.
 
+    Raises UserError for an adapter of --model with another rank.
+    """
+    from peft import LoraConfig
 
-def attach(model, rank: int, seed: int) -> None:
-    """Freeze the model's weights and give it a fresh adapter, which changes nothing yet."""
-    peft = require_peft(f"--lora {rank}")
-    model.requires_grad_(False)
-    settings = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    file = Path(config.model) / CONFIG
+    if file.is_file():
+        rank = json.loads(file.read_text()).get("r", 0)
+        if rank != config.lora:
+            raise UserError(f"--lora {config.lora}: the adapter in {file.parent} has rank {rank}; give --lora {rank}")
+        return attach_saved(model, file.parent, [START, "default"])  # the first stays as it is
+    settings = LoraConfig(r=config.lora, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     # The same on every process, though each draws samples of its own: torch.manual_seed sets the GPU's numbers, too.
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
-        torch.manual_seed(seed)
-        add(model, settings, "default")
+        torch.manual_seed(config.seed)
+        attach(model, settings, "default")
 
 
-def attach_saved(model, folder: str, names: list[str]) -> None:
-    """Freeze the model's weights and give it the adapter of a folder, once under each name; the last one is used.
+def attach_saved(model, folder: Path, names: list[str]) -> None:
+    """Give the model the adapter of a folder, once under each name; the last one is used.
 
     Raises UserError for an adapter of another kind, or one that doesn't fit the model.
     """
-    peft = require_peft(f"{folder} is an adapter")
-    model.requires_grad_(False)
-    settings = peft.PeftConfig.from_pretrained(folder)
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
     if settings.peft_type != "LORA":
         raise UserError(f"{folder}: is an adapter of the kind {settings.peft_type}, not LORA")
     settings.lora_dropout, settings.inference_mode = 0.0, False  # dropout: the ratio compares passes of one network
     for name in names:
-        add(model, settings, name)
-        load_weights(model, Path(folder), name)
+        attach(model, settings, name)
+        load_weights(model, folder, name)
 
 
-def add(model, settings, name: str) -> None:
+def attach(model, settings, name: str) -> None:
+    """Freeze all that the model has, and give it one more adapter."""
+    model.requires_grad_(False)
     if Path(model.config.name_or_path).is_dir():  # a checkpoint must find its base from anywhere
         model.name_or_path = model.config.name_or_path = str(Path(model.config.name_or_path).resolve())
     with warnings.catch_warnings():  # peft warns of a second adapter

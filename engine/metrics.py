@@ -127,22 +127,18 @@ def step_metrics(values: dict[str, list], sums: dict[str, float], seconds: dict[
 
 def sample_rows(trajectories: list) -> dict:
     """The trajectories of one document as a line of samples.jsonl."""
-    document = trajectories[0].document
+    document, rows = trajectories[0].document, []
+    for t in trajectories:
+        said = {"memories": t.memories, "searches": t.searches, "prediction": t.prediction}
+        rows.append(said | {"reward": t.reward, "advantage": t.turns[0].advantage, "recall": recall_row(t)})
     about = {"question": document.question, "answers": document.answers, "document": document.chunks}
-    rows = [
-        {
-            "memories": t.memories, "searches": t.searches, "prediction": t.prediction, "reward": t.reward,
-            "advantage": t.turns[0].advantage, "recall": recall_row(t),
-        }
-        for t in trajectories
-    ]
     return about | {"trajectories": rows}
 
 
 def recall_row(trajectory) -> dict | None:
     """What a trajectory was asked to recall, and its answers; None where nothing was asked."""
     target = trajectory.target
-    if target is None:
+    if not target:
         return None
     answers = [
         {"text": turn.text.strip(), "reward": reward, "advantage": turn.advantage}

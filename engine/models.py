@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.config import flag
 from engine.errors import UserError, first_line
 
 ADAPTER = "adapter_config.json"  # peft's: a folder with this file holds an adapter, and no whole model
@@ -27,7 +26,7 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
         from engine import lora
 
         model, tokenizer = load_model(lora.base_of(name, given), device, dtype, given)
-        lora.attach_saved(model, name, ["default"])
+        lora.attach_saved(model, Path(name), ["default"])
         return model.requires_grad_(False), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -139,16 +138,6 @@ def check_logits(model, name: str) -> None:
         )
 
 
-def check_window(model, needed: int, config, shown: str) -> None:
-    """Raises UserError where `needed` tokens don't fit the model's window; `shown` is the setting of its input."""
-    if needed > (window := window_of(model)):
-        raise UserError(
-            f"{flag(shown)} {getattr(config, shown)}, --memory-tokens {config.memory_tokens} and --answer-tokens "
-            f"{config.answer_tokens} need a window of {needed} tokens, {model.config.name_or_path} has {window}; make "
-            "them smaller"
-        )
-
-
 # ---- the policy and its reference -----------------------------------------------------------------------
 
 
@@ -161,14 +150,14 @@ def load_policy(config, device: str):
         )
     if config.lora and config.offload_reference:
         raise UserError("--offload-reference: with --lora the reference is the policy, its adapter off; leave it out")
+    base = config.model
     if config.lora:
         from engine import lora
 
-        base = lora.base_of(config.model, "--model") if is_adapter(config.model) else config.model
-        model, tokenizer = load_model(base, device, config.dtype)
+        base = lora.base_of(config.model, "--model")
+    model, tokenizer = load_model(base, device, config.dtype)
+    if config.lora:
         lora.begin(model, config)
-    else:
-        model, tokenizer = load_model(config.model, device, config.dtype)
     check_logits(model, config.model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -51,10 +51,9 @@ class MasterAdamW:
         if norm.isfinite():  # the same on every process: it is of the sum
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        if self.separate and norm.isfinite():
-            with torch.no_grad():
-                for weight, master in zip(self.weights, self.masters, strict=True):
-                    weight.copy_(self.whole(master))
+        if norm.isfinite() and self.separate:
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(self.whole(master.data))
         return norm.item()
 
     def set_gradients(self, gradients: list[torch.Tensor]) -> None:

@@ -20,16 +20,14 @@ def start() -> str:
     cuda = torch.cuda.is_available()
     if "LOCAL_RANK" not in os.environ:
         return "cuda" if cuda else "cpu"
-    if cuda and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        raise UserError(
-            f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; give as many as there are GPUs"
-        )
+    number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if cuda and number >= gpus:
+        raise UserError(f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; start one for each")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number)
     # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
-    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+    return f"cuda:{number}" if cuda else "cpu"
 
 
 def rank() -> int:

@@ -40,7 +40,9 @@ class Run:
             raise UserError(f"--documents {config.documents}: each of {self.processes} processes needs at least one")
         resuming = False
         if self.rank == 0:
-            settings = settings_of(config)
+            settings = asdict(config)
+            if Path(config.model).is_dir():  # runs/X/checkpoint leads elsewhere when X goes on
+                settings["model"] = str(Path(config.model).resolve())
             self.lock = lock(self.out)
             resuming = holds_run(self.out, settings)
             replace_text(self.out / "config.json", json.dumps(settings, indent=1))
@@ -52,7 +54,7 @@ class Run:
         self.last = checkpoints.newest(self.out) if resuming else None
         # What a checkpoint keeps beside tensors.
         self.state = {"step": 0, "processes": self.processes, "seconds": 0.0, "bad_steps": 0}
-        self.stopping = False
+        self.stopped = False  # by a signal, before the last step
 
     # ---- before the first step
 
@@ -71,7 +73,9 @@ class Run:
     def resume(self, policy, tokenizer, optimizer, budget) -> None:
         """Bring policy, optimizer, budget and random numbers to the last checkpoint, and cut the logs to it."""
         self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
-        needed, free = checkpoints.size(policy, optimizer), shutil.disk_usage(self.out).free
+        weights = sum(weight.numel() for weight in optimizer.weights)
+        needed = weights * (16 if optimizer.separate else 12)  # bytes: weights, two moments, and separate masters
+        free = shutil.disk_usage(self.out).free
         if free < needed:
             raise UserError(
                 f"--out {self.out}: a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
@@ -129,9 +133,9 @@ class Run:
         self.state["step"], self.state["rollout_tokens"] = step + 1, min(budgets)
         self.state["seconds"] += sum(self.seconds.values())
         self.state["bad_steps"] = self.state["bad_steps"] + 1 if bad_updates else 0
-        self.stopping = any(signals)
-        broken = self.state["bad_steps"] >= MAX_BAD_STEPS
-        if broken or self.stopping or (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps:
+        last, broken = step + 1 == self.config.steps, self.state["bad_steps"] >= MAX_BAD_STEPS
+        self.stopped = any(signals) and not last
+        if broken or self.stopped or last or (step + 1) % self.config.save_every == 0:
             self.save()
         if broken:
             raise UserError(
@@ -149,17 +153,11 @@ class Run:
                 tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
                 for n, part in enumerate(states):
                     tensors |= {f"random/{n}/{name}": tensor for name, tensor in part.items()}
-                card = model_card(self.config, self.state["step"])
-                checkpoints.save(self.out, self.state, self.policy, self.tokenizer, card, self.config.keep, tensors)
+                checkpoints.save(self.out, self.state, self.policy, self.tokenizer, self.config.keep, tensors)
         finally:
             parallel.gather(None)  # torchrun kills process 0 seconds after another one ends
 
     # ---- after the last step
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a signal has ended the run before its last step."""
-        return self.stopping and self.state["step"] < self.config.steps
 
     def finish(self) -> None:
         """Mark the run as finished, or say how to resume it."""
@@ -173,14 +171,6 @@ class Run:
 
 
 # ---- the folder -----------------------------------------------------------------------------------------
-
-
-def settings_of(config) -> dict:
-    """The settings as config.json has them."""
-    settings = asdict(config)
-    if Path(config.model).is_dir():
-        settings["model"] = str(Path(config.model).resolve())  # runs/X/checkpoint leads elsewhere when X goes on
-    return settings
 
 
 def lock(out: Path):
@@ -202,13 +192,13 @@ def holds_run(out: Path, settings: dict) -> bool:
         return False
     held, advice = f"--out {out}: the folder holds another run", "choose another or delete it"
     try:
-        saved = dict(json.loads((out / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{held} or other files; {advice}") from None
+        saved = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        saved = None
+    if not isinstance(saved, dict) or saved.keys() != settings.keys():  # another program's, or another version's
+        raise UserError(f"{held} or other files; {advice}")
     if (out / "finished").exists():
         raise UserError(f"--out {out}: the run in this folder is finished; {advice}")
-    if saved.keys() != settings.keys():  # of another program, or of another version of this one
-        raise UserError(f"{held} or other files; {advice}")
     if differing := sorted(name for name in settings.keys() - FREE if saved[name] != settings[name]):
         flags = ", ".join(f"{flag(name)} {saved[name]}" for name in differing)
         raise UserError(f"{held}, with {flags}; {advice}, or give its settings to resume it")
@@ -225,15 +215,6 @@ def append(file: Path, values: dict) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     with file.open("a") as log:
         log.write(json.dumps(finite) + "\n")
-
-
-def model_card(config, step: int) -> str:
-    return (
-        f"---\nlibrary_name: transformers\ntags: [memtrain, grpo]\n---\n# A MemTrain checkpoint\n\n"
-        f"`{config.model}` after {step} steps of {config.task} (arXiv 2606.03197) on `{config.corpus_name}`: it reads "
-        f"texts in chunks of {config.chunk_tokens} tokens and keeps up to {config.memory_tokens} tokens of memory.\n"
-        "Made to be trained further on a task. The settings are in `config.json` of the run's folder.\n"
-    )
 
 
 # ---- signals --------------------------------------------------------------------------------------------

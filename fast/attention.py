@@ -43,23 +43,16 @@ PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
 PACKED = "packed_sdpa"
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room ahead: the plain one copies itself for every new token."""
+class PromptLayer(DynamicLayer):
+    """A cache layer with room ahead, which can hold each prompt once, apart from the tokens of the rows that follow it.
+
+    The plain layer copies itself for every new token. Once prompts are set aside, rows only grow or are selected; which
+    prompts stay is for SharedPrompts to say.
+    """
 
     room = 64  # tokens that a new buffer has beyond those it is made for; its owner may know how many will come
-    buffers = (None, None)  # of keys and of values, which are the filled parts
-
-    def append(self, buffer: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`held` and then `new`, both (batch, heads, tokens, head size), in one buffer: in `buffer` if it has room."""
-        past = held.shape[-2] if held.numel() else 0
-        total = past + new.shape[-2]
-        # What is held lies elsewhere once rows were selected or the cache was reset.
-        if buffer is None or not past or held.data_ptr() != buffer.data_ptr() or total > buffer.shape[-2]:
-            buffer = new.new_empty(*new.shape[:-2], total + self.room, new.shape[-1])
-            if past:
-                buffer[..., :past, :] = held
-        buffer[..., past:total, :] = new
-        return buffer
+    buffers = None  # of keys and of values, which are the filled parts
+    prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
 
     def make_room(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
         """Hold `rows` rows of `width` zeros, shaped like these keys and values (any, heads, any, head size)."""
@@ -68,31 +61,29 @@ class RoomyLayer(DynamicLayer):
         self.buffers = tuple(like.new_zeros(shape) for like, shape in zip((keys, values), shapes, strict=True))
         self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.buffers = None, None  # or all rows would stay in memory until the next token
-
-    def update(self, key_states, value_states, *more, **named):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        total = key_states.shape[-2] + (self.keys.shape[-2] if self.keys.numel() else 0)
-        keys, values = self.buffers
-        self.buffers = self.append(keys, self.keys, key_states), self.append(values, self.values, value_states)
+    def update(self, key_states: Tensor, value_states: Tensor, *more, **named) -> tuple[Tensor, Tensor]:
+        held, past = (self.keys, self.values), DynamicLayer.get_seq_length(self)
+        total = past + key_states.shape[-2]
+        if self.buffers is None or total > self.buffers[0].shape[-2]:
+            self.make_room(key_states, value_states, len(key_states), total)
+            if past:
+                self.write(held, 0, past)
+        self.write((key_states, value_states), past, total)
         self.keys, self.values = (buffer[..., :total, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    def write(self, states: tuple[Tensor, Tensor], start: int, end: int) -> None:
+        for buffer, own in zip(self.buffers, states, strict=True):
+            buffer[..., start:end, :] = own
 
-class PromptLayer(RoomyLayer):
-    """A cache layer that can hold each prompt once, apart from the tokens of the rows that go on from it.
-
-    Once prompts are set aside, rows only grow or are selected; which prompts stay is for SharedPrompts to say.
-    """
-
-    prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None  # or all rows would stay in memory until the next token
 
     def set_prompts_aside(self) -> None:
         self.prompt_keys, self.prompt_values = self.keys, self.values
         self.lazy_initialization(self.keys, self.values)  # from here on keys and values are the rows' own
+        self.buffers = None
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() + (0 if self.prompt_keys is None else self.prompt_keys.shape[-2])
@@ -195,11 +186,6 @@ def packed_sdpa(module, query, key, value, attention_mask, **more):
     return torch.cat([causal, masked], 1), None  # (rows, queries, heads, size)
 
 
-def implementation(model) -> str:
-    """The name of the attention that the model's layers use now."""
-    return model.config.get_text_config()._attn_implementation
-
-
 def can_share_prompts(model) -> bool:
     """Whether every layer attends to everything before it, at positions that the caller gives.
 
@@ -212,12 +198,13 @@ def can_share_prompts(model) -> bool:
 
 def takes_shared_prompts(model) -> bool:
     """Whether SharedPrompts can stand in for the model's attention. The model must pass can_share_prompts."""
-    return implementation(model) in ("sdpa", PACKED) and model.config.get_text_config().model_type in PLAIN_ATTENTION
+    config = model.config.get_text_config()
+    return config._attn_implementation in ("sdpa", PACKED) and config.model_type in PLAIN_ATTENTION
 
 
 def packs(model) -> bool:
     """Whether enable_packing has switched the model to packed_sdpa."""
-    return implementation(model) == PACKED
+    return model.config.get_text_config()._attn_implementation == PACKED
 
 
 def enable_packing(model) -> bool:
@@ -225,11 +212,10 @@ def enable_packing(model) -> bool:
 
     It needs can_share_prompts and sdpa: eager would add a boolean mask to its scores, flash attention takes none.
     """
-    if packs(model):
-        return True
-    if not (can_share_prompts(model) and model._supports_attention_backend and implementation(model) == "sdpa"):
-        return False
-    ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_sdpa)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
-    model.config.get_text_config()._attn_implementation = PACKED
-    return True
+    config = model.config.get_text_config()
+    can = can_share_prompts(model) and model._supports_attention_backend and config._attn_implementation == "sdpa"
+    if can:
+        ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_sdpa)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
+        config._attn_implementation = PACKED
+    return can or packs(model)

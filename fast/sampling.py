@@ -40,20 +40,16 @@ class Draw(LogitsProcessor):
     one a row. Sums in float64, since tokens of 1e-7 count too. A greedy Draw leaves all to the argmax.
     """
 
-    finite = True  # or a tensor, False once a score was nan or inf; looked at in the end, so that no token waits for it
-
     def __init__(self, greedy: bool):
         self.greedy = greedy
 
     def __call__(self, ids, scores):
         if self.greedy:
-            self.finite = (scores.amax(-1) < torch.inf).all() & self.finite  # a maximum is nan if one score is
             return scores
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
         at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
         above = torch.searchsorted(cumulative, at, right=True)  # (rows, 1): the first above `at`
         drawn = above.clamp(max=scores.shape[1] - 1)
-        self.finite = cumulative[:, -1].isfinite().all() & self.finite
         return scores.fill_(-torch.inf).scatter_(1, drawn, 0.0)  # generate's own copy, which can be large
 
 
@@ -91,70 +87,68 @@ def generate(
     """The fast twin of rollout.generate: one completion for each prompt, in the order of `prompts`.
 
     `done` is asked after tokens that hold } or > only. Running out of memory halves `budget`. UserError where a single
-    prompt doesn't fit, and for logits that are not finite.
+    prompt doesn't fit.
     """
-    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
-    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
-    draw = Draw(greedy)
-    can_share = can_share_prompts(model)
-    fill = 0.5 if can_share else 0.875  # prompts that are computed apart needn't be of similar length to write
     turns: list = [None] * len(prompts)
-    while waiting := [i for i, turn in enumerate(turns) if turn is None]:
-        sizes = row_sizes([prompts[i] for i in waiting], new_tokens, can_share and takes_shared_prompts(model))
-        full = False
+    batches = cut_batches(model, prompts, range(len(prompts)), new_tokens, budget.tokens)
+    while batches:
+        batch, found = batches.pop(0), None
+        some = [prompts[i] for i in batch]
         try:
-            batches = [[waiting[n] for n in places] for places in by_length(sizes, budget.tokens, fill)]
-            while batches:
-                batch = batches.pop(0)
-                some = [prompts[i] for i in batch]
-                held = held_tokens(model, some, new_tokens)
-                if held > budget.tokens and len(batch) > 1:  # its groups are of different sizes, so they hold more
-                    batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-                    continue
-                prefill_tokens = budget.tokens // 8 if can_share else None
-                found = generate_batch(model, tokenizer, some, new_tokens, prefill_tokens, config, draw, done)
-                for i, turn in zip(batch, found, strict=True):
-                    turns[i] = turn
+            found = generate_batch(model, tokenizer, some, new_tokens, done, greedy, budget.tokens // 8)
         except torch.OutOfMemoryError:
-            full = True
-        if full:  # here and not above: while an exception is handled, it keeps alive all that its frames hold
-            shrink(budget, len(batch), held, len(prompts[batch[0]]))
-    if not draw.finite:
-        raise UserError(
-            "--model: its logits are not finite, so no token can be chosen; look at its weights, or try another --dtype"
-        )
+            pass  # while an exception is handled, it keeps alive all that its frames hold
+        if found is None:
+            shrink(budget, some, held_tokens(model, some, new_tokens))
+            waiting = [i for i, turn in enumerate(turns) if turn is None]
+            batches = cut_batches(model, prompts, waiting, new_tokens, budget.tokens)
+            continue
+        for i, turn in zip(batch, found, strict=True):
+            turns[i] = turn
     return turns
 
 
-def row_sizes(prompts: list[list[int]], new_tokens: int, prompts_once: bool) -> list[int]:
-    """Tokens of the cache that each row holds; with `prompts_once` the rows of a prompt divide its tokens."""
-    sizes = [len(prompt) + new_tokens for prompt in prompts]
-    for group in by_prompt(prompts) if prompts_once else []:
-        for n in group:
-            sizes[n] = ceil(len(prompts[n]) / len(group)) + new_tokens
-    return sizes
+def cut_batches(model, prompts: list[list[int]], waiting, new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """The positions `waiting`, of prompts, in batches that fill at most `max_tokens` tokens of the cache."""
+    share = can_share_prompts(model)
+    sizes = [len(prompts[i]) + new_tokens for i in waiting]  # of the cache
+    if share and takes_shared_prompts(model):
+        for group in by_prompt([prompts[i] for i in waiting]):
+            for n in group:  # the rows of a prompt divide its tokens
+                sizes[n] = ceil((sizes[n] - new_tokens) / len(group)) + new_tokens
+    fill = 0.5 if share else 0.875  # prompts that are computed apart needn't be of similar length to write
+    batches = [[waiting[n] for n in places] for places in by_length(sizes, max_tokens, fill)]
+    fitting = []
+    while batches:
+        batch = batches.pop(0)
+        if len(batch) > 1 and held_tokens(model, [prompts[i] for i in batch], new_tokens) > max_tokens:
+            batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]  # its groups are of different sizes
+        else:
+            fitting.append(batch)
+    return fitting
 
 
 def holds_prompts_once(model, groups: list[list[int]]) -> bool:
-    """Whether a batch of these groups, of by_prompt, holds each prompt once. `model` must pass can_share_prompts.
+    """Whether a batch of these groups, of by_prompt, holds each prompt once.
 
     Not where one prompt has far more rows than another: the largest group sets the work of all.
     """
-    return takes_shared_prompts(model) and len(groups) * max(map(len, groups)) <= 2 * sum(map(len, groups))
+    able = can_share_prompts(model) and takes_shared_prompts(model)
+    return able and len(groups) * max(map(len, groups)) <= 2 * sum(map(len, groups))
 
 
 def held_tokens(model, prompts: list[list[int]], new_tokens: int) -> int:
     """Tokens of the cache that a batch of these prompts fills, padding included."""
     groups = by_prompt(prompts)
-    copies = len(groups) if can_share_prompts(model) and holds_prompts_once(model, groups) else len(prompts)
+    copies = len(groups) if holds_prompts_once(model, groups) else len(prompts)
     return copies * max(map(len, prompts)) + len(prompts) * new_tokens
 
 
-def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
-    """Halve the budget after a batch of `rows` rows and `held` tokens ran out of memory. UserError for a single row."""
-    if rows == 1:
+def shrink(budget: Budget, prompts: list[list[int]], held: int) -> None:
+    """Halve the budget after a batch of these prompts, `held` tokens, ran out of memory. UserError for a single one."""
+    if len(prompts) == 1:
         raise UserError(
-            f"out of memory for a single prompt of {prompt_tokens} tokens: make --chunk-tokens smaller, leave out "
+            f"out of memory for a single prompt of {len(prompts[0])} tokens: make --chunk-tokens smaller, leave out "
             "--controls full, or see docs/performance.md on what can be held in CPU memory"
         )
     torch.cuda.empty_cache()
@@ -163,20 +157,21 @@ def shrink(budget: Budget, rows: int, held: int, prompt_tokens: int) -> None:
 
 
 def generate_batch(
-    model, tokenizer, prompts: list[list[int]], new_tokens: int, prefill_tokens: int | None,
-    config: GenerationConfig, draw: Draw, done: Callable[[str], bool] | None,
+    model, tokenizer, prompts: list[list[int]], new_tokens: int, done: Callable[[str], bool] | None, greedy: bool,
+    prefill_tokens: int,
 ) -> list[Turn]:
     """One batch: Hugging Face's generate, called anew with the rows that go on once half of them have ended.
 
-    Prompts are computed first, in batches of `prefill_tokens`. None, for a model that fails can_share_prompts: generate
-    computes them, and ended rows stay in to the end.
+    Prompts are computed first, in batches of `prefill_tokens`. Where a model fails can_share_prompts, generate computes
+    them, and ended rows stay in to the end.
     """
-    ids, mask = left_padded(prompts, config.pad_token_id, model.device)  # (rows, width)
+    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
     width = ids.shape[1]
     cache, shared = None, None
-    if prefill_tokens is not None:
+    if can_share_prompts(model):
         cache, shared = prefill(model, prompts, prefill_tokens, new_tokens)
-    config.max_length = width + new_tokens
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad, max_length=width + new_tokens)
     turns: list = [None] * len(prompts)
     going = list(range(len(prompts)))  # the prompt of each row
     # generate takes from the model folder's config all that `config` leaves open: penalties, forbidden words.
@@ -186,11 +181,11 @@ def generate_batch(
             for layer in cache.layers if cache is not None else []:
                 layer.room = config.max_length - ids.shape[1] + 1  # so that it is allocated once
             few = len(going) // 2 if cache is not None and len(going) > 8 else 0
-            stop = Stop(done, tokenizer, config.eos_token_id, len(going), width, few, ids.device)
+            stop = Stop(done, tokenizer, ends, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-                    logits_processor=[draw], stopping_criteria=[stop],
+                    logits_processor=[Draw(greedy)], stopping_criteria=[stop],
                 )
             new = ids[:, width:].tolist()
             rows = []  # that go on
@@ -221,14 +216,16 @@ def prefill(
     the right end of its row. With an attention, prompts are set aside: once each, or for every row where groups differ
     much in size.
     """
+    cache, width = DynamicCache(config=model.config), max(map(len, prompts)) - 1
+    cache.layers = [PromptLayer() for _ in cache.layers]
+    if not width:
+        return cache, None
     groups = by_prompt(prompts)
     lengths = [len(prompts[group[0]]) - 1 for group in groups]
-    cache, width = DynamicCache(config=model.config), max(lengths)
-    cache.layers = [PromptLayer() for _ in cache.layers]
     copied = len(groups) < len(prompts) and not holds_prompts_once(model, groups)
     alone = copied or len(groups) == len(prompts)  # each row has a prompt of its own in the cache
     # For one row a prompt SharedPrompts is faster than torch's attention on a CPU, but would widen bfloat16 each time.
-    aside = bool(width) and takes_shared_prompts(model) and not (alone and model.dtype != torch.float32)
+    aside = takes_shared_prompts(model) and not (alone and model.dtype != torch.float32)
     for layer in cache.layers:
         layer.room = 0 if aside else new_tokens
     for places in by_length(lengths, max_tokens):
@@ -247,16 +244,15 @@ def prefill(
                 layer.keys[n, :, width - lengths[n] :] = computed.keys[row, :, : lengths[n]]
                 layer.values[n, :, width - lengths[n] :] = computed.values[row, :, : lengths[n]]
             computed.keys = computed.values = None  # or a prompt that is a batch of its own would be held twice
-    prompt_of = torch.empty(len(prompts), dtype=torch.long)  # (rows,)
-    for n, group in enumerate(groups):
-        prompt_of[group] = n
-    prompt_of = prompt_of.to(model.device)
-    if width and copied:
+    number = {i: n for n, group in enumerate(groups) for i in group}
+    prompt_of = torch.tensor([number[i] for i in range(len(prompts))], device=model.device)  # (rows,)
+    pads = width - torch.tensor(lengths, device=model.device)  # (prompts,)
+    if copied:
         cache.batch_select_indices(prompt_of)
-        lengths, prompt_of = [len(prompt) - 1 for prompt in prompts], torch.arange(len(prompts), device=model.device)
+        pads, prompt_of = pads[prompt_of], torch.arange(len(prompts), device=model.device)
     if not aside:
         return cache, None
     for layer in cache.layers:
         layer.set_prompts_aside()
-    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # (prompts, width)
-    return cache, SharedPrompts(cache, prompt_of, mask.to(model.device))
+    mask = torch.arange(width, device=model.device) >= pads[:, None]  # (prompts, width)
+    return cache, SharedPrompts(cache, prompt_of, mask)

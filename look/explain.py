@@ -4,6 +4,7 @@ The step is the loop's, by the same functions. The loss by hand is Eq. 4 in Pyth
 """
 
 import math
+from textwrap import indent, shorten
 
 import torch
 
@@ -19,22 +20,16 @@ CELL = 60  # characters of a text in a table
 TOKENS = 12  # rows of the table of tokens
 
 
-def shortened(text: str) -> str:
-    half = LONGEST // 2
-    if len(text) <= LONGEST:
-        return text
-    return f"{text[:half]}\n[... {len(text) - LONGEST} characters ...]\n{text[-half:]}"
-
-
 def one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= CELL else f"{line[:CELL]} ..."
+    return shorten(text, CELL, placeholder=" ...")
 
 
 def show(title: str, text: str) -> None:
-    """A heading and an indented text."""
-    lines = shortened(text).splitlines() or [""]
-    print(f"\n{title}", *(f"    {line}".rstrip() for line in lines), sep="\n")
+    """A heading and an indented text, without its middle where it is long."""
+    half = LONGEST // 2
+    if len(text) > LONGEST:
+        text = f"{text[:half]}\n[... {len(text) - LONGEST} characters ...]\n{text[-half:]}"
+    print(f"\n{title}\n{indent(text.rstrip(), '    ')}")
 
 
 def show_table(head: list[str], rows: list[list]) -> None:

@@ -11,14 +11,16 @@ function show() {
   chosen[turn].classList.add("on");
   place.textContent = `${turn + 1} of ${chosen.length}`;
 }
+function offer(select, of, name) {
+  const choices = new Map(of.map(p => [p.dataset[select.id], p.dataset[name]]));
+  select.replaceChildren(...[...choices].map(([value, text]) => new Option(text, value)));
+}
 function fill() {
-  const mine = panels.filter(p => p.dataset.sample === sample.value);
-  const own = new Map(mine.map(p => [p.dataset.trajectory, p.dataset.name]));
-  trajectory.replaceChildren(...[...own].map(([value, name]) => new Option(name, value)));
+  offer(trajectory, panels.filter(p => p.dataset.sample === sample.value), "name");
   turn = 0;
   show();
 }
-if (sample) {
+if (panels.length) {
   document.documentElement.classList.add("js");
   sample.onchange = fill;
   trajectory.onchange = show;
@@ -29,6 +31,7 @@ if (sample) {
     if (event.key === "ArrowLeft") { turn -= 1; show(); }
     if (event.key === "ArrowRight") { turn += 1; show(); }
   };
+  offer(sample, panels, "step");
   fill();
 }
 // A test in a browser waits for it.

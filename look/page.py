@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from engine.errors import UserError
-from engine.metrics import cell, count_of, unit_of
+from engine.metrics import table, unit_of
 from text.matching import MASK, TARGET, occurrences
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 44, 26  # of a chart, and the room for its labels
@@ -78,35 +78,31 @@ def curves(metrics: list[dict]) -> str:
     """A chart for each of CURVES that has numbers other than 0."""
     figures = []
     for title, names in CURVES.items():
-        lines = {}
+        lines: dict[str, list[Point]] = {}
         for name in names:
-            own = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-            if any(y for _, y in own):
-                lines[name] = [(x, y, y, y) for x, y in own]
+            points = [(row["step"], row[name], row[name], row[name]) for row in metrics if row.get(name) is not None]
+            if any(y for _, y, *_ in points):
+                lines[name] = points
         if lines:
-            figures.append(figure(title, lines))
+            figures.append(figure(title, lines, ceiling(max(y for points in lines.values() for _, y, *_ in points))))
     return "".join(figures)
 
 
 def accuracy(rows: list[dict]) -> str:
-    """A chart for each task of an evaluation, with 95 % intervals, and all rows as a table."""
+    """A chart for each task of an evaluation, with 95 % intervals, and its table."""
     if not rows:
         return '<p class="soft">This run was not evaluated.</p>'
-    charts, body = [], ""
-    lengths = sorted({row["chunks"] for row in rows})
-    unit = unit_of(rows)
+    charts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         lines: dict[str, list[Point]] = {}
-        for when, memory in dict.fromkeys((row["when"], row["memory"]) for row in rows if row["task"] == task):
-            own = {r["chunks"]: r for r in rows if (r["task"], r["when"], r["memory"]) == (task, when, memory)}
-            name = when if memory == "kept" else f"{when}, {memory} memory"
-            lines[name] = [(n, own[n]["accuracy"], own[n]["low"], own[n]["high"]) for n in sorted(own)]
-            cells = [cell(own[n], "accuracy") if n in own else "" for n in lengths]
-            cells = [task, name, count_of(own.values()), *cells]
-            body += "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in cells) + "</tr>"
-        charts.append(figure(f"{task}, by {unit}", lines, powers=True, highest=1.0))
-    head = "".join(f"<th>{name}</th>" for name in ("", "", "n", *(f"{n} {unit}" for n in lengths)))
-    return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        for row in sorted(rows, key=lambda row: row["chunks"]):
+            if row["task"] == task:
+                name = row["when"] if row["memory"] == "kept" else f"{row['when']}, {row['memory']} memory"
+                lines.setdefault(name, []).append((row["chunks"], row["accuracy"], row["low"], row["high"]))
+        charts.append(figure(f"{task}, by {unit_of(rows)}", lines, 1.0))
+    head, _, *body = ([escape(cell) for cell in line.split("|")[1:-1]] for line in table(rows).splitlines())
+    cells = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in (head, *body))
+    return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table>{cells}</table></div>'
 
 
 def ceiling(value: float) -> float:
@@ -115,61 +111,47 @@ def ceiling(value: float) -> float:
     return next(n * power for n in (1, 2, 4, 8, 10) if n * power >= value)
 
 
-def figure(title: str, lines: dict[str, list[Point]], powers: bool = False, highest: float | None = None) -> str:
-    """Lines with intervals as a figure, from 0 up to `highest` or a round number; with `powers` x doubles evenly."""
-    place = math.log2 if powers else float
+def figure(title: str, lines: dict[str, list[Point]], top: float) -> str:
+    """Lines with intervals as a figure, from 0 up to `top`. All values of x stand equally far apart, in order."""
     xs = sorted({x for points in lines.values() for x, *_ in points})
-    top = highest or ceiling(max(high for points in lines.values() for *_, high in points))
-    span = place(xs[-1]) - place(xs[0]) or 1.0
+    across = {x: round(LEFT + (WIDTH - LEFT - 10) * n / max(1, len(xs) - 1), 1) for n, x in enumerate(xs)}
 
-    def across(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - 10) * (place(x) - place(xs[0])) / span
+    def down(y: float) -> str:
+        return f"{HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * y / top:.1f}"
 
-    def down(y: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * y / top
-
-    drawn = []
-    for n in range(5):
-        y = top * n / 4
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    for x in xs if powers else sorted({xs[0], xs[len(xs) // 2], xs[-1]}):
-        drawn.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
+    drawn, legend = [], []
+    for y in (0, top / 4, top / 2, 3 * top / 4, top):
+        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y)}" y2="{down(y)}"/>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{down(y)}" dy="4" text-anchor="end">{y:.3g}</text>')
+    for x in xs[:: max(1, len(xs) // 5)]:
+        drawn.append(f'<text x="{across[x]}" y="{HEIGHT - 6}" text-anchor="middle">{x}</text>')
     for n, (name, points) in enumerate(lines.items()):
         colour = f"c{n % COLOURS}"
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, *_ in sorted(points))
+        path = " ".join(f"{across[x]},{down(y)}" for x, y, *_ in points)
         drawn.append(f'<polyline class="line {colour}" points="{path}"><title>{escape(name)}</title></polyline>')
-        for x, _, low, high in points:
-            if low < high:
-                ends = f'y1="{down(low):.1f}" y2="{down(high):.1f}"'
-                drawn.append(f'<line class="line {colour}" x1="{across(x):.1f}" x2="{across(x):.1f}" {ends}/>')
-    legend = "".join(
-        f'<span class="name"><i class="c{n % COLOURS}"></i>{escape(name)}</span>' for n, name in enumerate(lines)
-    )
+        legend.append(f'<span class="name"><i class="{colour}"></i>{escape(name)}</span>')
+        for x, low, high in ((x, low, high) for x, _, low, high in points if low < high):
+            ends = f'x1="{across[x]}" x2="{across[x]}" y1="{down(low)}" y2="{down(high)}"'
+            drawn.append(f'<line class="line {colour}" {ends}/>')
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
-    return f"<figure>{svg}<figcaption><b>{escape(title)}</b>{legend}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption><b>{escape(title)}</b>{''.join(legend)}</figcaption></figure>"
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------
 
 
 def trajectories(samples: list[dict]) -> str:
-    """Choosers, and a panel for each turn of each trajectory; without scripts all panels stand one below another."""
-    if not samples:
-        return '<p class="soft">This run has no samples to step through.</p>'
-    choices, panels = [], []
+    """A panel for each turn of each trajectory, of which page.js shows one; without scripts all stand there."""
+    panels = []
     for s, sample in enumerate(samples):
-        choices.append(f'<option value="{s}">step {sample["step"]}</option>')
+        step = f"step {sample['step']}"
         for t, trajectory in enumerate(sample["trajectories"]):
             name = f"trajectory {t + 1}: R^E {trajectory['reward']:.2f}, A {trajectory['advantage']:+.2f}"
-            data = f'data-sample="{s}" data-trajectory="{t}" data-name="{escape(name)}"'
+            data = f'data-sample="{s}" data-step="{step}" data-trajectory="{t}" data-name="{name}"'
             for title, body in turns(sample, trajectory):
-                head = f'<p class="soft">step {sample["step"]}, {escape(name)}</p><h3>{escape(title)}</h3>'
+                head = f'<p class="soft">{step}, {name}</p><h3>{escape(title)}</h3>'
                 panels.append(f'<div class="panel" {data}>{head}{body}</div>')
-    choosers = f'<select id="sample" aria-label="step">{"".join(choices)}</select>'
-    choosers += '<select id="trajectory" aria-label="trajectory"></select><button id="back">back</button>'
-    choosers += '<button id="next">next</button><span id="place" class="soft"></span>'
-    return f"<nav>{choosers}</nav>{''.join(panels)}"
+    return "".join(panels) or '<p class="soft">This run has no samples to step through.</p>'
 
 
 def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """How well an agent answers real questions: exact match, F1 and substring match, beside controls without a memory."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 from engine import parallel
@@ -21,40 +21,39 @@ def evaluate_questions(
     from the "full" text, as far as it fits, or from "oracle", the gold paragraphs. `scores` are by question, which has
     the same number for every model and length.
     """
-    found: dict[tuple, dict[int, tuple]] = {}
     verbose = parallel.rank() == 0
-    shown = f"evaluation {when}" if verbose else None
     mine = documents_by_length(source, config, source.lengths(lengths, config.eval_split), verbose)
     places = [length for length, documents in mine.items() for _ in documents]
     documents = [document for own in mine.values() for document in own]
     if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
         raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
+    measures = {"exact": answer_reward}
+    if config.task == "longqa":
+        measures |= {"f1": f1_score, "substring": substring_match}
+    found: dict[tuple, dict[int, float]] = defaultdict(dict)  # (length, control, measure) -> question -> score
     for control in ("kept", *controls):
         if control == "kept" or config.task == "searchqa":  # all lengths together: short documents fill the batches
             allowed = config if control == "kept" else replace(config, searches=0)
+            shown = f"evaluation {when}" if verbose else None
             predictions = [t.prediction for t in agent(sample, documents, allowed, progress=shown)]
         else:
             memories = [control_memory(control, document, sample, config) for document in documents]
             predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, config)]
         for length, prediction, document in zip(places, predictions, documents, strict=True):
-            scores = measures(config.task, prediction, document.answers)
-            found.setdefault((length, control), {})[document.index] = scores
-    parts, rows = parallel.gather(found), []
+            for name, score in measures.items():
+                found[length, control, name][document.index] = float(score(prediction, document.answers))
+    everywhere: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for part in parallel.gather(dict(found)):
+        for place, scores in part.items():
+            everywhere[place] |= scores
+    rows = []
     for length, control in ((length, control) for length in mine for control in ("kept", *controls)):
-        scores = dict(sorted(item for part in parts for item in part.get((length, control), {}).items()))
-        _, *others = zip(*scores.values(), strict=True)
-        more = {name: sum(own) / len(own) for name, own in zip(("f1", "substring"), others, strict=False)}
-        exact = {i: own[0] for i, own in scores.items()}
-        rows.append(row(when, config.task, length, control, exact, **more))
+        more = {}
+        for name in list(measures)[1:]:
+            in_order = sorted(everywhere[length, control, name].items())
+            more[name] = sum(score for _, score in in_order) / len(in_order)
+        rows.append(row(when, config.task, length, control, everywhere[length, control, "exact"], **more))
     return rows
-
-
-def measures(task: str, prediction: str | None, answers: list) -> tuple[float, ...]:
-    """Exact match; in longqa F1 and substring match, too."""
-    exact = answer_reward(prediction, answers)
-    if task != "longqa":
-        return (exact,)
-    return exact, f1_score(prediction, answers), float(substring_match(prediction, answers))
 
 
 def documents_by_length(source, config: Config, lengths: list[int], verbose: bool) -> dict[int, list]:
@@ -65,32 +64,33 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
     """
     total = len(source.questions[config.eval_split])
     first = range(min(20, total))
-    for length in list(lengths):
-        built = [one for part in parallel.gather(build(source, config, first, [length])) for one in part.values()]
-        reasons = [one for one in built if isinstance(one, str)]
-        if len(reasons) > len(first) / 10:
-            lengths = [other for other in lengths if other != length]
-            if verbose:
-                lost = f"{len(reasons)} of {len(first)} questions can't be brought to it"
-                print(f"evaluation at {length} chunks is left out, {lost}: {reasons[0]}")
-    taken: dict[int, list] = {}  # this process's questions that reach all lengths
+    reached = []
+    for length in lengths:
+        tried = parallel.gather(build(source, config, first, [length]))
+        reasons = [why for part in tried for why in part if isinstance(why, str)]
+        if len(reasons) <= len(first) / 10:
+            reached.append(length)
+        elif verbose:
+            lost = f"{len(reasons)} of {len(first)} questions can't be brought to it"
+            print(f"evaluation at {length} chunks is left out, {lost}: {reasons[0]}")
+    taken: list[list] = []  # of each of this process's questions that reach all lengths, the documents
     start, count = 0, 0
-    while lengths and start < total and count < config.eval_documents:
+    while reached and start < total and count < config.eval_documents:
         block = range(start, min(total, start + config.eval_documents - count))
-        own = {i: one for i, one in build(source, config, block, lengths).items() if not isinstance(one, str)}
-        taken |= own
+        own = [one for one in build(source, config, block, reached) if not isinstance(one, str)]
+        taken += own
         count, start = count + sum(parallel.gather(len(own))), block.stop
-    return {length: [one[n] for one in taken.values()] for n, length in enumerate(lengths)} if count else {}
+    return {length: [one[n] for one in taken] for n, length in enumerate(reached)} if count else {}
 
 
-def build(source, config: Config, questions: range, lengths: list[int]) -> dict[int, list | str]:
-    """This process's share of the questions, each with its document at every length, or with why it has none."""
-    built: dict[int, list | str] = {}
+def build(source, config: Config, questions: range, lengths: list[int]) -> list[list | str]:
+    """Of this process's share of the questions: the documents at every length, or why there are none."""
+    built: list[list | str] = []
     for i in questions[parallel.rank() :: parallel.count()]:
         try:
-            built[i] = [source.document(i, config.eval_split, length) for length in lengths]
+            built.append([source.document(i, config.eval_split, length) for length in lengths])
         except UserError as error:
-            built[i] = str(error)
+            built.append(str(error))
     return built
 
 

@@ -185,16 +185,16 @@ class LongQA:
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
         """Raises UserError where the question can't be brought to that length; in training others are tried before."""
-        questions, place = self.questions[split], (index, split, chunks or self.chunks)
-        if place in self.kept:
-            return self.kept[place]
+        questions, chunks = self.questions[split], chunks or self.chunks
         question = draw(questions, index, self.seed)
         if split != "train":
-            self.kept[place] = self._made(question, index, chunks or self.chunks)
+            place = index, split, chunks
+            if place not in self.kept:
+                self.kept[place] = self._made(question, index, chunks)
             return self.kept[place]
         for other in np.random.default_rng([self.seed, index, 1]).integers(len(questions), size=20):
             try:
-                return self._made(question, index, chunks or self.chunks)
+                return self._made(question, index, chunks)
             except UserError as error:
                 question, failure = questions[other], error
         raise failure

@@ -32,6 +32,11 @@ class Question:
 
 # ---- records --------------------------------------------------------------------------------------
 
+LAYOUTS = (
+    "HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or MuSiQue's 'paragraphs' "
+    "[{'title', 'paragraph_text', 'is_supporting'}]"
+)
+
 
 def load_questions(path: str | Path) -> list[Question]:
     """Questions of a file in the layout of HotpotQA, 2WikiMultihopQA or MuSiQue, or of MemAgent (arXiv 2507.02259).
@@ -56,26 +61,17 @@ def _records(path: str | Path) -> list[tuple[dict, str]]:
 def _question(record: dict, where: str, number: int) -> Question:
     if {"input", "extra_info", "reward_model"} & record.keys():
         return _memagent(record, where, number)
-    if "context" in record:
-        read, field, label = _hotpotqa, "context", "supporting_facts"
-        shape = "'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, number]]"
-    elif "paragraphs" in record:
-        read, field, label = _musique, "paragraphs", "is_supporting"
-        shape = "a paragraph of 'paragraphs' lacks 'title', 'paragraph_text' or 'is_supporting'"
-    else:
-        fields = " ".join(", ".join(record).split())  # a name may hold a line break
-        raise UserError(f"{where}: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has {fields}")
     if record.get("answerable") is False:
         raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
+    read = _hotpotqa if "context" in record else _musique
     try:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{where}: {shape}") from None
-    if not gold:
-        raise UserError(f"{where}: no {label!r}, so no gold paragraph")
-    for title, text in gold:
-        if not text:
-            raise UserError(f"{where}: {field!r} has no text for the supporting fact {title!r}")
+        fields = " ".join(", ".join(record).split())  # a name may hold a line break
+        raise UserError(f"{where}: lacks {LAYOUTS}; its fields are {fields}") from None
+    empty = [title for title, text in gold if not text]
+    if empty or not gold:
+        raise UserError(f"{where}: no text that 'supporting_facts' or 'is_supporting' marks as gold {empty or ''}")
     other = [(title, text) for title, text in paragraphs if text and (title, text) not in gold]
     id = str(record.get("_id", record.get("id", number)))
     return Question(id, _text(record, "question", where), _answers(record, where), list(gold), other)
@@ -116,22 +112,21 @@ def _memagent(record: dict, where: str, number: int) -> Question:
 
     Or of its training: context, extra_info {question, index}, reward_model {ground_truth}.
     """
+    _text(record, "context", where)  # only checked: it is read as it stands, not stripped
     if "input" in record:
-        extra, question, answers = record, _text(record, "input", where), _answers(record, where)
+        index, question, answers = record.get("index"), _text(record, "input", where), _answers(record, where)
     else:
         parts = (record.get(name) for name in ("extra_info", "reward_model"))
         extra, reward = (part if isinstance(part, dict) else {} for part in parts)
-        question = _text(extra, "question", f"{where}, extra_info")
+        index, question = extra.get("index"), _text(extra, "question", f"{where}, extra_info")
         answers = _answers({"answers": reward.get("ground_truth")}, f"{where}, reward_model.ground_truth")
-    _text(record, "context", where)  # only checked: it is read as it stands, not stripped
-    id = number if extra.get("index") is None else extra["index"]
-    return Question(str(id), question, answers, [], [], record["context"])
+    return Question(str(number if index is None else index), question, answers, [], [], record["context"])
 
 
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: " + (f"field {field!r} holds no text" if field in record else f"no field {field!r}"))
+        raise UserError(f"{where}: no field {field!r} that holds a text")
     return _unquote(value.strip())
 
 

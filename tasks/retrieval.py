@@ -7,10 +7,8 @@
 
 import json
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
-from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
@@ -23,8 +21,6 @@ def open_retriever(retriever: str, corpus: str | Path | None) -> "Local | Http":
     """`bm25` over the .jsonl `corpus`, or the URL of a Search-R1 server, which has its own. Raises UserError."""
     if retriever == "bm25":
         return Local(read_passages(corpus))
-    if retriever == "dense":
-        raise UserError("--retriever dense: was removed; run Search-R1's server with an encoder and give its http://...")
     return Http(retriever)
 
 
@@ -91,7 +87,8 @@ class Http:
         self.timeout, self.tries, self.pause = timeout, tries, pause
         # A proxy set in the environment would look for 127.0.0.1 on its own machine.
         loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if loopback else None))
+        proxies = urllib.request.ProxyHandler({} if loopback else None)
+        self.opener = urllib.request.build_opener(proxies, AnyStatus)
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """For each query at most k passages {"title", "text"}, best first."""
@@ -101,7 +98,9 @@ class Http:
             result = json.loads(reply)["result"]
             if len(result) != len(queries) or not all(isinstance(hits, list) and len(hits) <= k for hits in result):
                 raise ValueError("wrong counts")
-            return [[split_contents(whole(hit["document"]["contents"])) for hit in hits] for hits in result]
+            found = [[hit["document"]["contents"] for hit in hits] for hits in result]
+            # Half a surrogate pair, which JSON can spell and no tokenizer takes, becomes "?".
+            return [[split_contents(text.encode("utf-8", "replace").decode()) for text in texts] for texts in found]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{self.url} does not answer {len(queries)} queries for {k} passages each as a Search-R1 server does, "
@@ -109,34 +108,31 @@ class Http:
             ) from None
 
     def _post(self, body: bytes) -> bytes:
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         for attempt in range(self.tries):
             pause = self.pause * 2**attempt
             try:
-                status, headers, reply = self._try(body)
+                with self.opener.open(request, timeout=self.timeout) as reply:
+                    text = reply.read()
             except (OSError, HTTPException, UnicodeError) as error:  # refused, timed out, cut short, no such host
                 why = f"could not be reached: {getattr(error, 'reason', None) or error or type(error).__name__}"
             else:
-                if status < 300:
-                    return reply
-                why = f"answered {status}: {' '.join(reply[:500].decode(errors='replace').split())}"
-                if status < 500:
+                if reply.status < 300:
+                    return text
+                why = f"answered {reply.status}: {' '.join(text[:500].decode(errors='replace').split())}"
+                if reply.status < 500:
                     raise UserError(f"{self.url} {why}")
-                if headers.get("Retry-After", "").isdecimal():
-                    pause = min(int(headers["Retry-After"]), self.timeout)
+                if reply.headers.get("Retry-After", "").isdecimal():
+                    pause = min(int(reply.headers["Retry-After"]), self.timeout)
             if attempt < self.tries - 1:
                 time.sleep(pause)
         raise UserError(f"{self.url} {why} ({self.tries} tries); check that the server is running there")
 
-    def _try(self, body: bytes) -> tuple[int, Message, bytes]:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        try:
-            reply = self.opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            reply = error  # it is a reply, too
-        with reply:
-            return reply.status, reply.headers, reply.read()
 
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands on a reply of any status: an error's, too, is read."""
 
-def whole(text: str) -> str:
-    """`text` with "?" for each half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode()
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response

@@ -4,10 +4,9 @@ import re
 
 from tqdm import tqdm
 
-from engine import models
 from masking import Document
 from rewards import boxed
-from rollout import EMPTY_MEMORY, Trajectory, answered, fill, prompt_overhead
+from rollout import EMPTY_MEMORY, Trajectory, answered, fill
 from tasks.questions import draw
 
 SEARCH_PROMPT = """You answer a question by searching. From turn to turn you keep nothing but your notes, your last \
@@ -89,14 +88,6 @@ def search_prompt(trajectory: Trajectory, result: str, left: int) -> str:
     query = trajectory.searches[-1] if trajectory.searches else NOTHING
     question = trajectory.document.question
     return fill(SEARCH_PROMPT, problem=question, memory=trajectory.memory, query=query, result=result, left=left)
-
-
-def check_search_window(config, model, tokenizer, question: str) -> None:
-    """Raises UserError where a turn about `question`, the longest, can't fit the model's window."""
-    texts = len(tokenizer(question)["input_ids"]) + config.result_tokens
-    texts += 2 * config.memory_tokens  # the notes, and the last search, which may be as long
-    needed = prompt_overhead(tokenizer, SEARCH_PROMPT) + texts + config.memory_tokens + config.answer_tokens
-    models.check_window(model, needed, config, "result_tokens")
 
 
 # ---- questions -----------------------------------------------------------------------------------------

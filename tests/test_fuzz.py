@@ -16,7 +16,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from engine.errors import UserError  # noqa: E402
 from masking import mask  # noqa: E402
-from rewards import boxed, exact_match, objective_scores, recall_reward  # noqa: E402
+from rewards import answer_reward, boxed, exact_match, recall_reward  # noqa: E402
 from rollout import READ_PROMPT, Sampler, encode_prompt, fill  # noqa: E402
 from tasks.evaluate import f1_score, substring_match  # noqa: E402
 from tasks.questions import load_questions, load_search  # noqa: E402
@@ -62,7 +62,7 @@ def test_answers(cases):
         assert inside is None or f"\\boxed{{{inside}}}" in prediction
         for answer in (inside, prediction, "", None):
             scores = [score(answer, [gold]) for score in (exact_match, f1_score, substring_match)]
-            scores.append(objective_scores(answer, [[gold]]))
+            scores.append(answer_reward(answer, [[gold]]))
             assert all(0 <= float(score) <= 1 for score in scores) and (answer or not any(scores))
         assert recall_reward(prediction, gold) in (0, 1)
         found = SEARCH.search(prediction)

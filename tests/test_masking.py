@@ -21,7 +21,6 @@ from engine.errors import UserError
 from masking import (
     Corpus,
     Document,
-    Pivots,
     check_ner,
     draw_recall,
     find_entities,
@@ -301,11 +300,12 @@ def test_leaky_documents_are_dropped_unless_kept(tokenizer):
     passages += [Passage(f"q{n}", f"The year {n + 100} passed.", [(9, 12)]) for n in range(20)]
     settings = dict(seed=0, chunk_tokens=64, n_passages=23, heldout=0.5)
     strict = Corpus(passages, tokenizer, **settings)
-    strict.pivots["train"] = Pivots(several_words=[0], one_word=[], several_share=1.0)
+    only_ada = {("train", True): [0], ("train", False): []}, {("train", True): 1, ("train", False): 0}
+    strict.pivots, strict.name_counts = only_ada
     with pytest.raises(UserError, match="in 200 draws, 200 of them leaky"):
         strict.document(0)
     loose = Corpus(passages, tokenizer, **settings, keep_leaky=True)
-    loose.pivots["train"] = strict.pivots["train"]
+    loose.pivots, loose.name_counts = only_ada
     assert loose.document(0).answers == ["Ada Lovelace"]
 
 

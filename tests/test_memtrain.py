@@ -86,7 +86,7 @@ def test_a_run_writes_all_it_promises(tiny_run):
 
 
 def test_the_checkpoint_loads_and_differs(tiny_run, monkeypatch, capsys):
-    """AutoModelForCausalLM, AutoTokenizer and eval.py load it; training moved the weights; a model card is there."""
+    """AutoModelForCausalLM, AutoTokenizer and eval.py load it; training moved the weights."""
     out, _ = tiny_run
     trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model", dtype=torch.float32).state_dict()
@@ -94,7 +94,6 @@ def test_the_checkpoint_loads_and_differs(tiny_run, monkeypatch, capsys):
     assert any(not torch.equal(trained[n], base[n].to(trained[n].dtype)) for n in base)
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (out / "checkpoint", ROOT / "tiny/model")]
     assert tokenizers[0]("Ulm")["input_ids"] == tokenizers[1]("Ulm")["input_ids"]
-    assert (out / "checkpoint/README.md").read_text().startswith("---")
     assert (out / "checkpoint/model.safetensors").exists()
     settings = ["--model", str(out / "checkpoint"), "--eval_documents", "2", "--lengths", "1", "3"]
     monkeypatch.setattr(sys, "argv", ["eval.py", *settings])

@@ -11,7 +11,7 @@ from itertools import combinations, islice
 import pytest
 from helpers import records
 
-from rewards import answer_reward, boxed, exact_match, objective_scores, recall_reward, trajectory_reward
+from rewards import answer_reward, boxed, exact_match, recall_reward, trajectory_reward
 from tasks.evaluate import f1_score, substring_match
 
 
@@ -258,13 +258,13 @@ def test_substring_against_a_scan_of_the_words():
 )
 def test_two_objectives(prediction, score):
     """Answers count in their order; a missing one is wrong, a guess too many spoils the last."""
-    assert objective_scores(prediction, [["Ulm", "Ulm, Germany"], ["1879"]]) == score
+    assert answer_reward(prediction, [["Ulm", "Ulm, Germany"], ["1879"]]) == score
 
 
 def test_one_objective_is_exact_match():
     """One question's answer is not split, and of four right answers each is worth a quarter."""
-    assert objective_scores("Rock; Paper", [["rock paper"]]) == 1.0
-    assert objective_scores("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
+    assert answer_reward("Rock; Paper", [["rock paper"]]) == 1.0
+    assert answer_reward("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
 
 
 def test_the_reward_of_an_answer():

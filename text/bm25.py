@@ -10,14 +10,6 @@ from tqdm import tqdm
 WORD = re.compile(r"\w+")
 
 
-def best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k greatest of `scores` (n,), greatest first; equal scores by position."""
-    some = np.arange(len(scores))
-    if 0 < k < len(scores):  # all that tie with the k-th stay in, or equal scores would come in no fixed order
-        some = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    return some[np.argsort(-scores[some], kind="stable")][:k]
-
-
 class BM25:
     """Okapi BM25 (Robertson and Zaragoza, 2009) with Lucene's idf, log(1 + (N - df + 0.5) / (df + 0.5)).
 
@@ -50,8 +42,12 @@ class BM25:
 
     def holding(self, word: str) -> np.ndarray:
         """Numbers of the texts that hold this word, in any case."""
-        term = self.terms.get(word.lower())
-        return self.postings[:0] if term is None else self.postings[self.starts[term] : self.starts[term + 1]]
+        return self.postings[self._span(word.lower())]
+
+    def _span(self, word: str) -> slice:
+        """Where the postings of a lower-case word lie."""
+        term = self.terms.get(word)
+        return slice(0) if term is None else slice(self.starts[term], self.starts[term + 1])
 
     def search(self, queries: list[str], k: int) -> list[list[tuple[int, float]]]:
         """For each query its k best passages, [(index, score), ...], best first; equal scores by index.
@@ -64,9 +60,10 @@ class BM25:
     def _search(self, query: str, k: int) -> list[tuple[int, float]]:
         scores = np.zeros(self.size, np.float32)
         for word, count in Counter(WORD.findall(query.lower())).items():
-            if (term := self.terms.get(word)) is not None:
-                span = slice(self.starts[term], self.starts[term + 1])
-                scores[self.postings[span]] += count * self.weights[span]  # a passage stands once in a term's postings
+            span = self._span(word)
+            scores[self.postings[span]] += count * self.weights[span]  # a passage stands once in a term's postings
         found = np.flatnonzero(scores)
-        found = found[best(scores[found], k)]
-        return [(int(passage), float(scores[passage])) for passage in found]
+        if 0 < k < len(found):  # all that tie with the k-th stay in, or equal scores would come in no fixed order
+            found = found[scores[found] >= np.partition(scores[found], -k)[-k]]
+        best = found[np.argsort(-scores[found], kind="stable")][:k]
+        return [(int(passage), float(scores[passage])) for passage in best]

@@ -15,15 +15,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 from tqdm import tqdm
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError
 from engine.files import digest, must_write, replace_text
 from text.matching import MASK, TARGET, Span
 from text.rows import read_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
+PASSAGE_WORDS = 200  # of a passage, about
 SHARD, BLOCK = 20_000, 1000  # passages of a file of the cache, and of a process at a time
 FEW = 5  # blocks for which one process is enough
 
@@ -43,27 +43,25 @@ class Passage:
 
 
 def load_passages(
-    corpus: str, *, config: str | None = None, split: str = "train", text_field: str = "text",
-    title_field: str = "title", max_passages: int | None = None, passage_words: int = 200,
+    corpus: str, *, config: str | None = None, text_field: str = "text", max_passages: int | None = None,
     left_out: Counter | None = None,
 ) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles of more than `passage_words` words are split at paragraph ends. Left out, told on stderr and counted in
+    Articles of more than PASSAGE_WORDS words are split at paragraph ends. Left out, told on stderr and counted in
     `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A
     passage without a title goes by its .txt file's name, if that holds no other, else by its first words. UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
-    for row, where in _rows(corpus, config, split):
-        for name in {text_field, title_field} - {"title"}:
-            if name not in row:
-                fields = ", ".join(sorted(row))
-                raise UserError(f"--corpus {where}: no field {name!r}, its fields are {fields}; name one of them")
+    for row, where in _rows(corpus, config):
+        if text_field not in row:
+            fields = ", ".join(sorted(row))
+            raise UserError(f"--corpus {where}: no field {text_field!r}, its fields are {fields}; set --text-field")
         text = row[text_field] or ""
         if not isinstance(text, str):
             raise UserError(f"--corpus {where}: field {text_field!r} holds {type(text).__name__}, not text")
-        pieces = split_paragraphs(text, passage_words)
-        title = row.get(title_field) or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
+        pieces = split_paragraphs(text, PASSAGE_WORDS)
+        title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
         left_out["empty"] += not pieces
         for text in pieces:
             if any(token in text.lower() for token in ("[mask]", "[target]")):
@@ -90,38 +88,30 @@ def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     )
 
 
-def _rows(corpus: str, config: str | None, split: str) -> Iterator[tuple[dict, str]]:
-    """(row, the place where it stands) of a corpus, one by one, nothing written to disk."""
+def _rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
+    """(row, the place where it stands) of a corpus, one by one; each row of a file with the fields of its first."""
     path = Path(corpus)
-    if path.exists():
-        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
-        if not files:
-            raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
-        for file in files:
-            yield from _text_file(file) if file.suffix == ".txt" else _file_rows(file)
+    if not path.exists():
+        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
+            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
+        from text.formats import hub_rows  # here, as it is slow to import
+
+        yield from hub_rows(corpus, config)
         return
-    if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
-        raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
-    try:
-        yield from ((row, corpus) for row in datasets.load_dataset(corpus, config, split=split, streaming=True))
-    except Exception as error:  # the network, the name, the configuration, the split: all the user's to fix
-        why = first_line(error)
-        raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
-
-
-def _text_file(file: Path) -> Iterator[tuple[dict, str]]:
-    yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
-
-
-def _file_rows(file: Path) -> Iterator[tuple[dict, str]]:
-    """The rows of a file, each with the fields of the first."""
-    fields: dict = {}
-    try:
-        for row, where in read_rows(file, errors="replace"):
-            fields = fields or dict.fromkeys(row)
-            yield fields | row, where
-    except UserError as error:
-        raise UserError(f"--corpus {error}; fix or remove it") from None
+    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
+    if not files:
+        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
+    for file in files:
+        if file.suffix == ".txt":
+            yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
+            continue
+        fields: dict = {}
+        try:
+            for row, where in read_rows(file, errors="replace"):
+                fields = fields or dict.fromkeys(row)
+                yield fields | row, where
+        except UserError as error:
+            raise UserError(f"--corpus {error}; fix or remove it") from None
 
 
 def split_paragraphs(text: str, words: int) -> list[str]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError
 
 BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are a mark that some programs begin a file with
 HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
@@ -18,30 +18,31 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place.
     """
     if file.suffix == ".parquet":
-        rows = _parquet(file)
-    else:
-        try:
-            with file.open("rb") as lines:
-                first = next(filter(None, (line.strip(BLANK) for line in lines)), b"")
-        except OSError as error:
-            raise UserError(f"{file}: can't be read ({error.strerror})") from None
-        rows = _list(file, errors) if first[:1] == b"[" else _lines(file, errors)
-    for row, where in rows:
+        from text.formats import parquet_rows  # here, as it is slow to import
+
+        yield from parquet_rows(file)
+        return
+    for row, where in _json_rows(file, errors):
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object")
         yield row, where
 
 
-def _lines(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
-    with file.open("rb") as lines:  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
+def _json_rows(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
+    try:
+        lines = file.open("rb")  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
+    with lines:
+        first = next(filter(None, (line.strip(BLANK) for line in lines)), b"")
+        lines.seek(0)
+        if first[:1] == b"[":
+            for number, record in enumerate(_parsed(lines.read(), f"{file}:", errors), 1):
+                yield record, f"{file}: record {number}"
+            return
         for number, line in enumerate(lines, 1):
             if line.strip(BLANK):
                 yield _parsed(line, f"{file}: line {number}", errors), f"{file}: line {number}"
-
-
-def _list(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
-    for number, record in enumerate(_parsed(file.read_bytes(), f"{file}:", errors), 1):
-        yield record, f"{file}: record {number}"
 
 
 def _parsed(text: bytes, where: str, errors: str):
@@ -55,15 +56,3 @@ def _parsed(text: bytes, where: str, errors: str):
     if HALF.search(text):
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
-
-
-def _parquet(file: Path) -> Iterator[tuple[dict, str]]:
-    import datasets  # here, as a server that searches by words should not wait for it
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs lines of its own about what is reported below
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield row, f"{file}: row {number}"
-    except Exception as error:  # each kind of damage has its own
-        raise UserError(f"{file}: is no readable .parquet file ({first_line(error)})") from None

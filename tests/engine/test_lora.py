@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import lora, models
-from engine.config import Config
+from engine.config import Config, check
 from engine.errors import UserError
 from engine.optimizer import MasterAdamW
 from grpo import token_logprobs
@@ -231,6 +231,6 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     assert torch.equal(logprobs(model.train(), turns()), logprobs(model.eval(), turns()))  # dropout stays off
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=f"--lora {RANK}: needs peft; run `pip install peft`"):
-        models.load_policy(config(), "cpu")
-    with pytest.raises(UserError, match="is an adapter: needs peft"):
+        check(config())
+    with pytest.raises(UserError, match="is an adapter, which needs peft; run `pip install peft`"):
         models.load_model(str(folder), "cpu")

@@ -116,8 +116,8 @@ def test_the_top_of_a_chart_is_short():
 
 
 def test_a_chart_places_its_points():
-    """Half of the highest stands in the middle, doublings of x are equally far apart, an interval has its ends."""
-    drawn = figure("t", {"a": [(1, 0.0, 0, 0), (2, 0.5, 0.25, 1.0), (4, 1.0, 1, 1)]}, powers=True, highest=1.0)
+    """Half of the highest stands in the middle, values of x are equally far apart, an interval has its ends."""
+    drawn = figure("t", {"a": [(1, 0.0, 0, 0), (2, 0.5, 0.25, 1.0), (4, 1.0, 1, 1)]}, 1.0)
     points = [tuple(map(float, point.split(","))) for point in re.search('points="([^"]*)"', drawn)[1].split()]
     (x1, y1), (x2, y2), (x3, y3) = points
     assert x2 - x1 == pytest.approx(x3 - x2) and y1 > y2 > y3 and y2 == pytest.approx((y1 + y3) / 2, abs=0.11)

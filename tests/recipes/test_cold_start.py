@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from engine import models
 from engine.config import Config, parse
 from engine.errors import UserError
 from engine.optimizer import MasterAdamW
-from masking import MASK, QUESTION
+from fast import packing
+from masking import MASK, QUESTION, load_corpus
 from recipes import cold_start, single_hop
 from rewards import boxed
 from rollout import EMPTY_MEMORY, READ_PROMPT, encode_prompt, fill
-from tasks.sources import load_corpus
 from text.matching import occurrences
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,8 @@ SMALL = Config(chunk_tokens=48, memory_tokens=32, chunks=3)
 def tiny(tmp_path_factory):
     """(model, tokenizer, corpus) of the tiny default."""
     model, tokenizer = models.load_model(SMALL.model, "cpu")
-    return model, tokenizer, load_corpus(SMALL, model, tokenizer, tmp_path_factory.mktemp("entities"))
+    config = replace(SMALL, out=str(tmp_path_factory.mktemp("runs") / "cold"))
+    return model, tokenizer, load_corpus(config, tokenizer)
 
 
 def squeeze(text: str) -> str:
@@ -68,9 +70,10 @@ def test_demonstrations_hold_what_the_text_holds(tiny):
     assert np.mean(masked) > np.mean(plain) + 0.1  # those with [MASK] are kept more often
 
 
-def test_learning_is_the_gradient_of_the_likelihood(tiny):
+@pytest.mark.parametrize("fast", [False, True])
+def test_learning_is_the_gradient_of_the_likelihood(tiny, fast):
     """The loss, and the first step of AdamW, are those of a float64 sum by hand: the mean over documents of the mean
-    over turns of the mean over tokens of -log p."""
+    over turns of the mean over tokens of -log p. By the lesson's own functions, and by their fast twins."""
     _, tokenizer, corpus = tiny
     model, _ = models.load_model(SMALL.model, "cpu")
     turns = []
@@ -93,10 +96,11 @@ def test_learning_is_the_gradient_of_the_likelihood(tiny):
     gradients = []
     optimizer = MasterAdamW(model, 1e-3)
     optimizer.adamw.register_step_pre_hook(lambda *_: gradients.extend(p.grad.flatten() for p in model.parameters()))
-    found = cold_start.learn(model, optimizer, turns, 1e-3, Config(grad_clip=0.0, train_tokens=300))
+    twins = (packing.enable(model), packing.token_logprobs) if fast else ()
+    found = cold_start.learn(model, optimizer, turns, 1e-3, Config(grad_clip=0.0, train_tokens=300), *twins)
     assert abs(found - loss.item()) < 1e-4
     torch.testing.assert_close(torch.cat(gradients).double(), wanted, atol=1e-5, rtol=1e-3)
-    assert cold_start.learn(model, optimizer, turns, 1e-3, Config(train_tokens=300)) < found
+    assert cold_start.learn(model, optimizer, turns, 1e-3, Config(train_tokens=300), *twins) < found
 
 
 def test_a_cold_start_from_end_to_end(tmp_path, capsys, monkeypatch):

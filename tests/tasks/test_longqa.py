@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from shared_data import records, shared
+from helpers import records, shared
 from transformers import AutoTokenizer
 
 from engine.errors import UserError

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from shared_data import records, shared
+from helpers import records, shared
 
 from engine.errors import UserError
 from masking import is_heldout

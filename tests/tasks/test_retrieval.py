@@ -37,7 +37,7 @@ def test_bm25_over_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, why", [
-    ("dense", "--retriever dense: was removed; run Search-R1's server"),
+    ("dense", "--retriever dense: neither bm25 nor a"),
     ("bm52", "--retriever bm52: neither bm25 nor a"),
     *((url, "neither bm25 nor a URL") for url in ("", "localhost:8000", "ftp://a/b", "file:///etc/passwd")),
     *((url, "neither bm25 nor a URL") for url in ("http://", "http://:80", "http://a:99999", "http://[::1")),

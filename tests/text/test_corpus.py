@@ -70,26 +70,39 @@ def test_a_corpus_that_cannot_be_read(tmp_path, capfd, name, content, words):
     assert all(word in message for word in words) and "\n" not in message and capfd.readouterr().err == "", message
 
 
-def test_other_fields_and_missing_titles(tmp_path, capsys):
-    """Fields by any name; a passage without a title goes by its first words; what is left out is counted on stderr."""
+def test_a_hub_data_set_is_streamed(monkeypatch):
+    """By its name and configuration; whatever goes wrong there is one line."""
+    rows, asked = [{"title": "T", "text": "Body."}, {"title": None, "text": "More."}], []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append((args, more)) or iter(rows))
+    assert load_passages("owner/name", config="en") == [Passage("T", "Body."), Passage("More.", "More.")]
+    assert asked == [(("owner/name", "en"), {"split": "train", "streaming": True})]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {}["no such\nconfiguration"])
+    with pytest.raises(UserError, match="^--corpus owner/name: no local file, and not to be had from the hub: .*$"):
+        load_passages("owner/name")
+
+
+def test_other_fields_and_missing_titles(tmp_path, capsys, monkeypatch):
+    """A text field of any name; without a title a passage goes by its first words; stderr says what is left out."""
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"name": "N", "body": "Body."}) + "\n")
-    assert load_passages(str(file), text_field="body", title_field="name") == [Passage("N", "Body.")]
-    assert load_passages(str(file), text_field="body")[0].title == "Body."
-    with pytest.raises(UserError, match="no field 'heading'"):
-        load_passages(str(file), text_field="body", title_field="heading")
+    rows = [{"title": "N", "body": "Body."}, {"title": None, "body": "More."}, {"body": "Last."}, {"title": "Empty"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titled = [Passage("N", "Body."), Passage("More.", "More."), Passage("Last.", "Last.")]
+    assert load_passages(str(file), text_field="body") == titled and "1 empty" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a.jsonl: line 1: no field 'heading', its fields are body, title; set --text"):
+        load_passages(str(file), text_field="heading")
     texts = ["Good.", " \n", None, "A [MASK].", "A [target]."]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert [p.text for p in load_passages(str(file))] == ["Good."]
     assert "2 empty, 2 with a literal [MASK] or [TARGET]" in capsys.readouterr().err
     (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {n} of a book." for n in range(5)))
-    passages = load_passages(str(tmp_path / "book.txt"), passage_words=10)
+    monkeypatch.setattr(corpus, "PASSAGE_WORDS", 10)
+    passages = load_passages(str(tmp_path / "book.txt"))
     assert [p.text.count("Paragraph") for p in passages] == [2, 2, 1] and len({p.title for p in passages}) == 3
 
 
 def test_real_articles_become_passages():
     """Whole Wikipedia articles: no word is lost, and only a long paragraph makes a long passage."""
-    passages, words = load_passages(str(shared("wiki/articles.jsonl")), passage_words=200), Counter()
+    passages, words = load_passages(str(shared("wiki/articles.jsonl"))), Counter()
     for p in passages:
         words[p.title] += len(p.text.split())
     assert words == {row["title"]: len(row["text"].split()) for row in records("wiki/articles.jsonl")}

@@ -1,6 +1,6 @@
 """Rebuild the tiny default from tiny/encyclopedia.jsonl: passages, questions, tokenizer and base model.
 
-    python -m tiny.build            # all of it; see docs/tiny.md for the minutes. Stopped, it goes on when called again
+    python -m tiny.build            # all of it; see docs/tiny.md for the minutes. Rerun it to resume
 
 The base model is taught by imitation, in two phases. Skills first: problems say how to read, so that each token of the
 notes is certain. Then the policy, for a short time: most problems say nothing, and note-takers differ in what they
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -104,15 +105,13 @@ def batches(demonstrations: Demonstrations, tokens: int) -> list[list]:
 
 def imitation_loss(model, batch: list) -> torch.Tensor:
     """Cross-entropy of the completions' tokens."""
-    width = max(len(p) + len(c) for p, c in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width), padded right: so it needs no mask
-    labels = torch.full((len(batch), width), -100)
-    for row, (prompt, completion) in enumerate(batch):
-        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:] != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+    # (rows, width), padded on the right: so it needs no mask
+    ids = pad_sequence([torch.tensor(p + c) for p, c in batch], batch_first=True)
+    labels = [torch.tensor([-100] * len(p) + c) for p, c in batch]
+    targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]  # (rows, width - 1)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (rows, width - 1, hidden size)
+    wanted = targets != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
 
 
 def optimizers_of(model) -> list[torch.optim.Optimizer]:
@@ -164,7 +163,7 @@ def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, p
             part.load_state_dict(saved)
     bar = tqdm(range(first, total), desc="pools", initial=first, total=total)
     for number in bar:
-        demonstrations.restart(f"pool {number}")  # so a resumed build draws the same
+        demonstrations.rng.seed(f"pool {number}")  # so a resumed build draws the same
         demonstrations.free = 0.0 if number < pools[0] else FREE
         drawn = batches(demonstrations, STEP_TOKENS)
         losses = [

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.config import Config
 from masking import QUESTION, mask
@@ -113,18 +114,7 @@ class Demonstrations:
         self.rng, self.free = random.Random(seed), free
         self.known, self.tokenizer = known, tokenizer
         self.inventor = Inventor(known, unseen, self.rng)
-        self.cost_cache: dict[str, int] = {}
-
-    def restart(self, name: str) -> None:
-        """Reseed: what is drawn from here on depends on `name` alone."""
-        self.rng.seed(name)
-
-    def cost(self, text: str) -> int:
-        if len(self.cost_cache) > 200_000:
-            self.cost_cache.clear()
-        if text not in self.cost_cache:
-            self.cost_cache[text] = len(self.tokenizer(text)["input_ids"])
-        return self.cost_cache[text]
+        self.cost = lru_cache(200_000)(lambda text: len(tokenizer(text)["input_ids"]))  # in tokens
 
     def world(self, fresh: float, mixed: float) -> list[dict]:
         draw = self.rng.random()
@@ -319,18 +309,16 @@ class Demonstrations:
         for n, (title, attribute) in enumerate(hops[:turn]):
             before = written(notes)
             subject, musts = by_title[title], [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
-            pages = [passage(subject, self.rng, must) for must in musts]
-            names = [title] * len(pages)
+            pages = [(title, passage(subject, self.rng, must)) for must in musts]
             for other in subjects_around(world, subject, self.rng, 4):
                 if len(pages) < 3 and other["title"] != title:
-                    pages.append(passage(other, self.rng))
-                    names.append(other["title"])
-            order = self.rng.sample(range(len(pages)), len(pages))
-            query, result = title, result_text([{"title": names[n], "text": " ".join(pages[n])} for n in order])
-            evidence = next(line for line in pages[0] if states(subject, attribute, line))
+                    pages.append((other["title"], passage(other, self.rng)))
+            shown = self.rng.sample(pages, len(pages))
+            query, result = title, result_text([{"title": name, "text": " ".join(lines)} for name, lines in shown])
+            evidence = next(line for line in pages[0][1] if states(subject, attribute, line))
             reader = TOLD[FOCUS] if told and n == turn - 1 else reader
             found = [line for line in notes if self.rng.random() < reader.chance(True, line in proven)]
-            for page in pages:
+            for _, page in pages:
                 found += [s for s in page if s not in found and self.rng.random() < reader.chance(False, s == evidence)]
             notes, proven = found, [*proven, evidence]
             while self.size(notes) > NOTES_TOKENS:

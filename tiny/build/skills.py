@@ -52,7 +52,7 @@ class Skills:
         self.worlds = {"known": known, "unseen": unseen, "invented": self.demonstrations.inventor.fresh(60)}
 
     def measure(self) -> dict[str, list[bool]]:
-        self.demonstrations.restart(self.seed)
+        self.demonstrations.rng.seed(self.seed)
         faithful, once = self.faithful()
         measured = {
             "sentences that stand word for word in the old memory or the section": faithful,
