@@ -66,9 +66,10 @@ def main(config: Config) -> None:
         lr = learning_rate(config, step=0)
         return explain(policy, reference, optimizer, sample, source, agent, config, lr, (micro_batches, token_logprobs))
 
+    run.open(policy, tokenizer, optimizer, sample.budget)
     # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded; once a run.
     run.evaluate("before", lambda when: evaluate(sample, agent, source, config, when))
-    run.resume(policy, tokenizer, optimizer, sample.budget)
+    run.resume()
     for step in run.steps():
         # 1. Read (3.1, 3.2): each of this process's documents G1 times
         documents = draw_documents(source, config, step)

@@ -58,6 +58,18 @@ class Run:
 
     # ---- before the first step
 
+    def open(self, policy, tokenizer, optimizer, budget) -> None:
+        """Keep what checkpoints save. Raises UserError where the disk has no room for one."""
+        self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
+        weights = sum(weight.numel() for weight in optimizer.weights)
+        needed = weights * (16 if optimizer.separate else 12)  # bytes: weights, two moments, and separate masters
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise UserError(
+                f"--out {self.out}: a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+                "space, or name a folder on another disk"
+            )
+
     def evaluate(self, when: str, measure) -> None:
         """Rows of `measure(when)` into eval.json, once a run, and the table of all rows to the terminal."""
         file = self.out / "eval.json"
@@ -70,20 +82,11 @@ class Run:
             replace_text(file, json.dumps(rows, indent=1))
         parallel.gather(None)  # the others read the file next time, and wait until it is there
 
-    def resume(self, policy, tokenizer, optimizer, budget) -> None:
+    def resume(self) -> None:
         """Bring policy, optimizer, budget and random numbers to the last checkpoint, and cut the logs to it."""
-        self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
-        weights = sum(weight.numel() for weight in optimizer.weights)
-        needed = weights * (16 if optimizer.separate else 12)  # bytes: weights, two moments, and separate masters
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise UserError(
-                f"--out {self.out}: a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
-                "space, or name a folder on another disk"
-            )
         if self.last:
-            self.state |= checkpoints.load(self.last, policy, optimizer, self.rank, self.processes)
-            budget.tokens = min(budget.tokens, self.state["rollout_tokens"])
+            self.state |= checkpoints.load(self.last, self.policy, self.optimizer, self.rank, self.processes)
+            self.budget.tokens = min(self.budget.tokens, self.state["rollout_tokens"])
         if self.rank == 0:
             if self.last:
                 print(f"resuming after step {self.state['step']}")
@@ -179,6 +182,8 @@ def lock(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileExistsError:
+        raise UserError(f"--out {out}: is a file; name a folder") from None
     except BlockingIOError:
         raise UserError(f"--out {out}: another run is writing to this folder now; choose another") from None
     except OSError as error:

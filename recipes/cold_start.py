@@ -28,7 +28,7 @@ import rollout
 from engine import parallel
 from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
-from engine.metrics import sample_text, share
+from engine.metrics import row, sample_text, table
 from engine.models import load_policy
 from engine.optimizer import MasterAdamW
 from masking import Document, draw_recall, load_corpus
@@ -130,8 +130,8 @@ def learn(
 # ---- what is measured --------------------------------------------------------------------------------------
 
 
-def sampled_success(sample: Sampler, documents: list[Document], config: Config) -> tuple[dict, list[str]]:
-    """Success at temperature 1 -> {measure: (right, n)}, and two trajectories in words."""
+def sampled_success(sample: Sampler, documents: list[Document], config: Config, when: str) -> tuple[list[dict], list]:
+    """Success at temperature 1 -> a row of engine/metrics.py for each measure, and two trajectories."""
     trajectories = read(sample, documents, config, progress="sampling")
     for t in trajectories:
         t.target = draw_recall(t.document, np.random.default_rng([config.seed, t.document.index]))
@@ -139,22 +139,13 @@ def sampled_success(sample: Sampler, documents: list[Document], config: Config) 
     recall(sample, trajectories, config)
     answers = [turn for t in trajectories for turn in (t.turns[-1], *t.recalls)]
     scores = {
-        "boxed": [boxed(turn.text) is not None for turn in answers],
-        "memory ends": [turn.ended for t in trajectories for turn in t.turns[:-1]],
-        "end-to-end": [t.em for t in trajectories],
+        "boxed": [float(boxed(turn.text) is not None) for turn in answers],
+        "memory ends": [float(turn.ended) for t in trajectories for turn in t.turns[:-1]],
+        "end_to_end": [t.em for t in trajectories],
         "recall": [recall_reward(turn.text, t.target.entity) for t in trajectories for turn in t.recalls],
     }
-    samples = [sample_text(t, name="EM") for t in trajectories[:2]]
-    return {name: (sum(values), len(values)) for name, values in scores.items()}, samples
-
-
-def table(measured: dict[str, dict[str, tuple[float, int]]]) -> str:
-    """{"before": {measure: (right, n)}, "after": ...} as a markdown table with 95 % intervals."""
-    lines = ["| sampled | " + " | ".join(measured) + " | n |", "|---|" + "---|" * (len(measured) + 1)]
-    for name, (_, n) in next(iter(measured.values())).items():
-        cells = [share(*scores[name]) for scores in measured.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {n} |")
-    return "\n".join(lines)
+    rows = [row(when, name, config.chunks, "kept", dict(enumerate(own))) for name, own in scores.items() if own]
+    return rows, trajectories[:2]
 
 
 def main(config: ColdStart) -> None:
@@ -170,7 +161,7 @@ def main(config: ColdStart) -> None:
     generate, micro_batches, token_logprobs = twins(config, policy)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
-    measured = {"before": sampled_success(sample, heldout, config)[0]}
+    before, _ = sampled_success(sample, heldout, config, "before")
     optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
     counts, tokens, began = Counter(), 0, time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
@@ -187,11 +178,11 @@ def main(config: ColdStart) -> None:
         bar.set_postfix(loss=f"{loss:.2f}")
     minutes = (time.perf_counter() - began) / 60
     save_new(policy, tokenizer, out)
-    measured["after"], samples = sampled_success(sample, heldout, config)
+    after, shown = sampled_success(sample, heldout, config, "after")
     made = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
-    print(*samples, f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}", sep="\n")
-    print(table(measured), f"model in {out}", sep="\n")
-    result = {"measured": measured, "demonstrations": counts, "tokens": tokens, "minutes": minutes, "samples": samples}
+    print(*(sample_text(t, name="EM") for t in shown), table(before + after), sep="\n")
+    print(f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}; model in {out}")
+    result = {"rows": before + after, "demonstrations": counts, "tokens": tokens, "minutes": minutes}
     (out / "cold_start.json").write_text(json.dumps(result | {"settings": asdict(config)}, indent=1))
 
 

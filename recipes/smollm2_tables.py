@@ -6,7 +6,6 @@ from pathlib import Path
 
 from engine.errors import UserError, run_script
 from engine.metrics import table
-from recipes import cold_start
 
 MODELS = ("cold", "memtrain", "task-from-cold", "task-from-memtrain")
 SETS = {
@@ -22,8 +21,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     try:
         start = json.loads((folder / "cold/cold_start.json").read_text())
-        print(f"**Cold start**, {start['minutes']:.1f} minutes, {start['tokens']} tokens\n")
-        print(cold_start.table(start["measured"]))
+        print(f"**Cold start**, sampled; {start['minutes']:.1f} minutes, {start['tokens']} tokens\n")
+        print(table(start["rows"]))
         for title, names in SETS.items():
             rows = [row | {"when": name} for name in names for row in json.loads((folder / f"{name}.json").read_text())]
             print(f"\n**{title}**, greedy\n\n{table(rows)}")

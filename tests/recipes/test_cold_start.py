@@ -111,7 +111,9 @@ def test_a_cold_start_from_end_to_end(tmp_path, capsys, monkeypatch):
     cold_start.main(parse(cold_start.ColdStart))
     result = json.loads((out / "cold_start.json").read_text())
     assert result["demonstrations"]["memory"] == 8 and result["demonstrations"]["answer"] == 4
-    assert result["measured"]["after"]["memory ends"][1] == 8 and "| recall | " in capsys.readouterr().out
+    rows = {(row["when"], row["task"]): row["n"] for row in result["rows"]}
+    assert len(rows) == 8 and rows["after", "memory ends"] == 8 and rows["before", "end_to_end"] == 4
+    assert "| recall, after | kept | " in capsys.readouterr().out
     model, _ = models.load_model(str(out), "cpu")
     base, _ = models.load_model(Config().model, "cpu")
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
