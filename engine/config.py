@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import transformers
 from transformers import HfArgumentParser
 
 from engine import errors
@@ -208,8 +209,17 @@ def check_number(name: str, number) -> None:
 # ---- what is missing ------------------------------------------------------------------------------------
 
 
+# Versions of transformers on which the suite has run: fast/ stands on private parts of it, the default does not.
+TESTED = ("5.23", "5.24")
+
+
 def check(config: Config) -> None:
     """Raises UserError for what is missing or can't work, before a model is loaded or a passage is streamed."""
+    if config.fast and transformers.__version__.rpartition(".")[0] not in TESTED:
+        raise UserError(
+            f"--fast True: tested with transformers {' and '.join(TESTED)}, {transformers.__version__} is installed; "
+            "install one of these, or leave --fast out"
+        )
     if config.g1 < 2 or (config.g2 < 2 and config.recalls):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
     if config.lora and importlib.util.find_spec("peft") is None:

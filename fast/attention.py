@@ -12,30 +12,12 @@ import inspect
 from contextlib import contextmanager
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from engine.errors import UserError
-
-# Versions of transformers on which the suite has run. This folder stands on private parts of it; the default doesn't.
-TESTED = ("5.23", "5.24")
-
-
-def check_version(version: str) -> None:
-    """Raises UserError outside the tested versions."""
-    if version.rpartition(".")[0] not in TESTED:
-        raise UserError(
-            f"--fast True: tested with transformers {' and '.join(TESTED)}, {version} is installed; install one of "
-            "these, or leave --fast out"
-        )
-
-
-check_version(transformers.__version__)
 
 # These models hand all that their attention needs to the attention function: no sinks, no soft cap, no bias by
 # position. So SharedPrompts can stand in for it; the tests compare.

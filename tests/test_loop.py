@@ -226,7 +226,7 @@ class OneStep:
     def ignore(self, *given):
         pass
 
-    evaluate = resume = lap = save_if_due = finish = ignore
+    open = evaluate = resume = lap = save_if_due = finish = ignore
 
 
 def train(monkeypatch, config: Config, policy, turns: list[Turn], reference=None, optimizer=None) -> dict:

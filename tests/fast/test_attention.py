@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     DynamicCache,
@@ -20,12 +21,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.config import Config, check
 from engine.errors import UserError
 from fast.attention import (
     PACKED,
     PromptLayer,
     SharedPrompts,
-    check_version,
     enable_packing,
     packed_mask,
     packed_sdpa,
@@ -158,13 +159,16 @@ def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
     torch.testing.assert_close(got, wanted)
 
 
-def test_versions_that_were_not_tested_are_refused():
+def test_versions_that_were_not_tested_are_refused(monkeypatch):
     """Any patch of a tested version passes; an older, a later and an unfinished one are refused with a way out."""
     for version in ("5.23.0", "5.23.9", "5.24.1"):
-        check_version(version)
+        monkeypatch.setattr(transformers, "__version__", version)
+        check(Config(fast=True))
     for version in ("5.22.1", "5.25.0", "6.0.0", "5.2.3", "5.25.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        check(Config())
         with pytest.raises(UserError, match=f"{version} is installed; install one of these, or leave --fast out"):
-            check_version(version)
+            check(Config(fast=True))
 
 
 def test_the_usual_attention_comes_back():

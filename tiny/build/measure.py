@@ -17,10 +17,11 @@ import torch
 from engine.config import Config
 from engine.errors import UserError, run_script
 from engine.metrics import sample_text, share
-from eval import load_sampler
+from engine.models import load_model
+from fast.sampling import generate
 from masking import Document, draw_recall, load_corpus
 from rewards import exact_match, recall_reward
-from rollout import read, recall
+from rollout import Budget, Sampler, read, recall
 from tasks.longqa import LongText
 from tasks.questions import load_questions
 from tiny.build.skills import BARS, Skills
@@ -51,9 +52,9 @@ def right(trajectories: list) -> list[bool]:
 def main() -> None:
     if len(sys.argv) > 2:
         raise UserError("give one model at most: python -m tiny.build.measure [MODEL]")
-    config = Config(model=sys.argv[1] if sys.argv[1:] else Config.model, fast=True, out=str(TINY / "measured"))
+    config = Config(model=sys.argv[1] if sys.argv[1:] else Config.model, out=str(TINY / "measured"))
     torch.manual_seed(0)
-    sample = load_sampler(config.model, config)
+    sample = Sampler(generate, *load_model(config.model, "cpu"), Budget(config.rollout_tokens))
     known, unseen = split(encyclopedia(), random.Random(0))
     print("| skill, greedy | at least | measured | n |\n|---|---|---|---|")
     skills = Skills(replace(sample, greedy=True), known, unseen, n=200, seed="to report")
