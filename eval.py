@@ -50,17 +50,19 @@ def check_fits(config: Config, model, tokenizer, source) -> None:
     if config.task == "searchqa":
         from tasks.search import SEARCH_PROMPT
 
-        prompts, text = [SEARCH_PROMPT], "result_tokens"
-        tokens = 2 * memory + memory + answer  # notes and last search, then what is written: notes and an action
+        prompts, setting = [SEARCH_PROMPT], "result_tokens"
+        shown = memory + memory + config.result_tokens  # the notes; the last search, which may be as long; its result
+        written = memory + answer  # the new notes, and a search or an answer
     else:
-        prompts, text = [READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT], "chunk_tokens"
-        tokens = memory + max(memory, answer)
-    tokens += len(tokenizer(source.longest_question)["input_ids"]) + getattr(config, text)
-    tokens += prompt_overhead(tokenizer, *prompts)
+        prompts, setting = [READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT], "chunk_tokens"
+        shown = memory + config.chunk_tokens
+        written = max(memory, answer)
+    question = len(tokenizer(source.longest_question)["input_ids"])
+    tokens = prompt_overhead(tokenizer, *prompts) + question + shown + written
     window = models.window_of(model)
     if tokens > window:
         raise UserError(
-            f"{flag(text)} {getattr(config, text)}, --memory-tokens {memory} and --answer-tokens {answer} need a "
+            f"{flag(setting)} {getattr(config, setting)}, --memory-tokens {memory} and --answer-tokens {answer} need a "
             f"window of {tokens} tokens, {model.config.name_or_path} has {window}; make them smaller"
         )
 
@@ -100,6 +102,7 @@ def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths:
         for t in trajectories:
             score = answer_reward(t.prediction, t.document.answers)
             found.append((("end_to_end", len(t.document.chunks), memory), t.document.index, score))
+    for memory in ("kept", "empty"):
         recall(greedy, kept, config, empty_memory=memory == "empty")
         for t in kept:
             for turn in t.recalls:

@@ -1,20 +1,24 @@
 """GRPO for memory agents: rewards in, one loss out (paper 3.4).
 
-A conversation is one turn of the agent: a prompt and the completion that was sampled for it. A sample is a trajectory,
-of several turns, or one recall answer. The rewards R of a group of samples become advantages,
+A turn is one prompt and the completion that was sampled for it; the paper calls it a conversation. A sample is a
+trajectory, of several turns, or one recall answer, of one turn. The rewards R of a group of samples become advantages,
 
     A_i = R_i - mean(R)                 or, by default,     A_i = (R_i - mean(R)) / (std(R) + 1e-4)      (Eq. 3)
 
-and every token of a sample gets its advantage. With r_t = pi(token_t) / pi_old(token_t), the probability under the
-policy over that under the policy that sampled, training maximises
+and every token of a sample gets its advantage. With r_t = pi(token_t) / pi_old(token_t), the ratio of the policy to
+the policy that sampled, training maximises
 
-    J = mean over documents, mean over a document's conversations c, mean over c's tokens t of
+    J = mean over documents, mean over a document's turns c, mean over c's tokens t of
         [ min(r_t A_c, clip(r_t, 1 - eps_low, 1 + eps_high) A_c) - beta KL_t(pi || pi_ref) ]             (Eq. 4)
 
-    assign_advantages   Eq. 3; the turns of groups that carry no signal are left out
-    set_weights         the two outer means of Eq. 4, over the turns that are kept
+over the turns that are kept: those of groups whose rewards differ.
+
+    assign_advantages   Eq. 3 -> the kept turns
+    set_weights         the two outer means of Eq. 4
+    update_batches      the turns of each optimizer step
     micro_batches       turns cut into batches that fit in memory
-    token_logprobs      log pi(token_t), for the policy, pi_old and pi_ref
+    token_logprobs      log pi(token_t); fixed_logprobs: the same without gradient, for pi_old and pi_ref
+    batch_loss          a micro-batch's share of the loss
     grpo_loss           Eq. 4 itself
 
 With one update per step pi_old is pi: r_t equals 1, but its gradient is not zero. Dropout must be off, or pi and pi_old
@@ -33,7 +37,7 @@ from engine import parallel
 from engine.models import logits_of
 from rollout import Trajectory, Turn
 
-# Real differences are at least lambda / G2, in the paper 0.06. What rounding leaves of equal sums is far below this.
+# What rounding leaves of equal sums is far below this; real differences are far above.
 EQUAL_REWARDS = 1e-6
 HEAD_TOKENS = 1024  # positions whose logits are in memory at one time
 
@@ -44,9 +48,9 @@ HEAD_TOKENS = 1024  # positions whose logits are in memory at one time
 def assign_advantages(trajectories: list[Trajectory], config, shuffle=None) -> list[Turn]:
     """Set place and advantage of every turn (Eq. 3) -> the turns of the groups whose rewards differ.
 
-    A group is the G1 trajectories of a document, with R^E, or the G2 recall answers of a trajectory, with R^I. Groups
-    are positions in the list: two documents may read the same. `shuffle` is the random generator of a control, which
-    deals out each group's rewards to its samples at random: what still changes is drift, not learning.
+    A group is the G1 trajectories of a document, which stand in a row, with R^E; or the G2 recall answers of a
+    trajectory, with R^I. `shuffle` is the random generator of a control, which deals out each group's rewards to its
+    samples at random: any change under it is drift, not learning.
     """
     groups = []  # (place of the document, the turns of each sample, the reward of each sample)
     for start in range(0, len(trajectories), config.g1):
@@ -71,8 +75,9 @@ def assign_advantages(trajectories: list[Trajectory], config, shuffle=None) -> l
 def group_advantages(rewards: list[float], mode: str) -> list[float]:
     """Score the rewards of a group against each other (Eq. 3) -> advantages, all 0 where the rewards are equal.
 
-    "mean": R - mean(R), as Dr. GRPO (arXiv 2503.20783). "group_norm": (R - mean(R)) / (std(R) + 1e-4), GRPO as
-    DeepSeekMath wrote it (arXiv 2402.03300), with the sample std, as TRL. ValueError for another mode.
+    "mean": R - mean(R), as Dr. GRPO (arXiv 2503.20783), which also drops Eq. 4's mean over tokens. "group_norm":
+    (R - mean(R)) / (std(R) + 1e-4), GRPO as DeepSeekMath wrote it (arXiv 2402.03300), with the sample std, as TRL.
+    ValueError for another mode.
     Example, mode "mean": [1, 0, 0, 1] -> [.5, -.5, -.5, .5], and [1, 1, 1, 1] -> [0, 0, 0, 0].
     """
     if mode not in ("mean", "group_norm"):
@@ -94,25 +99,24 @@ def set_weights(turns: list[Turn]) -> int:
 
     The weights of all processes together sum to 1, those of one process to its share of the documents.
     """
-    documents = [turn.place for turn in turns]
-    kept = len(set(documents))
+    places = [turn.place for turn in turns]
+    kept = len(set(places))
     kept_everywhere = sum(parallel.gather(kept))
     if kept_everywhere:
-        weights = conversation_weights(documents) * kept / kept_everywhere  # (turns,)
+        weights = turn_weights(places) * kept / kept_everywhere  # (turns,)
         for turn, weight in zip(turns, weights.tolist(), strict=True):
             turn.weight = weight
     return kept_everywhere
 
 
-def conversation_weights(documents: list[int]) -> Tensor:
-    """1 / (documents * conversations of its document), for each conversation -> (conversations,) float32, sum 1.
+def turn_weights(places: list[int]) -> Tensor:
+    """1 / (documents * turns of its document), for each turn -> (turns,) float32, sum 1.
 
-    `documents` are places in the step, never texts. Example: [0, 0, 1] -> [1/4, 1/4, 1/2].
+    `places` are those of the turns' documents in the step, never texts. Example: [0, 0, 1] -> [1/4, 1/4, 1/2].
     """
-    places = torch.tensor(documents, dtype=torch.long)  # (conversations,)
-    counts = places.bincount()  # (documents,)
-    number_of_documents = counts.count_nonzero()
-    return 1 / (number_of_documents * counts[places])  # (conversations,)
+    places = torch.tensor(places, dtype=torch.long)  # (turns,)
+    counts = places.bincount()  # (highest place + 1,): turns of each document, 0 for one without any
+    return 1 / (counts.count_nonzero() * counts[places])  # (turns,)
 
 
 # ---- batches and log-probs -----------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def grpo_loss(
     beta: float,
     entropy: Tensor | None = None,  # (turns, longest), only counted
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J of Eq. 4 -> loss, stats: the sum over turns of weight * mean over the turn's tokens of
+    """loss = -J of Eq. 4, and stats. J is the sum over turns of weight * mean over the turn's tokens of
 
         min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3,   k3 = exp(d) - d - 1,   d = log pi_ref - log pi
 

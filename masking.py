@@ -8,7 +8,8 @@
                      list the other entities of each chunk: recall may ask for them
     draw_recall      draw one of these and replace it by [TARGET] in its chunk; a later memory must supply it
 
-A form of an entity is its whole words in any case (text/matching.py).
+A form of an entity is its whole words in any case; a name's long words are its capitalised ones of four letters or
+more (text/matching.py). What is random follows from [seed, ...]; each list of numbers is a stream of its own.
 """
 
 import hashlib
@@ -36,10 +37,10 @@ from text.rules import check_ner, rules_pipeline
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
 GAP = "\n\n"  # between the passages of a document
 SMALLEST_CHUNK = 16  # tokens: less may not hold a [MASK], nor an emoji
-MAX_DRAWS = 200  # of a pivot and y, for one document
-MAX_REPLACEMENTS = 4  # in training, of a document that can't be built, by others
-OVERSHOOT = 1.05  # a text may be cut from passages that fill so many times the chunks asked for
-# Chunks; in their joined text the spans of the pivot, of every [MASK], and of all other entities.
+MAX_DRAWS = 200  # of a pivot and y, in one attempt at a document
+MAX_REPLACEMENTS = 4  # further attempts at a training document, with other draws
+OVERSHOOT = 1.05  # passages may fill so many times the chunks asked for; the rest is cut off
+# What _mask_and_cut makes: chunks; in their joined text the spans of the pivot, of each [MASK], of all other entities.
 Draft = tuple[list[str], Span, list[Span], list[Span]]
 
 
@@ -54,7 +55,7 @@ class Document:
     chunks: list[str]  # joined, they are the document
     recall_candidates: list[list[str]]  # of each chunk, the names that recall may ask for
     leaks: int = 0  # draws, the kept one included, that gave y away
-    redraws: int = 0  # draws thrown away, for a leak or as the pivot didn't fit
+    redraws: int = 0  # draws thrown away, for a leak, or because the pivot didn't fit
     place: int = 0  # 0..documents-1 in its step, over all processes; set where a step's documents are drawn
 
 
@@ -82,7 +83,7 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
     """
 
     def prepare():
-        names = frozenset(passage.name for passage in passages if ner == "rules")
+        names = frozenset(passage.name for passage in passages) if ner == "rules" else frozenset()
         common = common_words(passage.text for passage in passages) | {"mask", "target"}
         return partial(entities_of, ner=ner, names=names, common=common)
 
@@ -114,7 +115,7 @@ def load_pipeline(ner: str, names: frozenset[str] = frozenset()) -> spacy.Langua
 
 
 def common_words(texts) -> set[str]:
-    """Words that `texts` write small in a tenth of their occurrences or more: hardly names, even with a capital."""
+    """Words of which a tenth or more are written in lower case in `texts`: hardly names, even with a capital."""
     total, small = Counter(), Counter()
     for text in texts:
         words = re.findall(r"[^\W\d_]+", text)
@@ -137,7 +138,7 @@ def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
         ordinary = name.lower() in common or all(word in STOP_WORDS for word in name.lower().split())
         if not 0 < len(name) <= 80 or plain or ordinary:
             continue
-        # A word edge of the raw text may be none in NFKC, by which masking goes: there Ulm\u2122 is UlmTM.
+        # Masking matches NFKC text, where Ulm\u2122 becomes UlmTM: with the text around, a word edge can vanish.
         first = max(0, start - 8)
         if (start - first, end - first) in occurrences(text[first : end + 8], name):
             found.append((start, end, entity.label_))
@@ -232,7 +233,8 @@ class Corpus:
         """Document number i of a split, of `chunks` chunks or of the corpus' own size.
 
         The first draws don't depend on `chunks`, so most pivots and answers are the same at every length. Raises
-        UserError if the document can't be built, in training only after other draws, which no other number makes.
+        UserError if the document can't be built; in training after MAX_REPLACEMENTS more attempts, whose random streams
+        no other document uses.
         """
         n_chunks = chunks or (None if self.n_passages else self.n_chunks)
         replacements = MAX_REPLACEMENTS if split == "train" else 0
@@ -244,7 +246,8 @@ class Corpus:
     def _draw(self, i: int, split: str, n_chunks: int | None, attempt: int) -> Document:
         """Draw a pivot and try its names as y, in random order; then another pivot.
 
-        Names of several words are given away more often. Drawn first, this kind is as frequent as in the text.
+        Names of several words are given away, and so rejected, more often. So the kind of y, one word or several, is
+        drawn first, as frequent as in the corpus.
         """
         rng = np.random.default_rng([self.seed, split == "heldout", i, *([attempt] if attempt else [])])
         several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
@@ -307,7 +310,8 @@ class Corpus:
         No chunks where they can't hold the whole pivot, and where a passage alone gives the answer away.
         """
         size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
-        # Where no chunk will be left out, one passage that leaks tells as much as the whole document, and sooner.
+        # One passage that leaks tells as much as the whole document, and sooner. (It may reject a little too much: the
+        # document may take fewer passages than estimated.) Not where many chunks will be cut off.
         check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
         if check_passages and self._leaks(pool[:size], answer):
             return [], [], True
@@ -315,13 +319,14 @@ class Corpus:
         text = "".join(chunks)
         edges = [0, *accumulate(map(len, chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
         # Keep a window of at most so many chunks: the first ones, or shifted to end with the pivot's last chunk.
+        # (A pivot that ends at an edge belongs to the chunk before it.)
         most = n_chunks or self.n_chunks or len(chunks)
         first = max(0, bisect_left(edges, pivot_end) - most)
         if pivot_start < edges[first] or not masks:
             return [], [], False
         chunks = chunks[first : first + most]
         mask_edges = {edge for span in masks for edge in span}
-        apart = [span for span in others if mask_edges.isdisjoint(span)]  # [MASK]-Berlin may be one name
+        apart = [span for span in others if mask_edges.isdisjoint(span)]  # not those that touch a [MASK]
         candidates = []
         for start, end in pairwise(edges[first : first + len(chunks) + 1]):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
@@ -347,8 +352,11 @@ class Corpus:
         return any(gives_away(mask(self.passages[n].text, name), name) for n in holding)
 
     def _fill(self, pool: np.ndarray, keys: np.ndarray, size: int, n_chunks: int | None, answer: str) -> Draft:
-        """The draft of about as few passages as fill `n_chunks` chunks; without these, of `size` passages."""
-        low, high = 1, len(pool)
+        """The draft of about as few passages as fill `n_chunks` chunks; without these, of `size` passages.
+
+        It may have a few chunks too many, which _build cuts off.
+        """
+        low, high = 1, len(pool)  # fewer than `low` passages are too few, `high + 1` are more than enough
         while size <= len(pool):
             made = self._mask_and_cut(pool[np.argsort(keys[:size])], pool[0], answer)
             filled = len(made[0])

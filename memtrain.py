@@ -5,28 +5,31 @@
     python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # then, from there: training on a task
     torchrun --nproc_per_node 8 memtrain.py --config ...                       # a process per GPU, a share of documents
 
-One step, in the paper's letters:
-  - D documents of T - 1 chunks. In each, every occurrence of one entity, y, reads [MASK].
-  - The model reads each document G1 times: G1 trajectories of T turns. After chunk k the model writes the memory m_k,
+One step, in the paper's letters; in brackets the flag and its default:
+  - D documents [--documents 8] of T - 1 chunks [--chunks 4]. In each, every occurrence of one entity, y, reads [MASK].
+  - The model reads each document G1 times [--g1 8]: G1 trajectories of T turns. After chunk k it writes the memory m_k,
     which is all that it sees of chunks 1..k from then on. The last turn names y from m_{T-1} alone.
-  - Of each trajectory, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers.
-  - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a trajectory, EM of y plus lambda times its mean R^I
-    (Eq. 2). Advantages compare the G1 trajectories of a document, and the G2 answers of a trajectory (Eq. 3). The
-    update is GRPO over all their turns (Eq. 4), so the reward of recall also trains the turns that wrote the memory.
+  - For each trajectory, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers
+    [--g2 4]. So a step samples D G1 (T + G2) completions.
+  - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a trajectory, EM of y plus lambda [--recall-weight
+    0.5] times its mean R^I (Eq. 2). Since R^E includes recall's reward, recall also trains the turns that wrote the
+    memory. Advantages compare the G1 trajectories of a document, and the G2 answers of a trajectory (Eq. 3).
+  - The update is GRPO over all these turns (Eq. 4): one optimizer step, or with --update-batch several.
 
 Where this differs from the paper:
   - The defaults are `--advantage group_norm --kl 0`: advantages divided by the group's standard deviation (GRPO as
-    DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them.
+    DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them. With
+    group_norm, lambda changes nothing in a group whose EMs are all equal.
   - The paper drops groups whose rewards are all 0 or all 1. R^E takes other values, too, so here every group of equal
     rewards is dropped, before the means of Eq. 4 are taken.
   - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity.
     docs/decisions.md lists what was chosen.
-  - An answer is stopped where its box closes, so it has no EOS; a memory ends with its EOS, which is trained.
-  - 20 % of the titles are held out, by a hash: their passages are never pivots in training, and their names never
-    masked. Other documents may contain their text.
+  - An answer is stopped where its box closes, and then has no EOS. The EOS of a memory is trained.
+  - 20 % of the titles are held out, by a hash: in training their passages are never the pivot, the passage that y is
+    taken from, and such a title is never y nor recalled. Other documents may contain their text.
 
-`--fast True` puts the twins of fast/ in the place of three functions: rollout.generate, grpo.micro_batches and
-grpo.token_logprobs. They give the same, several times as fast.
+`--fast True` replaces three functions, rollout.generate, grpo.micro_batches and grpo.token_logprobs, by their twins in
+fast/, which give the same results and run several times as fast.
 """
 
 import math
@@ -49,14 +52,14 @@ from rollout import Budget, Sampler, draw_documents, draw_targets, recall
 
 
 def main(config: Config) -> None:
-    check(config)  # what is missing is told before any work
+    check(config)  # reports what is missing before any work
     device = parallel.start()
     torch.manual_seed(config.seed + 1_000_003 * parallel.rank())  # every process draws its own samples
     run = None if config.explain else Run(config, device)  # locks the folder; refuses one that holds another run
-    policy, tokenizer = models.load_policy(config, device)  # with --lora, an adapter is all that is trained
+    policy, tokenizer = models.load_policy(config, device)  # with --lora, only an adapter is trained
     reference = models.load_reference(config, policy, device)  # None without --kl
     left_out = Counter()  # passages that can't be used, by reason
-    source, agent = load_task(config, policy, tokenizer, left_out)
+    source, agent = load_task(config, policy, tokenizer, left_out)  # by default a masking.Corpus, and rollout.read
     optimizer = make_optimizer(policy, config)
     generate, micro_batches, token_logprobs = twins(config, policy, reference)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
@@ -67,7 +70,7 @@ def main(config: Config) -> None:
         return explain(policy, reference, optimizer, sample, source, agent, config, lr, (micro_batches, token_logprobs))
 
     run.open(policy, tokenizer, optimizer, sample.budget)
-    # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded; once a run.
+    # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded.
     run.evaluate("before", lambda when: evaluate(sample, agent, source, config, when))
     run.resume()
     for step in run.steps():
@@ -87,8 +90,8 @@ def main(config: Config) -> None:
             t.recall_rewards = [recall_reward(turn.text, t.target.entity) for turn in t.recalls]  # R^I, Eq. 1
             t.reward = trajectory_reward(t.em, t.recall_rewards, config.joint_weight)  # R^E, Eq. 2
 
-        # 4. Advantages (Eq. 3): every turn gets its own; the turns of groups without a signal are left out
-        turns = assign_advantages(trajectories, config, shuffle=control(config, step))
+        # 4. Advantages (Eq. 3): one for all turns of a trajectory, one for each recall answer; the kept turns
+        turns = assign_advantages(trajectories, config, shuffle=shuffle_generator(config, step))
 
         # 5. Update (Eq. 4)
         if reference is not None:
@@ -105,7 +108,8 @@ def main(config: Config) -> None:
         lr = learning_rate(config, step)
         stats, norms = Counter(loss=0.0), []
         for part in updates:
-            if set_weights(part) == 0:  # the outer means of Eq. 4; no process has a turn, so all skip this update
+            documents_kept = set_weights(part)  # the outer means of Eq. 4
+            if documents_kept == 0:  # on no process: all of them skip this update
                 continue
             for batch in micro_batches(part, config.train_tokens):
                 loss, batch_stats = batch_loss(policy, batch, config, token_logprobs)
@@ -113,17 +117,21 @@ def main(config: Config) -> None:
                 stats["loss"] += loss.item() / len(updates)
                 for name, value in batch_stats.items():
                     stats[name] += value.item()
-            norms.append(optimizer.step(lr, config.grad_clip))  # sums the gradients of all processes first
+            # Sums the gradients over processes, clips, steps (unless the norm isn't finite), and clears them.
+            norms.append(optimizer.step(lr, config.grad_clip))
         policy.eval()
         run.lap("update")
 
         # 6. Log and save
-        finite = [norm for norm in norms if math.isfinite(norm)]  # the optimizer has left out the others
-        bad = len(norms) - len(finite)
-        more = {"grad_norm": float(np.mean(finite)) if finite else 0.0, "updates": len(finite), "bad_updates": bad}
-        run.log(step, trajectories, stats, more | {"lr": lr, "left_out": left_out.total()})
-        run.save_if_due(step, bad)
-    run.evaluate("after", lambda when: evaluate(sample, agent, source, config, when))  # unless a signal ended the run
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        bad_updates = len(norms) - len(finite)
+        more = {
+            "grad_norm": float(np.mean(finite)) if finite else 0.0, "updates": len(finite), "bad_updates": bad_updates,
+            "lr": lr, "left_out": left_out.total(),
+        }
+        run.log(step, trajectories, stats, more)
+        run.save_if_due(step, bad_updates)  # too many bad ones in a row end the run
+    run.evaluate("after", lambda when: evaluate(sample, agent, source, config, when))  # nothing after a signal
     run.finish()
 
 
@@ -145,8 +153,8 @@ def make_optimizer(policy, config: Config) -> MasterAdamW:
     return MasterAdamW(policy, config.lr, config.offload_optimizer)
 
 
-def control(config: Config, step: int):
-    """The generator of the control shuffled_rewards, which deals out each group's rewards at random; else None."""
+def shuffle_generator(config: Config, step: int):
+    """For the control `--ablation shuffled_rewards`, which deals out each group's rewards at random; else None."""
     if config.ablation != "shuffled_rewards":
         return None
     return np.random.default_rng([config.seed, step, parallel.rank(), 1])  # the 1 keeps it apart from draw_targets'

@@ -4,8 +4,9 @@
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
 An answer is the content of the last closed `\\boxed{}` that the model generated and that is not empty; sampling stops
-at the first such box. It is right when it matches a gold answer exactly (EM), after the folding of masking and SQuAD's
-normalisation. Numbers are compared as numbers: 1.5 is not 15, though both normalise to "15"; 1,500.0 is 1500.
+at the first such box, so text after it counts only where a server sampled on. It is right when it matches a gold answer
+exactly (EM), after SQuAD's normalisation and the folding that masking uses. Two numbers are compared by value: 1.5 is
+not 15, though both normalise to "15"; 1,500.0 is 1500. In longer answers the numbers must agree, too.
 """
 
 import re
@@ -16,7 +17,7 @@ from text.matching import fold
 
 # A minus that doesn't follow a word, digits with or without thousands separators, decimals.
 NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
-SCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u2080-\u2089]+")  # small digits, above or below
+SCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u2080-\u2089]+")  # superscripts and subscripts
 WRAPPER = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
 BOX = "\\boxed{"
 
@@ -29,11 +30,11 @@ def recall_reward(completion: str, entity: str) -> float:
     return float(exact_match(boxed(completion), [entity]))
 
 
-def trajectory_reward(correct: float, recall_rewards: list[float], recall_weight: float) -> float:
+def trajectory_reward(em: float, recall_rewards: list[float], joint_weight: float) -> float:
     """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
     if not recall_rewards:
-        return correct
-    return correct + recall_weight * sum(recall_rewards) / len(recall_rewards)
+        return em
+    return em + joint_weight * sum(recall_rewards) / len(recall_rewards)
 
 
 def answer_reward(prediction: str | None, answers: list) -> float:
@@ -56,8 +57,8 @@ def answer_reward(prediction: str | None, answers: list) -> float:
 def boxed(text: str) -> str | None:
     """The content of the last \\boxed{} in `text` that is closed and not empty, braces inside it balanced; or None.
 
-    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{un")` is `"f{x}"`. An empty box is none: models repeat
-    the instruction to use one.
+    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{un")` is `"f{x}"`. An empty box doesn't count: models
+    repeat the instruction to use one.
     """
     start = text.rfind(BOX)
     while start >= 0:
@@ -76,7 +77,7 @@ def boxed(text: str) -> str | None:
 def unwrap(prediction: str) -> str:
     r"""A prediction without the LaTeX around it: `unwrap(r"$\text{Paris}$, 1{,}500")` is "Paris, 1,500"."""
     text = prediction.replace("{,}", ",").replace("$", "")
-    while (plain := WRAPPER.sub(r"\1", text)) != text:  # wrappers stand in wrappers
+    while (plain := WRAPPER.sub(r"\1", text)) != text:  # wrappers nest
         text = plain
     return text
 
@@ -99,7 +100,7 @@ def matches(prediction: str, answer: str) -> bool:
 
 
 def folded(text: str) -> str:
-    """As masking folds, but small digits are no part of the number before them: 10\u00b2 is not 102."""
+    """As masking folds, but superscripts and subscripts are no part of the number before them: 10\u00b2 is not 102."""
     return fold(SCRIPTS.sub(r" \g<0>", text))[0]
 
 

@@ -90,7 +90,7 @@ class Turn:
 
     prompt_ids: list[int]
     completion_ids: list[int]  # with the EOS, if one was sampled
-    ended: bool  # by EOS or where it was done; False: cut at the token limit
+    ended: bool  # by EOS or where it was done; False: cut at the token limit (for the metrics)
     text: str  # of the completion
     # grpo.py sets these.
     place: int = -1  # of its document in the step
@@ -153,7 +153,7 @@ def generate(
     `budget` tokens.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
-    # Temperature 1 without top-p or top-k: the log-probs of training are those of the sampler.
+    # Temperature 1 without top-p or top-k: training's log-probs are of the distribution that was sampled from.
     how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
         do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **how
@@ -192,7 +192,7 @@ def pad_id(model, tokenizer) -> int:
 
 
 def until_end(ids: list[int], ends: list[int], tokenizer, done) -> tuple[list[int], bool]:
-    """(token ids up to the completion's end, whether it has one). Behind it a row holds padding."""
+    """(token ids up to the completion's end, whether it has one). The rest of a row is padding."""
     for length, token in enumerate(ids, 1):
         if token in ends or (done and done(tokenizer.decode(ids[:length], skip_special_tokens=True))):
             return ids[:length], True
@@ -294,8 +294,8 @@ def answer(sample, documents: list[Document], memories: list[str], config) -> li
 
 
 def draw_targets(trajectories: list[Trajectory], config, step: int) -> None:
-    """Draw (k, l, entity) for each trajectory: t.target. With --shared-recall-draw a document's G1 share one draw."""
-    if not config.recalls:
+    """Draw (k, l, entity) for each trajectory: t.target. With --shared-recall-draw a document's G1 share it."""
+    if not config.has_recall:
         return
     for n, trajectory in enumerate(trajectories):
         # A random stream per trajectory, numbered over all processes: so the draws are the same however many there are.

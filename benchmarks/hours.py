@@ -99,7 +99,7 @@ def step_turns(config: Config, documents: int) -> list[Turns]:
     reading = INSTRUCTIONS + memory + config.chunk_tokens
     found = [Turns(rows, rows if n else documents, reading, config.memory_tokens) for n in range(config.chunks)]
     found.append(Turns(rows, rows, INSTRUCTIONS + memory, config.answer_tokens))
-    if config.recalls:
+    if config.has_recall:
         found.append(Turns(rows * config.g2, rows, reading, config.answer_tokens))
     return found
 

@@ -115,7 +115,7 @@ class Config:
         return Path(self.out or "runs/none").parent / ".entities"
 
     @property
-    def recalls(self) -> bool:
+    def has_recall(self) -> bool:
         """Whether trajectories are asked to recall."""
         return self.task == "memtrain" and self.ablation != "end_to_end"
 
@@ -220,7 +220,7 @@ def check(config: Config) -> None:
             f"--fast True: tested with transformers {' and '.join(TESTED)}, {transformers.__version__} is installed; "
             "install one of these, or leave --fast out"
         )
-    if config.g1 < 2 or (config.g2 < 2 and config.recalls):
+    if config.g1 < 2 or (config.g2 < 2 and config.has_recall):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
     if config.lora and importlib.util.find_spec("peft") is None:
         raise UserError(f"--lora {config.lora}: needs peft; run `pip install peft`")

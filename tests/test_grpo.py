@@ -14,7 +14,6 @@ from engine.config import Config
 from grpo import (
     assign_advantages,
     batch_loss,
-    conversation_weights,
     fixed_logprobs,
     group_advantages,
     grpo_loss,
@@ -23,6 +22,7 @@ from grpo import (
     set_weights,
     token_logprobs,
     turn_tokens,
+    turn_weights,
     update_batches,
 )
 from masking import Document
@@ -158,8 +158,8 @@ def test_recall_rewards_are_shuffled_too():
 def test_weights_are_the_outer_means():
     """A document counts once however many conversations it has; places without any, such as 1 here, dilute nothing."""
     weights = [1 / 6, 1 / 6, 1 / 3, 1 / 9, 1 / 9, 1 / 9]
-    assert conversation_weights([0, 0, 3, 2, 2, 2]).tolist() == pytest.approx(weights)
-    assert conversation_weights([5]).tolist() == [1.0] and conversation_weights([]).tolist() == []
+    assert turn_weights([0, 0, 3, 2, 2, 2]).tolist() == pytest.approx(weights)
+    assert turn_weights([5]).tolist() == [1.0] and turn_weights([]).tolist() == []
 
 
 def test_the_weights_of_all_processes_sum_to_one(monkeypatch):
@@ -224,9 +224,9 @@ def random_case(seed):
 
 
 def weights_of(documents, kept):
-    """conversation_weights of the kept conversations, 0 for the others."""
+    """turn_weights of the kept conversations, 0 for the others."""
     weights = torch.zeros(len(documents), dtype=torch.float64)
-    weights[torch.tensor(kept)] = conversation_weights([d for d, k in zip(documents, kept, strict=True) if k]).double()
+    weights[torch.tensor(kept)] = turn_weights([d for d, k in zip(documents, kept, strict=True) if k]).double()
     return weights
 
 

@@ -179,13 +179,13 @@ def test_the_control_deals_rewards_out_anew_in_each_step_and_process(monkeypatch
     def dealt(step=0, seed=0, ablation="shuffled_rewards"):
         document, config = Document(0, "t", "q", ["y"], [], []), Config(ablation=ablation, seed=seed, g1=6)
         trajectories = [Trajectory(document, [Turn([1], [2], True, "")], reward=float(n % 6)) for n in range(24)]
-        assign_advantages(trajectories, config, shuffle=memtrain.control(config, step))
+        assign_advantages(trajectories, config, shuffle=memtrain.shuffle_generator(config, step))
         return [t.turns[0].advantage for t in trajectories]
 
     first = dealt()
     assert first == dealt() and first not in (dealt(1), dealt(seed=1))
     for ablation in ("none", "end_to_end", "decoupled"):
-        assert memtrain.control(Config(ablation=ablation), 0) is None
+        assert memtrain.shuffle_generator(Config(ablation=ablation), 0) is None
     assert dealt(ablation="none") == 4 * sorted(first[:6]) != first and sorted(dealt(ablation="none")) == sorted(first)
     monkeypatch.setattr(memtrain.parallel, "rank", lambda: 1)
     assert dealt() != first

@@ -13,7 +13,7 @@ from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, GemmaCon
 import grpo
 from fast.attention import enable_packing, packs
 from fast.packing import by_length, by_prompt, enable, micro_batches, row_tokens, token_logprobs
-from grpo import conversation_weights, grpo_loss
+from grpo import grpo_loss, turn_weights
 
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -195,7 +195,7 @@ def test_eos_is_trained(kind):
     logprobs, _, mask = token_logprobs(model, turns)
     logprobs.retain_grad()
     assert mask.tolist() == [[True, False, False, False], [True] * 4]
-    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), conversation_weights([0, 1]), 0.2, 0.2, 0.0)
+    loss, _ = grpo_loss(logprobs, None, None, mask, torch.ones(2), turn_weights([0, 1]), 0.2, 0.2, 0.0)
     loss.backward()
     assert logprobs.grad.tolist() == [[-0.5, 0, 0, 0], [-0.125] * 4]
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_enable_packs_or_tells(capsys):
 def batch_gradient(model, turns, batches):
     """Gradient of one Eq. 4 batch (a moved policy, KL, a turn of weight 0), accumulated over the micro-batches."""
     advantages = torch.tensor([1.0, -2.0, 0.5, -0.5, 1.5, -1.0, 0.7])
-    weights = torch.cat([conversation_weights([0, 0, 1, 1, 1, 2]), torch.zeros(1)])
+    weights = torch.cat([turn_weights([0, 0, 1, 1, 1, 2]), torch.zeros(1)])
     kind = type(model.config)
     old_model, reference_model = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
     places = {id(turn): n for n, turn in enumerate(turns)}

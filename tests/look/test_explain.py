@@ -8,7 +8,7 @@ from helpers import command
 
 from engine import parallel
 from engine.config import Config
-from grpo import conversation_weights, grpo_loss
+from grpo import grpo_loss, turn_weights
 from look import explain
 from look.explain import loss_by_hand
 from rollout import Turn
@@ -72,7 +72,7 @@ def test_the_loss_by_hand_clips():
     lengths = torch.tensor([len(turn.completion_ids) for turn in turns])
     mask = torch.arange(7) < lengths[:, None]
     advantages = torch.tensor([turn.advantage for turn in turns], dtype=torch.float64)
-    weights = conversation_weights([turn.place for turn in turns]).double()
+    weights = turn_weights([turn.place for turn in turns]).double()
     loss, stats = grpo_loss(new, old, reference, mask, advantages, weights, 0.2, 0.3, 0.1)
     cut = [[row[:n].tolist() for row, n in zip(own, lengths.tolist(), strict=True)] for own in (old, new)]
     assert loss_by_hand(turns, *cut, Config(eps_low=0.2, eps_high=0.3, kl=0.1)) == pytest.approx(loss.item(), abs=1e-6)
