@@ -80,11 +80,11 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl",
-        "--corpus {bad}/field.jsonl: line 1: no field 'text', its fields are body, title; name one of them",
+        "--corpus {bad}/field.jsonl: line 1: no field 'text', its fields are body, title; set --text-field",
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl --text_field story",
-        "--corpus {bad}/field.jsonl: line 1: no field 'story', its fields are body, title; name one of them",
+        "--corpus {bad}/field.jsonl: line 1: no field 'story', its fields are body, title; set --text-field",
     ),
     (
         "memtrain", "--corpus {bad}/number.jsonl",
@@ -178,7 +178,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--out {bad}/notes.csv",
-        "--out {bad}/notes.csv: can't be written to (File exists); name another folder",
+        "--out {bad}/notes.csv: is a file; name a folder",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/missing.json",
@@ -196,15 +196,16 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ("memtrain", "--task longqa --questions {bad}/strings.json", "{bad}/strings.json: record 1 is not a JSON object"),
     (
         "memtrain", "--task longqa --questions {bad}/strange.json",
-        "{bad}/strange.json: record 1: neither 'context' (HotpotQA) nor 'paragraphs' (MuSiQue), it has _id, words",
+        "{bad}/strange.json: record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' "
+        "[[title, number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are _id, words",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_gold.json",
-        "{bad}/no_gold.json: record 1: no 'supporting_facts', so no gold paragraph",
+        "{bad}/no_gold.json: record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_question.json",
-        "{bad}/no_question.json: record 1: field 'question' holds no text",
+        "{bad}/no_question.json: record 1: no field 'question' that holds a text",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_answer.json",
@@ -212,12 +213,13 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task longqa --questions {bad}/shape.json",
-        "{bad}/shape.json: record 1: 'context' is not [[title, [sentence]]], or 'supporting_facts' not [[title, "
-        "number]]",
+        "{bad}/shape.json: record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, "
+        "number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are _id, "
+        "question, answer, supporting_facts, context, type, level",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/missing_fact.json",
-        "{bad}/missing_fact.json: record 1: 'context' has no text for the supporting fact 'B'",
+        "{bad}/missing_fact.json: record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold ['B']",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/questions.json",
@@ -238,7 +240,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task searchqa --retriever dense",
-        "--retriever dense: was removed; run Search-R1's server with an encoder and give its http://...",
+        "--retriever dense: neither bm25 nor a URL like http://127.0.0.1:8000/retrieve",
     ),
     ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
     ("eval", "--controls full", "--controls full: --task memtrain has the control empty only"),
