@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SmolLM2-135M on real Wikipedia text, from its weights to task training: does MemTrain first help?
 #     recipes/smollm2-wiki.sh --data FOLDER [--smoke] [--out FOLDER] [--corpus wikimedia/wikipedia]
-# Sized for one H100 and 25 minutes (an estimate; not yet run). --smoke runs every part on a CPU, 2 steps each: it proves
-# that they work, and its accuracies mean nothing. Stopped, it goes on when called again. The results are in
+# Sized for one H100 and 25 minutes (an estimate; not yet run). --smoke runs every part on a CPU, 2 steps each: it
+# proves that they work, and its accuracies mean nothing. Rerun the same command to resume. The results are in
 # tables.md in the folder of --out, by default runs/smollm2, or with --smoke runs/smollm2-smoke.
 # The folder of --data holds wiki/passages.jsonl, lines of title and text, and in qa/ the files hotpot*train*,
 # hotpot*dev_distractor*, musique*train* and musique_ans*dev*, as their authors publish them. No path may hold a blank.

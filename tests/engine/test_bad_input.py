@@ -197,7 +197,8 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--task longqa --questions {bad}/strange.json",
         "{bad}/strange.json: record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' "
-        "[[title, number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are _id, words",
+        "[[title, number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are "
+        "_id, words",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_gold.json",
