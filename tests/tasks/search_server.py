@@ -33,9 +33,11 @@ def serving(answer):
         server.handle_error = lambda *_: None  # a client that has timed out
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join(10)
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:  # a server that goes on polling slows all tests that follow
+            server.shutdown()
+            thread.join(10)
 
 
 def reply(*queries: list[str]) -> str:
