@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import transformers
 from transformers import HfArgumentParser
+from transformers import __version__ as installed
 
 from engine import errors
 from engine.errors import UserError
@@ -215,10 +215,10 @@ TESTED = ("5.23", "5.24")
 
 def check(config: Config) -> None:
     """Raises UserError for what is missing or can't work, before a model is loaded or a passage is streamed."""
-    if config.fast and transformers.__version__.rpartition(".")[0] not in TESTED:
+    if config.fast and installed.rpartition(".")[0] not in TESTED:
         raise UserError(
-            f"--fast True: tested with transformers {' and '.join(TESTED)}, {transformers.__version__} is installed; "
-            "install one of these, or leave --fast out"
+            f"--fast True: tested with transformers {' and '.join(TESTED)}, {installed} is installed; install one of "
+            "these, or leave --fast out"
         )
     if config.g1 < 2 or (config.g2 < 2 and config.has_recall):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from helpers import command
 
 import memtrain
-from engine import models, parallel
+from engine import config, models, parallel
 from engine.errors import UserError
 from engine.models import load_model
 
@@ -311,7 +310,7 @@ def test_what_is_missing_is_told_before_any_work(tmp_path, monkeypatch, argument
 
 def test_fast_is_refused_with_versions_that_were_not_tested(tmp_path, monkeypatch):
     """fast/ stands on private parts of transformers: one line, and exit code 2. The default doesn't, and trains."""
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(config, "installed", "5.99.0")
     for name in ("fast", "fast.attention", "fast.packing", "fast.sampling"):  # as in a process that has just begun
         monkeypatch.delitem(sys.modules, name, raising=False)
     small = "--steps 1 --chunks 2 --chunk_tokens 32 --memory_tokens 8 --documents 1 --g1 2 --g2 2".split()

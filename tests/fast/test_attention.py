@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     DynamicCache,
@@ -21,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine import config
 from engine.config import Config, check
 from engine.errors import UserError
 from fast.attention import (
@@ -162,10 +162,10 @@ def test_sdpa_of_a_mask_for_the_last_queries_alone(heads, groups):
 def test_versions_that_were_not_tested_are_refused(monkeypatch):
     """Any patch of a tested version passes; an older, a later and an unfinished one are refused with a way out."""
     for version in ("5.23.0", "5.23.9", "5.24.1"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(config, "installed", version)
         check(Config(fast=True))
     for version in ("5.22.1", "5.25.0", "6.0.0", "5.2.3", "5.25.0.dev0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(config, "installed", version)
         check(Config())
         with pytest.raises(UserError, match=f"{version} is installed; install one of these, or leave --fast out"):
             check(Config(fast=True))
