@@ -163,6 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert first > 0 and abs(first - second) < 1e-5 * first
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_equals_one_never_stopped(tmp_path):
     """Its checkpoints hold the adapter; eval.py reads them, and a task's run goes on from them."""
     arguments = [*SMALL, "--fast", "True", "--lora", RANK, "--kl", "1e-3", "--steps", 3]

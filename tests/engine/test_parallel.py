@@ -136,6 +136,7 @@ def test_two_processes_equal_one(tmp_path, fast, capture):
             assert ours[name] == (theirs[name] and pytest.approx(theirs[name], rel=close, abs=close)), name
 
 
+@pytest.mark.slow
 def test_torchrun_writes_one_run(tmp_path):
     """`torchrun --nproc_per_node 2 memtrain.py`: one line of metrics, one end, and all questions in the rows."""
     size = "--steps 1 --chunks 2 --chunk_tokens 32 --documents 3 --g1 2 --g2 2 --memory_tokens 16".split()

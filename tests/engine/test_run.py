@@ -82,7 +82,9 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [t if t in ("memtrain", "fast") else pytest.param(t, marks=pytest.mark.slow) for t in TASKS]
+)
 def test_a_resumed_run_equals_one_never_stopped(task, out, tmp_path):
     """In every task and by both twins, with a reference, several updates and float32 masters."""
     arguments = [*SMALL, *TASKS[task], "--steps", 3]
@@ -158,7 +160,7 @@ def test_killed_at_twenty_random_moments(whole, runs):
         assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
+@pytest.mark.parametrize("name", ["TERM", pytest.param("INT", marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_and_the_run_resumes(out, whole, name):
     """SIGTERM or Ctrl-C: exit code 0, a checkpoint of the step that was under way, and how to resume; then as if never
     stopped."""

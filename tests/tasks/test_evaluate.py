@@ -46,6 +46,7 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     assert told == [(memory, f"{mean:+.3f}") for memory, mean in zip(memories, means, strict=True)] and any(means)
 
 
+@pytest.mark.slow
 def test_real_questions_at_a_real_tokenizers_lengths(tmp_path):
     """HotpotQA records with Qwen's tokenizer, 512-token chunks, a random model: one step, text from the real pool."""
     tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers/qwen3-4b-instruct-2507"))

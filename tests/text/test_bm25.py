@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 
 import numpy as np
+import pytest
 from helpers import records
 
 from text.bm25 import BM25
@@ -93,6 +94,7 @@ class PlainBM25:
         return heapq.nsmallest(k, scores, key=lambda n: (-scores[n], n))
 
 
+@pytest.mark.slow
 def test_recall_on_hotpotqa_is_that_of_a_plain_bm25():
     """500 questions over 4,937 passages: recall@10 of gold titles at least the plain BM25's and 0.85."""
     rows, passages = records("qa/hotpotqa_dev_first500_pooled_retrieval.jsonl"), records("wiki/hotpot_pool.jsonl")
