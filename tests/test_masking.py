@@ -199,7 +199,7 @@ def check(document, corpus, tokenizer, limit):
     return text
 
 
-@pytest.mark.parametrize("documents", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("documents", [150, pytest.param(500, marks=pytest.mark.slow)])
 def test_95_percent_of_real_documents_can_be_built_and_y_is_nowhere_left(wiki, documents):
     """Of real Wikipedia passages with the rules' entities: four chunks within their limit, without y or its words."""
     tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers/qwen3-4b-instruct-2507"))
