@@ -1,6 +1,5 @@
 """The settings of a run, read from flags and files."""
 
-import importlib.util
 import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
@@ -222,8 +221,10 @@ def check(config: Config) -> None:
         )
     if config.g1 < 2 or (config.g2 < 2 and config.has_recall):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
-    if config.lora and importlib.util.find_spec("peft") is None:
-        raise UserError(f"--lora {config.lora}: needs peft; run `pip install peft`")
+    if config.lora:
+        from engine.lora import check_peft
+
+        check_peft(f"--lora {config.lora}:")
     if config.task == "memtrain":
         check_ner(config.ner)
     else:

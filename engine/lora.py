@@ -7,14 +7,17 @@
 peft is needed only where an adapter is.
 """
 
+import importlib.util
 import json
 import warnings
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from engine.errors import UserError, first_line
 
@@ -28,8 +31,7 @@ def base_of(name: str, given: str) -> str:
     file = Path(name) / CONFIG
     if not file.is_file():
         return name
-    if find_spec("peft") is None:
-        raise UserError(f"{given} {name}: is an adapter, which needs peft; run `pip install peft`")
+    check_peft(f"{given} {name}: is an adapter, which")
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
@@ -37,6 +39,19 @@ def base_of(name: str, given: str) -> str:
     if not base or Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"{given} {name}: is an adapter of {base}, which is not there; restore it, or correct {file}")
     return base
+
+
+def check_peft(what: str) -> None:
+    """Raises UserError, "`what` needs peft ...", where it is missing or older than the installed transformers takes."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{what} needs peft; run `pip install peft`")
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        raise UserError(
+            f"{what} needs peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}; run "
+            "`pip install -U peft` or, where there is no newer one yet, install an older transformers"
+        ) from None
 
 
 def begin(model, config) -> None:

@@ -35,10 +35,22 @@ from transformers import (
 
 import memtrain
 from engine.config import Config, run_with_flags
+from engine.errors import UserError
+from engine.lora import check_peft
 from engine.models import as_reference
 from engine.run import release_signals
 from grpo import batch_loss, fixed_logprobs, set_weights, update_batches
 from rollout import Turn
+
+
+def needs_peft():
+    """The module peft; a test skips where it is missing, or older than the installed transformers takes."""
+    try:
+        check_peft("this test")
+    except UserError as error:
+        pytest.skip(str(error), allow_module_level=True)
+    return importlib.import_module("peft")
+
 
 # ---- the shared data beside the repository; a test that asks for it skips where it is absent
 

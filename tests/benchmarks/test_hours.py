@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_peft
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from benchmarks import hours
@@ -27,8 +28,7 @@ def test_the_counted_parameters_are_the_models(name):
         model = AutoModelForCausalLM.from_config(config)
     assert abs(sum(p.numel() for p in model.parameters()) / shape.parameters() - 1) < 1e-3
     assert abs(shape.parameters() / PUBLISHED[name] - 1) < 2e-3
-    peft = pytest.importorskip("peft", reason="needs peft")
-    model.add_adapter(peft.LoraConfig(r=8, target_modules="all-linear"))
+    model.add_adapter(needs_peft().LoraConfig(r=8, target_modules="all-linear"))
     assert sum(p.numel() for name, p in model.named_parameters() if "lora" in name) == shape.adapter(8)
 
 

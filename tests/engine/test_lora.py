@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, update
+from helpers import command, needs_peft, update
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from grpo import token_logprobs
 from recipes import merge
 from rollout import ANSWER_PROMPT, Budget, Turn, encode_prompt, fill, generate
 
-peft = pytest.importorskip("peft", reason="needs peft")
+peft = needs_peft()
 RANK = 4
 SMALL = "--chunks 2 --documents 2 --g1 2 --g2 2 --memory_tokens 16 --eval_documents 0 --save_every 1 --keep 9".split()
 
@@ -235,3 +235,12 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
         check(config())
     with pytest.raises(UserError, match="is an adapter, which needs peft; run `pip install peft`"):
         models.load_model(str(folder), "cpu")
+
+
+def test_an_older_peft_than_transformers_takes_is_one_line(adapter, monkeypatch):
+    """As with transformers 5.24, which came out before the peft that it asks for."""
+    monkeypatch.setattr(lora, "MIN_PEFT_VERSION", "99.1")
+    with pytest.raises(UserError, match=f"--lora {RANK}: needs peft 99.1 or newer with transformers .*; run `pip"):
+        check(config())
+    with pytest.raises(UserError, match="is an adapter, which needs peft 99.1 or newer"):
+        models.load_model(str(adapter[0]), "cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import shared, update
+from helpers import needs_peft, shared, update
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import ner
@@ -101,7 +101,7 @@ def test_sampler_and_trainer_agree(folder):
 @pytest.mark.parametrize("kl", [0.0, 1e-2])
 def test_a_step_with_lora(folder, kl):
     """The adapter moves and the weights don't; a good completion becomes likelier and a bad one less likely."""
-    needs("peft")
+    needs_peft()
     config = Config(model=str(folder), dtype="bfloat16", lora=8, kl=kl, documents=1, fast=True)
     policy, tokenizer = models.load_policy(config, "cpu")
     reference = models.load_reference(config, policy, "cpu")
