@@ -43,7 +43,7 @@ import grpo
 import rollout
 from engine import models, parallel
 from engine.config import Config, check, run_with_flags
-from engine.optimizer import MasterAdamW
+from engine.optimizer import make_optimizer
 from engine.run import Run
 from eval import evaluate, load_task
 from grpo import assign_advantages, batch_loss, fixed_logprobs, set_weights, update_batches
@@ -142,15 +142,6 @@ def twins(config: Config, policy, reference=None) -> tuple[Callable, Callable, C
 
         return sampling.generate, packing.enable(policy, reference), packing.token_logprobs
     return rollout.generate, grpo.micro_batches, grpo.token_logprobs
-
-
-def make_optimizer(policy, config: Config) -> MasterAdamW:
-    """AdamW; with --shard-optimizer the processes share it out. Raises UserError."""
-    if config.shard_optimizer:
-        from engine.sharding import ShardedAdamW
-
-        return ShardedAdamW(policy, config.lr, config.offload_optimizer)
-    return MasterAdamW(policy, config.lr, config.offload_optimizer)
 
 
 def shuffle_generator(config: Config, step: int):

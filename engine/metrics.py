@@ -5,8 +5,6 @@ from itertools import groupby
 
 import numpy as np
 
-from text.matching import KINDS, kind
-
 
 def wilson(right: float, n: int) -> tuple[float, float]:
     """95 % interval of a share, after Wilson (1927), which stays inside 0..1 and is sound for small n."""
@@ -102,8 +100,6 @@ def step_values(trajectories: list) -> dict[str, list]:
         "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
         "leaks": [document.leaks for document in documents],
         "draws": [1 + document.redraws for document in documents],
-        # Of several questions asked as one (MEM1) the answers are lists: the first one's stand for all.
-        "answers": [d.answers[0] if isinstance(d.answers[0], str) else d.answers[0][0] for d in documents],
         "tokens": [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns],
     }
 
@@ -112,9 +108,8 @@ def step_metrics(values: dict[str, list], sums: dict[str, float], seconds: dict[
     """A line of metrics.jsonl, of all processes' samples (`values`) and updates (`sums`); see docs/metrics.md."""
     mean = {name: float(np.mean(values[name])) if values[name] else None for name in MEANS}
     std = {f"{name}_std": float(np.std(values[name])) if values[name] else None for name in MEANS[:3]}
-    kinds = [kind(answer) for answer in values["answers"]]
     trained = max(sums.get("tokens", 0), 1)
-    return mean | std | {f"y_{name}": kinds.count(name) / len(kinds) for name in KINDS} | {
+    return mean | std | {
         "leaky": sum(values["leaks"]) / sum(values["draws"]), "loss": sums["loss"],
         "kl": sums.get("kl", 0) / trained, "approx_kl": sums.get("approx_kl", 0) / trained,
         "clip_fraction": sums.get("clipped", 0) / trained, "entropy": sums.get("entropy", 0) / trained,

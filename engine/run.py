@@ -61,8 +61,7 @@ class Run:
     def open(self, policy, tokenizer, optimizer, budget) -> None:
         """Keep what checkpoints save. Raises UserError where the disk has no room for one."""
         self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
-        weights = sum(weight.numel() for weight in optimizer.weights)
-        needed = weights * (16 if optimizer.separate else 12)  # bytes: weights, two moments, and separate masters
+        needed = 16 * sum(weight.numel() for weight in optimizer.weights)  # bytes: weights, masters, two moments
         free = shutil.disk_usage(self.out).free
         if free < needed:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The optimizer of engine/optimizer.py, shared out over the processes as FSDP2 does it, by torch's DTensor.
+"""The optimizer of engine/masters.py, shared out over the processes as FSDP2 does it, by torch's DTensor.
 
 Every process keeps its rows of each master and of its moments: 12 bytes a parameter in all, not on each GPU. Gradients
 are summed where they are needed, and fresh weights are gathered.
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 
 from engine.errors import UserError
-from engine.optimizer import MasterAdamW
+from engine.masters import MasterAdamW
 from engine.parallel import rank
 
 
@@ -21,7 +21,7 @@ class ShardedAdamW(MasterAdamW):
             why = "--offload-optimizer True does the same in CPU memory; give one" if offload else "needs torchrun"
             raise UserError(f"--shard-optimizer True: {why}")
         self.mesh, self.device = init_device_mesh(model.device.type, (dist.get_world_size(),)), model.device
-        super().__init__(model, lr, separate=True)
+        super().__init__(model, lr)
 
     def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
         """This process's rows of a tensor that all have."""

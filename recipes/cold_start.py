@@ -30,7 +30,7 @@ from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
 from engine.metrics import row, sample_text, table
 from engine.models import load_policy
-from engine.optimizer import MasterAdamW
+from engine.optimizer import AdamW, make_optimizer
 from masking import Document, draw_recall, load_corpus
 from memtrain import learning_rate, twins
 from recipes.folders import check_new, save_new
@@ -109,7 +109,7 @@ def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[
 
 
 def learn(
-    policy, optimizer: MasterAdamW, turns: list[Turn], lr: float, config: Config,
+    policy, optimizer: AdamW, turns: list[Turn], lr: float, config: Config,
     micro_batches=grpo.micro_batches, token_logprobs=grpo.token_logprobs,
 ) -> float:
     """One update towards the turns -> their loss: -log p in nats a token, averaged with the weights of Eq. 4."""
@@ -162,7 +162,7 @@ def main(config: ColdStart) -> None:
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
     before, _ = sampled_success(sample, heldout, config, "before")
-    optimizer = MasterAdamW(policy, config.lr, config.offload_optimizer)
+    optimizer = make_optimizer(policy, config)
     counts, tokens, began = Counter(), 0, time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
     for step in bar:

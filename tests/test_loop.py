@@ -11,7 +11,7 @@ from helpers import VOCABULARY, command, tiny_model, unpadded_logprobs
 import memtrain
 from engine.config import Config
 from engine.models import load_policy
-from engine.optimizer import MasterAdamW
+from engine.optimizer import AdamW
 from fast.attention import packs
 from grpo import assign_advantages, token_logprobs
 from masking import Document
@@ -332,6 +332,6 @@ def test_a_positive_advantage_raises_the_probability(monkeypatch, fast):
         Turn([1, 2, 3], [7, 8], True, "", place=0, advantage=-1.0),
     ]
     before = token_logprobs(model, turns)[0].sum(1)
-    logged = train(monkeypatch, Config(fast=fast, lr=1e-3, **ONE), model, turns, optimizer=MasterAdamW(model, 1e-3))
+    logged = train(monkeypatch, Config(fast=fast, lr=1e-3, **ONE), model, turns, optimizer=AdamW(model, 1e-3))
     after = token_logprobs(model, turns)[0].sum(1)
     assert after[0] > before[0] and after[1] < before[1] and logged["tokens"] == 5 and logged["updates"] == 1

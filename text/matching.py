@@ -96,19 +96,6 @@ def name_words(entity: str) -> list[str]:
     return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
 
 
-KINDS = ("number", "person", "several", "word")
-
-
-def kind(entity: str) -> str:
-    """number: with a digit; person: of several words, all capitalised; several: of several others; word: of one."""
-    words = entity.split()
-    if any(character.isdigit() for character in entity):
-        return "number"
-    if len(words) > 1:
-        return "person" if all(word[0].isupper() for word in words) else "several"
-    return "word"
-
-
 @lru_cache(maxsize=65536)
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", fold(name)[0]))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine import lora, models
 from engine.config import Config, check
 from engine.errors import UserError
-from engine.optimizer import MasterAdamW
+from engine.optimizer import AdamW
 from grpo import token_logprobs
 from recipes import merge
 from rollout import ANSWER_PROMPT, Budget, Turn, encode_prompt, fill, generate
@@ -56,7 +56,7 @@ def trained(config: Config, steps: int = 3):
     """A policy after some updates, its tokenizer, and what the updates counted."""
     policy, tokenizer = models.load_policy(config, "cpu")
     reference = models.load_reference(config, policy, "cpu")
-    optimizer, some = MasterAdamW(policy, 1e-3), turns()
+    optimizer, some = AdamW(policy, 1e-3), turns()
     for _ in range(steps):
         stats = update(policy, optimizer, some, 1e-3, config, reference)
     return policy, tokenizer, stats
@@ -125,7 +125,7 @@ def test_a_later_run_goes_on_with_the_adapter(adapter):
     policy, _ = models.load_policy(settings, "cpu")
     began = logprobs(first, turns())
     assert torch.equal(logprobs(policy, turns()), began)
-    update(policy, MasterAdamW(policy, 1e-3), turns(), 1e-3, settings)
+    update(policy, AdamW(policy, 1e-3), turns(), 1e-3, settings)
     with models.as_reference(policy, settings, "cpu"):
         assert torch.equal(logprobs(policy, turns()), began)
     assert not torch.equal(logprobs(policy, turns()), began)
@@ -134,7 +134,7 @@ def test_a_later_run_goes_on_with_the_adapter(adapter):
 def test_bfloat16_keeps_small_changes(tmp_path):
     """What a small rate has learned is still there after loading: the loaded model is the live policy to the bit."""
     policy, tokenizer = models.load_policy(config(dtype="bfloat16"), "cpu")
-    update(policy, MasterAdamW(policy, 1e-5), turns(), 1e-5, config())
+    update(policy, AdamW(policy, 1e-5), turns(), 1e-5, config())
     policy.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = models.load_model(str(tmp_path), "cpu", "bfloat16")

@@ -85,7 +85,6 @@ def test_the_metrics_of_a_step_by_hand():
         "reward": 0.375, "reward_std": ((0.875**2 + 0.125**2 + 2 * 0.375**2) / 4) ** 0.5,
         "degenerate": 1 / 3,  # of the groups of two documents and one recall that of the second document
         "leaky": 2 / 6, "recall_leaky": 1.0,  # two of the six documents that were drawn leaked
-        "y_number": 0.5, "y_person": 0.5, "y_several": 0.0, "y_word": 0.0,
         "truncated": 2 / 10, "unboxed": 1 / 4, "memory_tokens": 4.0,
         "loss": -0.25, "kl": 0.1, "approx_kl": 0.05, "clip_fraction": 0.25, "entropy": 1.5,
         "tokens_per_second": tokens / 5, "seconds_rollout": 2.0, "seconds_update": 3.0,

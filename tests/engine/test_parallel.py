@@ -127,8 +127,7 @@ def test_two_processes_equal_one(tmp_path, fast, capture):
     lines = metrics_of(tmp_path), metrics_of(tmp_path / "one")
     assert [line["end_to_end"] for line in lines[0]] == [len(kept) / 10 for kept in KEPT]
     assert [line["updates"] for line in lines[0]] == [2, 2, 1, 0, 2]
-    assert {lines[0][0][f"y_{kind}"] for kind in ("number", "person", "several")} == {0.2}
-    assert lines[0][0]["y_word"] == 0.4 and lines[0][0]["loss"] and lines[0][0]["kl"] > 0 < lines[0][0]["entropy"]
+    assert lines[0][0]["loss"] and lines[0][0]["kl"] > 0 < lines[0][0]["entropy"]
     close = 1e-5 if capture else 1e-1
     for ours, theirs in zip(*lines, strict=True):
         assert ours.keys() == theirs.keys()

@@ -14,7 +14,7 @@ from test_parallel import KEPT, model, turns_of
 from engine import parallel
 from engine.config import Config
 from engine.errors import UserError
-from engine.optimizer import MasterAdamW
+from engine.masters import MasterAdamW
 from engine.sharding import ShardedAdamW
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from engine import models
 from engine.config import Config, parse
 from engine.errors import UserError
-from engine.optimizer import MasterAdamW
+from engine.optimizer import AdamW
 from fast import packing
 from masking import MASK, QUESTION, load_corpus
 from recipes import cold_start, single_hop
@@ -94,7 +94,7 @@ def test_learning_is_the_gradient_of_the_likelihood(tiny, fast):
     loss.backward()
     wanted = torch.cat([p.grad.flatten() for p in twin.parameters()])
     gradients = []
-    optimizer = MasterAdamW(model, 1e-3)
+    optimizer = AdamW(model, 1e-3)
     optimizer.adamw.register_step_pre_hook(lambda *_: gradients.extend(p.grad.flatten() for p in model.parameters()))
     twins = (packing.enable(model), packing.token_logprobs) if fast else ()
     found = cold_start.learn(model, optimizer, turns, 1e-3, Config(grad_clip=0.0, train_tokens=300), *twins)

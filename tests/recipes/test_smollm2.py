@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import ner
 from engine import models
 from engine.config import Config
-from engine.optimizer import MasterAdamW
+from engine.optimizer import AdamW
 from fast import packing, sampling
 from masking import QUESTION, Document, common_words, load_pipeline, worth_masking
 from recipes import smollm2
@@ -105,7 +105,7 @@ def test_a_step_with_lora(folder, kl):
     config = Config(model=str(folder), dtype="bfloat16", lora=8, kl=kl, documents=1, fast=True)
     policy, tokenizer = models.load_policy(config, "cpu")
     reference = models.load_reference(config, policy, "cpu")
-    turns, optimizer = sampled(policy, tokenizer), MasterAdamW(policy, 1e-4)
+    turns, optimizer = sampled(policy, tokenizer), AdamW(policy, 1e-4)
     frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     assert sum(p.numel() for p in optimizer.weights) < 0.03 * sum(p.numel() for p in frozen.values())
 

@@ -1,0 +1,54 @@
+"""AdamW over float32 master weights, for a policy that computes in bfloat16, on the GPU or in CPU memory.
+
+bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would all round away, and
+so would most of what accumulates in a bfloat16 gradient. So weights, moments and the gradients that add up over
+micro-batches are float32 here, and the policy holds a rounded copy.
+"""
+
+import torch
+
+from engine.optimizer import AdamW
+
+
+class MasterAdamW(AdamW):
+    """AdamW whose masters are float32 copies of the weights; with `offload` they and the moments are in CPU memory."""
+
+    def __init__(self, model, lr: float, offload: bool = False):
+        self.offload, self.sums = offload, {}
+        super().__init__(model, lr)
+        for weight in self.weights:
+            weight.register_post_accumulate_grad_hook(self.accumulate)
+
+    def make_masters(self) -> list[torch.nn.Parameter]:
+        device = "cpu" if self.offload else None
+        copies = (weight.detach().to(device, torch.float32, copy=True) for weight in self.weights)
+        return [torch.nn.Parameter(self.own_part(copy)) for copy in copies]
+
+    def accumulate(self, weight) -> None:
+        """Move a fresh gradient into its float32 sum, where small ones don't vanish beside large ones."""
+        if weight in self.sums:
+            self.sums[weight] += weight.grad
+        else:
+            self.sums[weight] = weight.grad.float()
+        weight.grad = None
+
+    def gradient(self, weight) -> torch.Tensor:
+        return self.sums.pop(weight) if weight in self.sums else torch.zeros_like(weight, dtype=torch.float32)
+
+    def write_back(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(self.whole(master.data))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | {f"{n}.master": master for n, master in enumerate(self.masters)}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from `tensors()`; masters that a float32 run didn't save are made of the policy's weights."""
+        for n, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
+            master.data.copy_(self.own_part(tensors.get(f"{n}.master", weight.detach().float())))
+        # Step counts have no dimension.
+        super().load({key: self.own_part(tensor) if tensor.dim() else tensor for key, tensor in tensors.items()})
+
+    def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What this process keeps of a tensor: all of it. engine/sharding.py keeps its rows."""
+        return tensor
