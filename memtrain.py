@@ -43,7 +43,7 @@ import grpo
 import rollout
 from engine import models, parallel
 from engine.config import Config, check, run_with_flags
-from engine.optimizer import make_optimizer
+from engine.optimizer import AdamW
 from engine.run import Run
 from eval import evaluate, load_task
 from grpo import assign_advantages, batch_loss, fixed_logprobs, set_weights, update_batches
@@ -142,6 +142,19 @@ def twins(config: Config, policy, reference=None) -> tuple[Callable, Callable, C
 
         return sampling.generate, packing.enable(policy, reference), packing.token_logprobs
     return rollout.generate, grpo.micro_batches, grpo.token_logprobs
+
+
+def make_optimizer(policy, config: Config) -> AdamW:
+    """The optimizer that the policy's dtype and the settings ask for. Raises UserError."""
+    if config.shard_optimizer:
+        from engine.sharding import ShardedAdamW
+
+        return ShardedAdamW(policy, config.lr, config.offload_optimizer)
+    if config.offload_optimizer or any(p.dtype != torch.float32 for p in policy.parameters() if p.requires_grad):
+        from engine.masters import MasterAdamW
+
+        return MasterAdamW(policy, config.lr, config.offload_optimizer)
+    return AdamW(policy, config.lr)
 
 
 def shuffle_generator(config: Config, step: int):

@@ -10,15 +10,18 @@ benchmarks/step.py measures.
 """
 
 import sys
+from functools import cache
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
-from engine.config import Config, parse
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from benchmarks.step import model_config
+from engine.config import ROOT, Config, parse
 from engine.errors import run_script
 from grpo import HEAD_TOKENS
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILL, OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.5, 0.25, 0.6, 0.8e-3
 INSTRUCTIONS = 120  # tokens of a prompt beside its texts
 
@@ -28,37 +31,6 @@ class Card(NamedTuple):
     flop: float  # a second, dense bfloat16
     bandwidth: float  # bytes a second
     euros: float  # an hour, rented: a guess
-
-
-class Shape(NamedTuple):
-    """Of a model's config.json."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool = True
-
-    def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of a layer's matrices."""
-        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
-        feed = [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
-        return [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden), *feed]
-
-    def parameters(self) -> int:
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * sum(n * m for n, m in self.linears())
-
-    def adapter(self, rank: int) -> int:
-        """Parameters of a LoRA adapter."""
-        return self.layers * sum(rank * (n + m) for n, m in self.linears())
-
-    def cache(self) -> int:
-        """Bytes of keys and values, a token."""
-        return self.layers * 2 * self.kv_heads * self.head_size * 2
 
 
 class Turns(NamedTuple):
@@ -74,13 +46,7 @@ class Turns(NamedTuple):
 
 
 CARDS = {"24gb": Card("RTX 4090", 165e12, 1.0e12, 0.4), "80gb": Card("H100", 989e12, 3.35e12, 2.5)}
-SHAPES = {
-    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936),
-    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936),
-    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 128, 152064, tied=False),
-    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936),
-}
-MODELS = [  # (shape, card, what is given after the task's file)
+MODELS = [  # (one of benchmarks/step.py's SHAPES, card, what is given after the task's file)
     ("qwen2.5-0.5b", "24gb", ""),
     ("qwen2.5-1.5b", "24gb", "qwen2.5-1.5b.args"),
     ("qwen3-4b", "24gb", "qwen3-4b-lora.args"),
@@ -88,6 +54,21 @@ MODELS = [  # (shape, card, what is given after the task's file)
     ("qwen2.5-7b", "80gb", "--model Qwen/Qwen2.5-7B-Instruct"),
     ("qwen2.5-7b", "80gb", "qwen2.5-7b-8gpus.args"),
 ]
+
+
+@cache
+def parameters(shape: str, rank: int = 0) -> int:
+    """Of a model's matrices, which is all but 0.1 %; or of a LoRA adapter of this rank on those of its layers."""
+    with torch.device("meta"):  # sizes without memory
+        model = AutoModelForCausalLM.from_config(model_config(shape))
+    if rank:
+        return sum(rank * sum(p.shape) for p in model.model.layers.parameters() if p.dim() == 2)
+    return sum(p.numel() for p in model.parameters() if p.dim() == 2)
+
+
+def cache_bytes(model: PretrainedConfig) -> int:
+    """Bytes of keys and values, a token."""
+    return model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * 2
 
 
 def step_turns(config: Config, documents: int) -> list[Turns]:
@@ -104,41 +85,44 @@ def step_turns(config: Config, documents: int) -> list[Turns]:
     return found
 
 
-def seconds(config: Config, shape: Shape, card: Card, step: list[Turns]) -> tuple[float, float]:
+def seconds(config: Config, shape: str, card: Card, step: list[Turns]) -> tuple[float, float]:
     """(sampling, reference and update) of one step."""
     sampling = training = 0.0
+    size, model = parameters(shape), model_config(shape)
+    layers = model.num_hidden_layers
     several = (config.update_batch or config.documents) < config.documents  # then old log-probs are computed, too
     for kind in step:
-        attention = 2 * shape.layers * shape.heads * shape.head_size * kind.prompt  # of one token, forward
-        forward = (2 * shape.parameters() + attention) * kind.tokens(kind.prompts) / (card.flop * OF_PEAK)
+        attention = 2 * layers * model.num_attention_heads * model.head_dim * kind.prompt  # of one token, forward
+        forward = (2 * size + attention) * kind.tokens(kind.prompts) / (card.flop * OF_PEAK)
         backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
         training += forward * (1 + config.gradient_checkpointing + bool(config.kl) + several) + backward
         batches = ceil((kind.prompts * kind.prompt + kind.count * kind.limit) / config.rollout_tokens)
-        read = 2 * shape.parameters() + kind.count / batches * kind.prompt * shape.cache()  # bytes, a token of each row
-        a_token = max(LAUNCH * shape.layers, read / (card.bandwidth * OF_BANDWIDTH))
+        read = 2 * size + kind.count / batches * kind.prompt * cache_bytes(model)  # bytes, a token of each row
+        a_token = max(LAUNCH * layers, read / (card.bandwidth * OF_BANDWIDTH))
         sampling += forward + batches * kind.limit * a_token
     return sampling, training
 
 
-def gpu_bytes(config: Config, shape: Shape, gpus: int) -> float:
+def gpu_bytes(config: Config, shape: str, gpus: int) -> float:
     """Bytes on a GPU at most: weights, what is trained, and the larger of sampling and training."""
-    trained = shape.adapter(config.lora) if config.lora else shape.parameters()
-    fixed = 2 * shape.parameters() * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
+    size, trained, model = parameters(shape), parameters(shape, config.lora), model_config(shape)
+    fixed = 2 * size * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
     if not config.offload_optimizer:
         fixed += 12 * trained / (gpus if config.shard_optimizer else 1)  # master weights and two moments
     tokens = config.train_tokens
-    kept = shape.layers if config.gradient_checkpointing else shape.layers * 12  # hidden states, each
-    layer = 2 * tokens * (8 * shape.hidden + 4 * shape.intermediate)
-    logits = HEAD_TOKENS * shape.vocabulary * 4 * 3
-    training = 4 * trained + 2 * tokens * shape.hidden * kept + layer + logits  # float32 sums of the gradients
-    sampling = config.rollout_tokens * shape.cache()
-    whole = 4 * shape.vocabulary * shape.hidden if config.shard_optimizer else 0  # the largest, summed and gathered
+    kept = model.num_hidden_layers * (1 if config.gradient_checkpointing else 12)  # hidden states, each
+    layer = 2 * tokens * (8 * model.hidden_size + 4 * model.intermediate_size)
+    logits = HEAD_TOKENS * model.vocab_size * 4 * 3
+    training = 4 * trained + 2 * tokens * model.hidden_size * kept + layer + logits  # float32 sums of the gradients
+    sampling = config.rollout_tokens * cache_bytes(model)
+    # The largest matrix, summed and gathered.
+    whole = 4 * model.vocab_size * model.hidden_size if config.shard_optimizer else 0
     return fixed + max(training, sampling) + whole
 
 
-def line(words: list[str], shape: Shape, card: Card, given: list[str]) -> str:
+def line(words: list[str], shape: str, card: Card, given: list[str]) -> str:
     """A row of the table: of the recipe's files and settings `words`, and of what is `given` over them."""
-    arguments = [["--config", str(RECIPES / word)] if word.endswith(".args") else [word] for word in words]
+    arguments = [["--config", str(ROOT / "recipes" / word)] if word.endswith(".args") else [word] for word in words]
     config = parse(Config, arguments=sum(arguments, []) + given)
     gpus = 8 if config.shard_optimizer else 1
     step = step_turns(config, ceil(config.documents / gpus))
@@ -159,7 +143,7 @@ def main() -> None:
     for task in ("wiki", "longqa", "searchqa"):
         for shape, card, more in MODELS:
             words = [f"{task}-{card}.args", *more.split()]
-            print(line(words, SHAPES[shape], CARDS[card], given=sys.argv[1:]))
+            print(line(words, shape, CARDS[card], given=sys.argv[1:]))
 
 
 if __name__ == "__main__":

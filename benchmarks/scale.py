@@ -60,13 +60,10 @@ def timed(name: str, function: Callable[[int], object], calls: int = 1):
     return result
 
 
-def entities(passages: list[Passage], tokenizer) -> None:
+def entities_and_search(passages: list[Passage], tokenizer) -> None:
     texts, names = [p.text for p in passages[:20_000]], frozenset(p.name for p in passages[:20_000])
     what = f"entities of {len(texts):,} passages by rules, one process"
     timed(what, lambda _: entities_of(texts, "rules", names, common_words(texts)))
-
-
-def search(passages: list[Passage], tokenizer) -> None:
     index = timed("BM25: start-up", lambda _: BM25([f"{p.title} {p.text}" for p in passages]))
     queries = [" ".join(p.text.split()[:12]) for p in passages[:: max(1, len(passages) // 50)]]
     timed("a BM25 search of 12 words", lambda i: index.search([queries[i]], 3), calls=40)
@@ -100,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     passages, tokenizer = made_up_passages(arguments.passages), AutoTokenizer.from_pretrained(arguments.tokenizer)
     print(f"| {arguments.passages:,} passages | CPU seconds | GiB at most |\n|---|---|---|")
-    for part in (entities, search, long_texts, masked):
+    for part in (entities_and_search, long_texts, masked):
         part(passages, tokenizer)
 
 

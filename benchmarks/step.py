@@ -20,20 +20,23 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.config import Config, check, option, run_with_flags
 from engine.models import as_reference, load_policy, load_reference
 from grpo import batch_loss, fixed_logprobs, group_advantages, set_weights, turn_tokens
 from memtrain import make_optimizer, twins
-from rollout import Budget, Sampler, Turn
+from rollout import Budget, Sampler
 
-# hidden, intermediate, layers, heads, key-value heads, head size, vocabulary; the Qwen3 ones from their config.json
+# Kind, hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied embeddings: of config.json.
 SHAPES = {
-    "5m": (256, 768, 6, 4, 2, 64, 2048),
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
-    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936),
-    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936),
+    "5m": ("qwen3", 256, 768, 6, 4, 2, 64, 2048, True),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "qwen3-1.7b": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    "qwen3-4b": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
 }
 
 
@@ -52,7 +55,9 @@ class Step(Config):
 def main(config: Step) -> None:
     check(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = measure(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(config.shape, config.dtype, folder)
+        rows = measure(replace(config, model=folder), device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     tokens = f"{config.documents} x {config.g1}, {config.prompt_tokens} + {config.new_tokens} tokens"
     print(f"{config.shape}, {config.dtype}, {name}, {tokens}\n| | median | lowest | highest |\n|---|---|---|---|")
@@ -62,59 +67,47 @@ def main(config: Step) -> None:
 
 
 def measure(config: Step, device: str) -> list[dict[str, float]]:
-    """The figures of each step, without the first, which warms up."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_model(config.shape, config.dtype, folder)
-        config = replace(config, model=folder)
-        policy, tokenizer = load_policy(config, device)
-        reference = load_reference(config, policy, device)
-    generate, *others = twins(config, policy, reference)
+    """The figures of each step of the model in config.model, without the first, which warms up.
+
+    A step is that of memtrain.py with a completion of each prompt in place of its turns. The reward is a completion's
+    share of different tokens, compared in groups of --g1.
+    """
+    torch.manual_seed(0)
+    policy, tokenizer = load_policy(config, device)
+    reference = load_reference(config, policy, device)
+    generate, micro_batches, token_logprobs = twins(config, policy, reference)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     optimizer, rows = make_optimizer(policy, config), []
     for number in range(config.steps + 1):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         prompts = random_prompts(config, number)
-        turns, phases = step(sample, prompts, reference, optimizer, config, *others)
-        tokens = sum(map(turn_tokens, turns)) / sum(phases.values())
-        rows.append({"tokens_per_second": tokens} | phases | {"peak_gib": peak_memory(device)})
+        times = [now(device)]
+        turns = sample(prompts, config.new_tokens)
+        for place in range(config.documents):
+            group = turns[place * config.g1 : (place + 1) * config.g1]
+            rewards = [len(set(turn.completion_ids)) / len(turn.completion_ids) for turn in group]
+            for turn, advantage in zip(group, group_advantages(rewards, "mean"), strict=True):
+                turn.place, turn.advantage = place, advantage
+        times.append(now(device))
+        if reference is not None:
+            with as_reference(reference, config, device):
+                for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
+                    turn.reference_logprobs = logprobs
+        times.append(now(device))
+        policy.train(config.gradient_checkpointing)
+        set_weights(turns)
+        for batch in micro_batches(turns, config.train_tokens):
+            loss, _ = batch_loss(policy, batch, config, token_logprobs)
+            loss.backward()
+        optimizer.step(config.lr, config.grad_clip)
+        policy.eval()
+        times.append(now(device))
+        phases = dict(zip(("seconds_sampling", "seconds_reference", "seconds_update"), np.diff(times), strict=True))
+        seconds = times[-1] - times[0]
+        speed = {"tokens_per_second": sum(map(turn_tokens, turns)) / seconds, "seconds": seconds}
+        rows.append(speed | phases | {"peak_gib": peak_memory(device)})
     return rows[1:]
-
-
-# ---- a step ------------------------------------------------------------------------------------------------
-
-
-def step(
-    sample: Sampler, prompts: list[str], reference, optimizer, config: Step, micro_batches, token_logprobs
-) -> tuple[list[Turn], dict[str, float]]:
-    """What memtrain.py does in a step, a completion of each prompt in place of its turns -> turns, seconds by phase.
-
-    The reward is a completion's share of different tokens, compared in groups of --g1.
-    """
-    policy, device = sample.model, sample.model.device.type
-    times = [now(device)]
-    turns = sample(prompts, config.new_tokens)
-    for place in range(config.documents):
-        group = turns[place * config.g1 : (place + 1) * config.g1]
-        rewards = [len(set(turn.completion_ids)) / len(turn.completion_ids) for turn in group]
-        for turn, advantage in zip(group, group_advantages(rewards, "mean"), strict=True):
-            turn.place, turn.advantage = place, advantage
-    times.append(now(device))
-    if reference is not None:
-        with as_reference(reference, config, device):
-            for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
-                turn.reference_logprobs = logprobs
-    times.append(now(device))
-    policy.train(config.gradient_checkpointing)
-    set_weights(turns)
-    for batch in micro_batches(turns, config.train_tokens):
-        loss, _ = batch_loss(policy, batch, config, token_logprobs)
-        loss.backward()
-    optimizer.step(config.lr, config.grad_clip)
-    policy.eval()
-    times.append(now(device))
-    names = "seconds_sampling", "seconds_reference", "seconds_update"
-    return turns, dict(zip(names, np.diff(times).tolist(), strict=True))
 
 
 def now(device: str) -> float:
@@ -134,18 +127,22 @@ def peak_memory(device: str) -> float:
 # ---- random weights and prompts ------------------------------------------------------------------------------
 
 
+def model_config(shape: str):
+    """The config.json of one of SHAPES, or of another folder."""
+    if shape not in SHAPES:
+        return AutoConfig.from_pretrained(shape)
+    kind, hidden, intermediate, layers, heads, kv_heads, head_size, vocabulary, tied = SHAPES[shape]
+    return AutoConfig.for_model(
+        kind, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_size, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=40960, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )
+
+
 def write_random_model(shape: str, dtype: str, folder: str) -> None:
-    """A model folder: one of SHAPES, or of the shape of another folder. Its tokenizer reads "t7 t9" as the ids 7, 9."""
+    """A model folder of this shape. Its tokenizer reads "t7 t9" as the ids 7, 9."""
     torch.manual_seed(0)
-    if shape in SHAPES:
-        hidden, intermediate, layers, heads, kv_heads, head, vocabulary = SHAPES[shape]
-        config = Qwen3Config(
-            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=head, vocab_size=vocabulary, tie_word_embeddings=True,
-            max_position_embeddings=40960, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-        )
-    else:
-        config = AutoConfig.from_pretrained(shape)
+    config = model_config(shape)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, config.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))

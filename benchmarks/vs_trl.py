@@ -20,29 +20,16 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-import torch
-
-from benchmarks.step import Step, random_prompts, step, write_random_model
+from benchmarks.step import Step, measure, random_prompts, write_random_model
 from engine.errors import UserError, run_script
-from engine.models import load_model
-from memtrain import make_optimizer, twins
-from rollout import Budget, Sampler
 
 
-def ours(folder: str, config: Step, checkpointing: bool) -> list[float]:
+def ours(config: Step, checkpointing: bool) -> list[float]:
     """Seconds of each step."""
-    torch.manual_seed(0)
-    policy, tokenizer = load_model(folder, "cpu")
-    generate, *others = twins(config, policy)
-    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
-    optimizer, seconds = make_optimizer(policy, config), []
-    for number in range(config.steps):
-        _, phases = step(sample, random_prompts(config, number), None, optimizer, config, *others)
-        seconds.append(sum(phases.values()))
-    return seconds
+    return [row["seconds"] for row in measure(config, "cpu")]
 
 
-def trl(folder: str, config: Step, checkpointing: bool) -> list[float]:
+def trl(config: Step, checkpointing: bool) -> list[float]:
     """Seconds of each step."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -62,20 +49,21 @@ def trl(folder: str, config: Step, checkpointing: bool) -> list[float]:
 
     # TRL's groups have at least two samples: of the unshared prompts it gets half, each twice.
     group, rows = 2 if config.unshared else config.g1, config.documents * config.g1
-    prompts = [prompt for number in range(config.steps) for prompt in random_prompts(config, number)[::group]]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    steps = config.steps + 1  # the first warms up
+    prompts = [prompt for number in range(steps) for prompt in random_prompts(config, number)[::group]]
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
     assert all(len(ids) == config.prompt_tokens for ids in tokenizer(prompts)["input_ids"])  # the same work as ours
     settings = GRPOConfig(
-        output_dir=f"{folder}/trl", per_device_train_batch_size=8, gradient_accumulation_steps=rows // 8,
-        num_generations=group, max_steps=config.steps, max_completion_length=config.new_tokens,
+        output_dir=f"{config.model}/trl", per_device_train_batch_size=8, gradient_accumulation_steps=rows // 8,
+        num_generations=group, max_steps=steps, max_completion_length=config.new_tokens,
         learning_rate=config.lr, bf16=False, gradient_checkpointing=checkpointing, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False, logging_strategy="no",
     )
     GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=reward, args=settings,
+        model=AutoModelForCausalLM.from_pretrained(config.model), reward_funcs=reward, args=settings,
         train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Timer()],
     ).train()
-    return seconds
+    return seconds[1:]
 
 
 def main() -> None:
@@ -90,14 +78,14 @@ def main() -> None:
         raise UserError("--steps: at least 2, the first one warms up; --rounds: at least 1")
     if importlib.util.find_spec("trl") is None:
         raise UserError("TRL is not installed; run this in an environment with benchmarks/requirements.txt")
-    config = Step(fast=True, steps=arguments.steps, unshared=arguments.unshared)
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         write_random_model("5m", "float32", folder)
+        config = Step(model=folder, fast=True, steps=arguments.steps - 1, unshared=arguments.unshared)
         for _ in range(arguments.rounds):
             for side in (ours, trl):
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                    latest = fresh.submit(side, folder, config, arguments.checkpointing).result()[1:]
+                    latest = fresh.submit(side, config, arguments.checkpointing).result()
                 seconds[side.__name__] += latest
                 print(f"{side.__name__}: {', '.join(f'{s:.2f}' for s in latest)} s a step", flush=True)
     own, theirs = (statistics.median(values) for values in seconds.values())

@@ -10,19 +10,6 @@ import torch
 from engine.parallel import sum_gradients
 
 
-def make_optimizer(policy, config):
-    """The optimizer that the policy's dtype and the settings ask for. Raises UserError."""
-    if config.shard_optimizer:
-        from engine.sharding import ShardedAdamW
-
-        return ShardedAdamW(policy, config.lr, config.offload_optimizer)
-    if config.offload_optimizer or any(p.dtype != torch.float32 for p in policy.parameters() if p.requires_grad):
-        from engine.masters import MasterAdamW
-
-        return MasterAdamW(policy, config.lr, config.offload_optimizer)
-    return AdamW(policy, config.lr)
-
-
 class AdamW:
     """AdamW whose `step` takes the gradients accumulated so far. What it updates are `masters`: here, the weights."""
 

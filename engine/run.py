@@ -61,7 +61,8 @@ class Run:
     def open(self, policy, tokenizer, optimizer, budget) -> None:
         """Keep what checkpoints save. Raises UserError where the disk has no room for one."""
         self.policy, self.tokenizer, self.optimizer, self.budget = policy, tokenizer, optimizer, budget
-        needed = 16 * sum(weight.numel() for weight in optimizer.weights)  # bytes: weights, masters, two moments
+        copies = 3 if optimizer.masters is optimizer.weights else 4  # weights, two moments, and separate masters
+        needed = 4 * copies * sum(weight.numel() for weight in optimizer.weights)  # bytes
         free = shutil.disk_usage(self.out).free
         if free < needed:
             raise UserError(

@@ -25,13 +25,19 @@ rate=${TASK_RATE:-5e-5}       # of task RL, by the rule in docs/results-tiny.md
 cores=$(nproc)
 export OMP_NUM_THREADS=1
 
-train() { # NAME ARGUMENTS: the run in $out/NAME
-    [ -e "$out/$1/finished" ] && return
+part() { # NAME FILE COMMAND: the command, which leaves FILE, or first NAME.part; not if FILE is there
+    [ -e "$2" ] && return
     mkdir -p "$out/${1%/*}"
-    # A run that Ctrl-C stopped ends well, too, but isn't finished.
-    python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 --fast True "${@:2}" \
-        >> "$out/$1.log" 2>&1 && [ -e "$out/$1/finished" ] && echo "$(date +%H:%M) trained $1" && return
+    if "${@:3}" >> "$out/$1.log" 2>&1; then
+        [ ! -e "$out/$1.part" ] || mv "$out/$1.part" "$2"
+        [ -e "$2" ] && echo "$(date +%H:%M) $1" && return # a run that Ctrl-C stopped ends well, but isn't finished
+    fi
     tail -n 3 "$out/$1.log" >&2 && return 255 # after which xargs starts nothing more
+}
+
+train() { # NAME ARGUMENTS: the run in $out/NAME
+    part "$1" "$out/$1/finished" \
+        python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 --fast True "${@:2}"
 }
 
 curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other checkpoints of it are deleted
@@ -39,66 +45,56 @@ curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other chec
     for checkpoint in "$out/$1"/checkpoints/step-*; do
         [ -d "$checkpoint" ] || continue
         step=$((10#${checkpoint##*-}))
-        case " $steps " in *" $step "*) ;; *) rm -r "$checkpoint" ;; esac
+        [[ " $steps " = *" $step "* ]] || rm -r "$checkpoint"
     done
 }
 
 measure() { # NAME MODULE MODEL ARGUMENTS: what the module measures, in $out/NAME.json
-    [ -e "$out/$1.json" ] && return
-    mkdir -p "$out/${1%/*}"
-    python -m "$2" --model "$3" --out "$out/$1.part" --fast True "${@:4}" > "$out/$1.log" 2>&1 &&
-        mv "$out/$1.part" "$out/$1.json" && echo "$(date +%H:%M) measured $1" && return
-    tail -n 3 "$out/$1.log" >&2 && return 255
+    part "$1" "$out/$1.json" python -m "$2" --model "$3" --out "$out/$1.part" --fast True "${@:4}"
 }
 
-export -f train curve measure
+export -f part train curve measure
 all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
+start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint"; } # RUN: the model that it leaves
 
 python -m experiments.begin "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
 longqa="--task longqa --chunks $chunks"
+ablations="end_to_end decoupled shuffled_rewards"
 
 for seed in $seeds; do
-    echo train $seed/memtrain --seed $seed --chunks $chunks
-    for run in end_to_end decoupled shuffled_rewards; do
-        echo train $seed/$run --seed $seed --chunks $chunks --ablation $run
-    done
+    memtrain="--seed $seed --chunks $chunks"
+    echo train $seed/memtrain $memtrain
+    for run in $ablations; do echo train $seed/$run $memtrain --ablation $run; done
 done | all
 for seed in $seeds; do
     # The development questions are never asked here. Without them the questions to learn from would be split again.
     task="$longqa --seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
     learn="$task --questions $out/train.jsonl"
-    echo curve $seed/base-task $learn
-    echo curve $seed/memtrain-task $learn --model $out/$seed/memtrain/checkpoint
-    for run in end_to_end decoupled shuffled_rewards; do
-        echo train $seed/$run-task $learn --steps $budget --model $out/$seed/$run/checkpoint
-    done
+    for run in base memtrain; do echo curve $seed/$run-task $learn --model $(start $run); done
+    for run in $ablations; do echo train $seed/$run-task $learn --steps $budget --model $(start $run); done
     for label in $labels; do
         few="$task --questions $out/train-$label-$seed.jsonl --steps $budget"
-        echo train $seed/base-task-$label $few
-        echo train $seed/memtrain-task-$label $few --model $out/$seed/memtrain/checkpoint
+        for run in base memtrain; do echo train $seed/$run-task-$label $few --model $(start $run); done
     done
 done | all
 for seed in $seeds; do
     ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --eval-documents 48 --lengths"
-    echo measure $seed/qa/base-0 eval tiny/model $ask $lengths
-    echo measure $seed/qa/memtrain-0 eval $out/$seed/memtrain/checkpoint $ask $lengths
     for run in base memtrain; do
+        echo measure $seed/qa/$run-0 eval $(start $run) $ask $lengths
         for step in $steps; do
             model=$out/$seed/$run-task/checkpoints/step-$(printf %06d $step)
             echo measure $seed/qa/$run-$step eval $model $ask $lengths
         done
         for label in $labels; do
-            echo measure $seed/qa/$run-label-$label eval $out/$seed/$run-task-$label/checkpoint $ask $shorter
+            echo measure $seed/qa/$run-label-$label eval $(start $run-task-$label) $ask $shorter
         done
     done
-    for run in end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/qa/$run-0 eval $out/$seed/$run/checkpoint $ask $shorter
-        echo measure $seed/qa/$run-$budget eval $out/$seed/$run-task/checkpoint $ask $shorter
+    for run in $ablations; do
+        echo measure $seed/qa/$run-0 eval $(start $run) $ask $shorter
+        echo measure $seed/qa/$run-$budget eval $(start $run-task) $ask $shorter
     done
-    own="--seed $seed --eval-documents 64 --lengths 4 16"
-    echo measure $seed/habits/base experiments.habits tiny/model $own
-    for run in memtrain end_to_end decoupled shuffled_rewards; do
-        echo measure $seed/habits/$run experiments.habits $out/$seed/$run/checkpoint $own
+    for run in base memtrain $ablations; do
+        echo measure $seed/habits/$run experiments.habits $(start $run) --seed $seed --eval-documents 64 --lengths 4 16
     done
 done | all
 python -m experiments.tables "$out" "$docs"

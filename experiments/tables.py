@@ -9,7 +9,7 @@ about one subject were independent; and over the seeds' own means (Student's t),
 
 import json
 import sys
-from itertools import chain
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,7 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 BEGIN = "<!-- experiments/tables.py writes what follows -->"
 END = "<!-- experiments/tables.py wrote what stands before -->"
 Seeds = list[list[float]]  # scores of questions, a list for each seed
-Scores = dict[int, Seeds]  # by chunks
-Found = dict[str, dict[object, Scores]]  # by the name of a start or a model, then by the place on a figure's x
-Lines = dict[str, tuple[list, Seeds]]  # by name: x, and the seeds' means at each x
+Series = dict[str, list[Seeds]]  # by the name of a line, of a table or a figure: its values from left to right
 
 
 class Runs:
@@ -41,9 +39,8 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         settings = self.read("settings.json")
-        self.seeds = settings["seeds"]
+        self.seeds, self.budget = settings["seeds"], int(settings["budget"][0])
         self.steps, self.labels = [int(n) for n in settings["steps"]], [int(n) for n in settings["labels"]]
-        self.budget = int(settings["budget"][0])
 
     def text(self, name: str) -> str:
         try:
@@ -54,191 +51,158 @@ class Runs:
     def read(self, name: str):
         return json.loads(self.text(name))
 
-    def scores(self, name: str, memory: str = "kept") -> Scores:
-        """What `measure SEED/qa/name` wrote."""
-        found: Scores = {}
-        for seed in self.seeds:
-            for row in self.read(f"{seed}/qa/{name}.json"):
-                if row["memory"] == memory:
-                    found.setdefault(row["chunks"], []).append(row["scores"])
-        return found
+    def lengths(self, name: str) -> list[int]:
+        """The chunks of the texts on which qa/NAME was measured."""
+        return list(dict.fromkeys(row["chunks"] for row in self.read(f"{self.seeds[0]}/qa/{name}.json")))
 
-    def found(self, runs: dict[str, str], ends: dict) -> Found:
-        """The scores of qa/RUN-END, of all these runs and ends."""
-        return {name: {at: self.scores(f"{run}-{end}") for at, end in ends.items()} for name, run in runs.items()}
+    def scores(self, name: str, chunks: int, memory: str = "kept") -> Seeds:
+        """What `measure SEED/qa/NAME` wrote."""
+        rows = [row for seed in self.seeds for row in self.read(f"{seed}/qa/{name}.json")]
+        return [row["scores"] for row in rows if (row["chunks"], row["memory"]) == (chunks, memory)]
+
+    def from_starts(self, ends: list, chunks: int) -> Series:
+        """From the base and from MemTrain: the scores of qa/RUN-END for each of these ends."""
+        starts = {f"{name}, {chunks} chunks": run for name, run in STARTS.items()}
+        return {name: [self.scores(f"{run}-{end}", chunks) for end in ends] for name, run in starts.items()}
 
     def minutes(self, run: str, steps: int | None = None) -> float:
         """Training minutes of a run up to a step, or whole, the mean over seeds."""
-        logs = [self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps] for seed in self.seeds]
-        rows = [json.loads(line) for log in logs for line in log]
-        seconds = sum(value for row in rows for name, value in row.items() if name.startswith("seconds_"))
-        return seconds / 60 / len(self.seeds)
+        lines = [line for seed in self.seeds for line in self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps]]
+        seconds = [value for line in lines for name, value in json.loads(line).items() if name.startswith("seconds_")]
+        return sum(seconds) / 60 / len(self.seeds)
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------
+# ---- numbers, tables, figures ------------------------------------------------------------------------------
 
 
-def over_seeds(means: list[float]) -> float:
-    """Half the width of the 95 % interval of the mean of these seeds' means."""
-    return STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
-
-
-def seed_means(seeds: Seeds) -> list[float]:
-    return [float(np.mean(seed)) for seed in seeds]
+def over_seeds(seeds: list) -> tuple[float, float]:
+    """The mean of the seeds' means, and half the width of its 95 % interval; a seed is its scores, or their mean."""
+    means = [np.mean(seed) for seed in seeds]
+    return float(np.mean(means)), STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
 
 
 def cell(seeds: Seeds) -> str:
     """"0.25 [0.20, 0.31] ± 0.04": over questions, then over seeds."""
     scores = [*chain(*seeds)]
-    return f"{share(sum(scores), len(scores))} ± {over_seeds(seed_means(seeds)):.2f}"
+    return f"{share(sum(scores), len(scores))} ± {over_seeds(seeds)[1]:.2f}"
 
 
 def compare(name: str, first: Seeds, second: Seeds) -> str:
     """The mean of second - first on the same questions, with both intervals and each seed's own."""
     mean, low, high = paired_bootstrap([*chain(*first)], [*chain(*second)])
-    by_seed = [after - before for before, after in zip(seed_means(first), seed_means(second), strict=True)]
-    middle, half = float(np.mean(by_seed)), over_seeds(by_seed)
+    by_seed = [np.mean(after) - np.mean(before) for before, after in zip(first, second, strict=True)]
+    middle, half = over_seeds(by_seed)
     seeds = ", ".join(f"{one:+.2f}" for one in by_seed)
     over_questions = f"over questions [{low:+.3f}, {high:+.3f}]"
     return f"- {name}: {mean:+.3f}, {over_questions}, over seeds [{middle - half:+.3f}, {middle + half:+.3f}] ({seeds})"
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------
+def table(head: list, *series: Series, cell=cell) -> list[str]:
+    rows = [[name, *map(cell, points)] for own in series for name, points in own.items()]
+    return [*(f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows)), ""]
 
 
-def markdown(head: list, rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows)]
+def panels(series: dict[int, Series], label: str, *x: list) -> list[tuple]:
+    """A row for `draw`, a panel for each length; `x` for all lines, or one for each."""
+    return [(f"{n // min(series)} x the length", label, x, lines) for n, lines in series.items()]
 
 
-def accuracies(head: str, found: Found, lengths: list[int]) -> list[str]:
-    """A table with a line per length and name, and a column per place."""
-    rows = [
-        [f"{name}, {n} chunks", *(cell(scores[n]) for scores in own.values())]
-        for n in lengths for name, own in found.items()
-    ]
-    return [*markdown([head, *next(iter(found.values()))], rows), ""]
-
-
-def from_starts(found: Found, n: int, x: dict[str, list] | None = None) -> Lines:
-    """Accuracy at n chunks by place, from each start; `x` are other places than those of `found`."""
-    lines = {}
-    for name, own in found.items():
-        places = x[name] if x else [*map(str, own)]
-        lines[f"from {name}"] = places, [seed_means(scores[n]) for scores in own.values()]
-    return lines
-
-
-def draw(rows: list[list[tuple[str, str, Lines]]], pyplot) -> None:
-    """Panels, each (title, label of x, lines). Words on x stand evenly, numbers where they are; bars are over seeds."""
+def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path, pyplot) -> None:
+    """Rows of panels. Words on x stand evenly, numbers where they are; bars are over seeds."""
     columns = len(rows[0])
-    _, grid = pyplot.subplots(len(rows), columns, figsize=(4.4 * columns, 3.6 * len(rows)), squeeze=False)
-    for axes, (title, label, lines) in zip(grid.flat, chain(*rows), strict=True):
-        for name, (x, points) in lines.items():
-            halves = [over_seeds(means) for means in points]
-            axes.errorbar(x, np.mean(points, axis=1), halves, marker="o", capsize=3, label=name)
+    figure, grid = pyplot.subplots(len(rows), columns, figsize=(4.4 * columns, 3.6 * len(rows)), squeeze=False)
+    for axes, (title, label, x, series) in zip(grid.flat, chain(*rows), strict=True):
+        for (name, points), places in zip(series.items(), cycle(x), strict=False):
+            means, bars = zip(*map(over_seeds, points), strict=True)
+            axes.errorbar(places, means, bars, marker="o", capsize=3, label=name)
         axes.set(title=title, xlabel=label, ylabel="exact match", ylim=(0, 1))
         axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
 
 
-# ---- the sections: each returns its lines of text, and the panels of its figure -----------------------------
+# ---- the sections: each returns its lines of text, and its figure's rows of panels -----------------------------
 
 
 def claim(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by steps of task RL from both starts, the claim, and the same at equal minutes."""
-    curves = runs.found(STARTS, {step: step for step in runs.steps})
-    base, trained = curves.values()
-    lengths, last = list(base[0]), runs.steps[-1]
+    curves = {n: runs.from_starts(runs.steps, n) for n in runs.lengths("base-0")}
+    lengths, last = list(curves), runs.steps[-1]
     text = ["![accuracy by steps and by minutes](curves.png)", "", "**Steps of task RL**, from both starts:", ""]
     for n in lengths:
-        text += accuracies(f"{n // lengths[0]} x the trained length", curves, [n])
+        text += table([f"{n // lengths[0]} x the trained length", *runs.steps], curves[n])
     for n in lengths:
-        # Each question's mean over the steps.
-        first, second = (
-            [np.mean(seed, axis=0).tolist() for seed in zip(*(own[step][n] for step in CLAIM), strict=True)]
-            for own in curves.values()
-        )
+        starts = runs.from_starts(CLAIM, n).values()
+        means = [[np.mean(seed, axis=0) for seed in zip(*own, strict=True)] for own in starts]  # of each question
         name = f"from MemTrain minus from the base, {n} chunks, mean of {CLAIM[0]} to {CLAIM[-1]} steps"
-        text.append(compare(name, first, second))
+        text.append(compare(name, *means))
     own = runs.minutes("memtrain")
     times = {step: runs.minutes("base-task", step) for step in runs.steps}
     own_times = {step: own + runs.minutes("memtrain-task", step) for step in runs.steps}
     for step, minutes in own_times.items():
         equal = max((other for other, time in times.items() if time <= minutes), default=0)
-        against = f"the base's {equal} ({times[equal]:.1f})"
+        name = f"MemTrain and {step} steps ({minutes:.1f} minutes) minus the base's {equal} ({times[equal]:.1f})"
         for n in lengths[:2]:
-            name = f"MemTrain and {step} steps ({minutes:.1f} minutes) minus {against}, {n} chunks"
-            text.append(compare(name, base[equal][n], trained[step][n]))
-    closed = [*chain(*runs.scores(f"memtrain-{last}", "empty")[lengths[0]])]
+            scores = runs.scores(f"base-{equal}", n), runs.scores(f"memtrain-{step}", n)
+            text.append(compare(f"{name}, {n} chunks", *scores))
+    closed = [*chain(*runs.scores(f"memtrain-{last}", lengths[0], "empty"))]
     text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times[last]:.1f}."]
     text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(closed), len(closed))}.")
-    titles = {n: f"{n // lengths[0]} x the length" for n in lengths}
-    x = {"base": [*times.values()], "MemTrain": [*own_times.values()]}
-    return text, [
-        [(titles[n], "steps of task RL", from_starts(curves, n)) for n in lengths],
-        [(titles[n], "minutes of training, MemTrain's own included", from_starts(curves, n, x)) for n in lengths],
-    ]
+    by_minutes = "minutes of training, MemTrain's own included", [*times.values()], [*own_times.values()]
+    return text, [panels(curves, "steps of task RL", [*map(str, runs.steps)]), panels(curves, *by_minutes)]
 
 
 def few_labels(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by the number of labelled questions, from both starts."""
-    ends = {label: f"label-{label}" for label in runs.labels} | {"all": runs.budget}
-    found, label = runs.found(STARTS, ends), f"labelled questions, {runs.budget} steps of task RL"
-    lengths = list(found["base"][runs.labels[0]])
+    places, ends = [*runs.labels, "all"], [*(f"label-{label}" for label in runs.labels), runs.budget]
+    series = {n: runs.from_starts(ends, n) for n in runs.lengths(f"base-{ends[0]}")}
     text = ["", f"**Labels**, {runs.budget} steps of task RL:", "", "![accuracy by labels](labels.png)", ""]
-    text += accuracies("labelled questions", found, lengths)
-    for place in ends:
-        for n in lengths[:2]:
-            name = f"from MemTrain minus from the base, {place} labels, {n} chunks"
-            text.append(compare(name, found["base"][place][n], found["MemTrain"][place][n]))
-    return text, [[(f"{n // lengths[0]} x the length", label, from_starts(found, n)) for n in lengths]]
+    text += table(["labelled questions", *places], *series.values())
+    for (place, end), n in product(zip(places, ends, strict=True), series):
+        name = f"from MemTrain minus from the base, {place} labels, {n} chunks"
+        text.append(compare(name, runs.scores(f"base-{end}", n), runs.scores(f"memtrain-{end}", n)))
+    return text, [panels(series, f"labelled questions, {runs.budget} steps of task RL", [*map(str, places)])]
 
 
 def ablations(runs: Runs) -> tuple[list[str], list]:
     """Accuracy by what MemTrain was made of, before and after task RL."""
-    steps = (0, runs.budget)
-    found = runs.found(MODELS, {step: step for step in steps})
-    lengths = list(found["decoupled"][0])
+    steps, lengths = (0, runs.budget), runs.lengths("decoupled-0")
+    by_step = {
+        step: {name: [runs.scores(f"{run}-{step}", n) for n in lengths] for name, run in MODELS.items()}
+        for step in steps
+    }
     text = ["", "**Ablations**, and the control whose rewards are dealt out at random:", ""]
     text += ["![accuracy by what MemTrain was made of](ablations.png)", ""]
-    head = ["", *(f"{n} chunks, {step} steps" for step in steps for n in lengths)]
-    rows = [[name, *(cell(own[step][n]) for step in steps for n in lengths)] for name, own in found.items()]
-    text += [*markdown(head, rows), ""]
+    head = ["", *(f"{n} chunks, {step} steps" for step, n in product(steps, lengths))]
+    text += table(head, {name: [*chain(*(own[name] for own in by_step.values()))] for name in MODELS})
     for first, second in [*((name, FULL) for name in MODELS if name != FULL), ("base", "shuffled rewards")]:
-        for step in steps:
-            for n in lengths[:2]:
-                name = f"{second} minus {first}, {n} chunks, {step} steps of task RL"
-                text.append(compare(name, found[first][step][n], found[second][step][n]))
-    panels = []
-    for step in steps:
-        points = {name: [seed_means(own[step][n]) for n in lengths] for name, own in found.items()}
-        lines = {name: ([*map(str, lengths)], own) for name, own in points.items()}
-        panels.append((f"{step} steps of task RL", "chunks", lines))
-    return text, [panels]
+        for step, own in by_step.items():
+            for n, *scores in zip(lengths, own[first], own[second], strict=True):
+                text.append(compare(f"{second} minus {first}, {n} chunks, {step} steps of task RL", *scores))
+    x = [*map(str, lengths)]
+    return text, [[(f"{step} steps of task RL", "chunks", (x,), own) for step, own in by_step.items()]]
 
 
 def habits(runs: Runs) -> tuple[list[str], list]:
     """Recall at each distance in the longest documents, and the share of unchanged memories."""
-    rows, lines = [], {}
+    unchanged, recalled = {}, {}
     for name, run in MODELS.items():
         by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # of each seed a row for each length
         lengths = [row["chunks"] for row in by_seed[0]]
-        bins = {place: bounds for place, bounds in DISTANCES.items() if bounds[0] < lengths[-1]}
-        unchanged = [seed_means([row["unchanged"] for row in same]) for same in zip(*by_seed, strict=True)]
-        recalled = [[recall_between(*bounds, seed[-1]["recall"]) for seed in by_seed] for bounds in bins.values()]
-        rows.append([name, *(f"{np.mean(means):.2f} ± {over_seeds(means):.2f}" for means in unchanged + recalled)])
-        lines[name] = list(bins), recalled
+        bins = {place: ends for place, ends in DISTANCES.items() if ends[0] < lengths[-1]}
+        unchanged[name] = [[row["unchanged"] for row in same] for same in zip(*by_seed, strict=True)]
+        recalled[name] = [[recall_between(*ends, seed[-1]["recall"]) for seed in by_seed] for ends in bins.values()]
     head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
     head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in bins]
     text = ["", "**Habits** on held-out masked documents, greedy:", "", "![recall by distance](distance.png)", ""]
-    return text + markdown(head, rows), [[(f"recall, {lengths[-1]} chunks", "distance k - l", lines)]]
+    series = {name: unchanged[name] + recalled[name] for name in MODELS}
+    text += table(head, series, cell=lambda seeds: "{:.2f} ± {:.2f}".format(*over_seeds(seeds)))
+    return text, [[(f"recall, {lengths[-1]} chunks", "distance k - l", ([*bins],), recalled)]]
 
 
-def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> float:
-    """The mean of recall's rewards by distance, of those from `low` to `high`."""
-    return float(np.mean([hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]))
-
-
-FIGURES = {"curves": claim, "labels": few_labels, "ablations": ablations, "distance": habits}
+def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> list[float]:
+    """Of recall's rewards by distance those from `low` to `high`."""
+    return [hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]
 
 
 def main() -> None:
@@ -247,18 +211,17 @@ def main() -> None:
     runs, docs = Runs(Path(sys.argv[1])), Path(sys.argv[2])
     if not docs.is_dir():
         raise UserError(f"{docs}: no such folder; name one for tables and figures")
-    sections = {name: section(runs) for name, section in FIGURES.items()}
+    sections = {
+        "curves": claim(runs), "labels": few_labels(runs), "ablations": ablations(runs), "distance": habits(runs),
+    }
     body, page = "\n".join(chain(*(text for text, _ in sections.values()))), docs / "results-tiny.md"
     before, _, rest = page.read_text().partition(BEGIN) if page.exists() else ("", "", "")
-    page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.partition(END)[2]}")
+    page.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.partition(END)[2]}")
     print(body)
     if not (pyplot := load_pyplot()):
         return print("no figures: matplotlib is not installed (`pip install matplotlib`)")
-    for name, (_, panels) in sections.items():
-        draw(panels, pyplot)
-        pyplot.tight_layout()
-        pyplot.savefig(docs / f"{name}.png", dpi=90)
-        pyplot.close()
+    for name, (_, rows) in sections.items():
+        draw(rows, docs / f"{name}.png", pyplot)
 
 
 if __name__ == "__main__":

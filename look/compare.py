@@ -9,13 +9,6 @@ from engine.files import check_writable
 from engine.metrics import unit_of
 
 
-def paired(first: dict, second: dict) -> tuple[list[float], list[float]]:
-    """The scores of two rows on the documents that both have."""
-    one, other = (dict(zip(row["documents"], row["scores"], strict=True)) for row in (first, second))
-    shared = sorted(one.keys() & other.keys())
-    return [one[number] for number in shared], [other[number] for number in shared]
-
-
 def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_000) -> tuple[float, float, float]:
     """(mean of second - first, 95 % interval) on the same questions, by drawing the questions again (Efron 1979)."""
     difference = np.asarray(second) - np.asarray(first)  # (questions,)
@@ -26,15 +19,14 @@ def paired_bootstrap(first: list[float], second: list[float], draws: int = 10_00
 
 
 def differences(rows: list[dict]) -> list[str]:
-    """For each row of a further model a line: its scores minus the first model's, on the same questions."""
+    """For each row of a further model a line: its scores minus the first model's, on the questions that both have."""
     lines = []
     for row in rows:
         first = next(r for r in rows if all(r[key] == row[key] for key in ("task", "chunks", "memory")))
-        if first is not row:
-            scores = paired(first, row)
-            if not scores[0]:
-                continue
-            mean, low, high = paired_bootstrap(*scores)
+        old, new = (dict(zip(r["documents"], r["scores"], strict=True)) for r in (first, row))
+        shared = sorted(old.keys() & new.keys())
+        if shared and first is not row:
+            mean, low, high = paired_bootstrap([old[number] for number in shared], [new[number] for number in shared])
             names = f"{row['when']} - {first['when']}, {row['task']}, {row['memory']}, {row['chunks']}"
             lines.append(f"{names}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return lines
@@ -70,7 +62,7 @@ def plot(rows: list[dict], file: str) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for key in dict.fromkeys((row["when"], row["task"], row["memory"]) for row in rows):
         mine = [row for row in rows if (row["when"], row["task"], row["memory"]) == key]
-        mine = sorted(mine, key=lambda row: row["chunks"])
+        mine.sort(key=lambda row: row["chunks"])
         x, y = [row["chunks"] for row in mine], [row["accuracy"] for row in mine]
         spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
         style = "-" if key[2] == "kept" else "--"

@@ -4,6 +4,7 @@ The step is the loop's, by the same functions. The loss by hand is Eq. 4 in Pyth
 """
 
 import math
+from functools import partial
 from textwrap import indent, shorten
 
 import torch
@@ -18,10 +19,7 @@ from rollout import Sampler, Trajectory, Turn, draw_documents, draw_targets, rec
 LONGEST = 1500  # characters of a text before its middle is left out
 CELL = 60  # characters of a text in a table
 TOKENS = 12  # rows of the table of tokens
-
-
-def one_line(text: str) -> str:
-    return shorten(text, CELL, placeholder=" ...")
+one_line = partial(shorten, width=CELL, placeholder=" ...")
 
 
 def show(title: str, text: str) -> None:
@@ -66,17 +64,17 @@ def explain(policy, reference, optimizer, sample: Sampler, source, agent, config
 
 def print_trajectories(tokenizer, trajectories: list[Trajectory], config) -> None:
     """The trajectories of one document: its text, a prompt, memories, answers, recall, rewards and advantages."""
-    by_document = [trajectories[n : n + config.g1] for n in range(0, len(trajectories), config.g1)]
     # The first document whose trajectories differ.
-    group = next((group for group in by_document if any(t.turns[0].advantage for t in group)), by_document[0])
+    shown = next((n for n, t in enumerate(trajectories) if t.turns[0].advantage), 0) // config.g1
+    group = trajectories[shown * config.g1 : (shown + 1) * config.g1]
     first, document = group[0], group[0].document
     text = "\n".join(f"--- chunk {n} ---\n{chunk.strip()}" for n, chunk in enumerate(document.chunks, 1))
     answer = document.answers[0] if len(document.answers) == 1 else document.answers
     show(f"1. A document. Asked: {document.question} The answer, y: {answer}", text or "no text: this agent searches")
     turn = first.turns[min(1, len(first.turns) - 1)]
     show(f"2. A prompt as the model sees it: {len(turn.prompt_ids)} tokens", tokenizer.decode(turn.prompt_ids))
-    best = max(range(len(group)), key=lambda n: group[n].reward)
-    worst = min(range(len(group)), key=lambda n: group[n].reward)
+    rewards = [t.reward for t in group]
+    best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
     for n, name in {worst: "worst", best: "best"}.items():
         memories = "\n".join(f"m_{k}: {memory}" for k, memory in enumerate(group[n].memories, 1))
         show(f"3. The memories of trajectory {n + 1}, the {name} rewarded", memories)

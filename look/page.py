@@ -9,10 +9,10 @@ script run but its own, which it names by a hash.
 import base64
 import difflib
 import hashlib
-import html
 import json
 import math
 import re
+from html import escape
 from pathlib import Path
 from string import Template
 
@@ -27,6 +27,7 @@ CURVES = {  # titles, and the metrics of a step that are drawn together
     "cut off, and without an answer": ("truncated", "unboxed"), "tokens of a memory": ("memory_tokens",),
     "gradient norm": ("grad_norm",), "KL to the reference": ("kl",),
 }
+SETTINGS = ("task", "model", "steps", "documents", "g1", "g2", "chunks", "chunk_tokens", "memory_tokens", "lr", "seed")
 COLOURS = 4  # classes c0 to c3 of page.html
 Point = tuple[float, float, float, float]  # x, y, and the ends of y's interval
 
@@ -40,7 +41,8 @@ def write(folder: str) -> Path:
     settings, rows = object_of(run / "config.json", {}), object_of(run / "eval.json", [])
     script = (Path(__file__).parent / "page.js").read_text()
     page = Template((Path(__file__).parent / "page.html").read_text()).substitute(
-        title=escape(f"{run.resolve().name}: {len(metrics)} steps"), about=about(settings),
+        title=escape(f"{run.resolve().name}: {len(metrics)} steps"),
+        about=escape(", ".join(f"{name} {settings[name]}" for name in SETTINGS if name in settings)),
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), script=script,
         curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
     )
@@ -60,15 +62,6 @@ def log_lines(file: Path) -> list[dict]:
 
 def object_of(file: Path, otherwise):
     return json.loads(file.read_text()) if file.is_file() else otherwise
-
-
-def escape(text) -> str:
-    return html.escape(str(text))
-
-
-def about(settings: dict) -> str:
-    shown = ("task", "model", "steps", "documents", "g1", "g2", "chunks", "chunk_tokens", "memory_tokens", "lr", "seed")
-    return escape(", ".join(f"{name} {settings[name]}" for name in shown if name in settings))
 
 
 # ---- charts ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,9 @@ from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
 from engine.metrics import row, sample_text, table
 from engine.models import load_policy
-from engine.optimizer import AdamW, make_optimizer
+from engine.optimizer import AdamW
 from masking import Document, draw_recall, load_corpus
-from memtrain import learning_rate, twins
+from memtrain import learning_rate, make_optimizer, twins
 from recipes.folders import check_new, save_new
 from rewards import answer_reward, boxed, recall_reward
 from rollout import EMPTY_MEMORY, Budget, Sampler, Turn, draw_documents, encode_prompt, fill, read, recall
@@ -82,30 +83,29 @@ def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int,
 
 def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[str, list[Turn]]:
     """One reading of a document, written by rule: its turns by kind, "memory", "answer" and "recall"."""
-    shown: dict[str, list[Turn]] = {"memory": [], "answer": [], "recall": []}
 
-    def show(kind: str, completion: str, prompt: str, **slots) -> None:
+    def show(completion: str, prompt: str, **slots) -> Turn:
         prompt_ids = encode_prompt(tokenizer, fill(prompt, **slots))
         ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        shown[kind].append(Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, place=document.place))
+        return Turn(prompt_ids, [*ids, tokenizer.eos_token_id], True, completion, place=document.place)
 
-    kept, memories = [], [EMPTY_MEMORY]  # m_0, m_1, ...
+    question, kept, memories, reads, recalls = document.question, [], [EMPTY_MEMORY], [], []
     for chunk in document.chunks:
         kept = demonstrate_memory(kept, chunk, tokenizer, memory_tokens, rng)
         memory = " ".join(kept) or EMPTY_MEMORY
-        show("memory", memory, rollout.READ_PROMPT, problem=document.question, memory=memories[-1], section=chunk)
+        reads.append(show(memory, rollout.READ_PROMPT, problem=question, memory=memories[-1], section=chunk))
         memories.append(memory)
     answer = f"\\boxed{{{document.answers[0]}}}"
-    show("answer", answer, rollout.ANSWER_PROMPT, problem=document.question, memory=memories[-1])
+    answers = [show(answer, rollout.ANSWER_PROMPT, problem=question, memory=memories[-1])]
     for target in (draw_recall(document, rng) for _ in range(RECALL_DRAWS)):
         if target and occurrences(memory := memories[target.memory_turn], target.entity):
             answer, section = f"\\boxed{{{target.entity}}}", target.masked_chunk
-            show("recall", answer, rollout.RECALL_PROMPT, memory=memory, section=section)
+            recalls.append(show(answer, rollout.RECALL_PROMPT, memory=memory, section=section))
             break
-    return shown
+    return {"memory": reads, "answer": answers, "recall": recalls}
 
 
-# ---- learning ----------------------------------------------------------------------------------------------
+# ---- learning, and what is measured ------------------------------------------------------------------------
 
 
 def learn(
@@ -125,9 +125,6 @@ def learn(
     optimizer.step(lr, config.grad_clip)
     policy.eval()
     return total
-
-
-# ---- what is measured --------------------------------------------------------------------------------------
 
 
 def sampled_success(sample: Sampler, documents: list[Document], config: Config, when: str) -> tuple[list[dict], list]:
@@ -169,19 +166,18 @@ def main(config: ColdStart) -> None:
         turns = []
         for document in draw_documents(corpus, config, step):
             rng = np.random.default_rng([config.seed, document.index])
-            for kind, shown in demonstrate(document, tokenizer, config.memory_tokens, rng).items():
-                counts[kind] += len(shown)
-                turns += shown
+            shown = demonstrate(document, tokenizer, config.memory_tokens, rng)
+            counts.update({kind: len(own) for kind, own in shown.items()})
+            turns += chain(*shown.values())
         tokens += sum(map(grpo.turn_tokens, turns))
-        lr = learning_rate(config, step)
-        loss = learn(policy, optimizer, turns, lr, config, micro_batches, token_logprobs)
+        loss = learn(policy, optimizer, turns, learning_rate(config, step), config, micro_batches, token_logprobs)
         bar.set_postfix(loss=f"{loss:.2f}")
     minutes = (time.perf_counter() - began) / 60
     save_new(policy, tokenizer, out)
-    after, shown = sampled_success(sample, heldout, config, "after")
+    after, examples = sampled_success(sample, heldout, config, "after")
     made = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
-    print(*(sample_text(t, name="EM") for t in shown), table(before + after), sep="\n")
-    print(f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}; model in {out}")
+    made = f"demonstrations: {made}; {tokens} tokens, {minutes:.1f} minutes on {device}; model in {out}"
+    print(*(sample_text(t, name="EM") for t in examples), table(before + after), made, sep="\n")
     result = {"rows": before + after, "demonstrations": counts, "tokens": tokens, "minutes": minutes}
     (out / "cold_start.json").write_text(json.dumps(result | {"settings": asdict(config)}, indent=1))
 

@@ -30,8 +30,7 @@ def single_hops(record: dict) -> list[dict]:
             paragraph | {"is_supporting": number == hop["paragraph_support_idx"]}
             for number, paragraph in enumerate(record["paragraphs"])
         ]
-        texts = [paragraph["paragraph_text"] for paragraph in paragraphs if paragraph["is_supporting"]]
-        if any(occurrences(text, hop["answer"]) for text in texts):
+        if any(p["is_supporting"] and occurrences(p["paragraph_text"], hop["answer"]) for p in paragraphs):
             own = {"id": f"{record['id']}-{n + 1}", "question": question, "answer": hop["answer"]}
             found.append(own | {"paragraphs": paragraphs})
     return found

@@ -30,15 +30,12 @@ def packaged() -> Path | None:
 def load():
     """(model in float32, tokenizer). Raises UserError with what to install."""
     file = packaged()
-    if file is None:
-        try:
-            return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB)
-        except Exception as error:  # no network, no such model, half a download
-            raise UserError(f"{HUB}: not to be had from the hub ({first_line(error)}); run {INSTALL}") from None
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{file.name}: to read it, `pip install {' '.join(missing)}`")
-    return read_gguf(file)
+    try:
+        if file:
+            return read_gguf(file)
+        return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB)
+    except (ImportError, OSError) as error:  # no gguf, no accelerate; no network, no such model, half a download
+        raise UserError(f"{file or HUB}: can't be loaded ({first_line(error)}); run {INSTALL}") from None
 
 
 def read_gguf(file: Path):

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import chain, product
 
 from engine import parallel
 from engine.config import Config
@@ -22,15 +23,15 @@ def evaluate_questions(
     the same number for every model and length.
     """
     verbose = parallel.rank() == 0
-    mine = documents_by_length(source, config, source.lengths(lengths, config.eval_split), verbose)
-    places = [length for length, documents in mine.items() for _ in documents]
-    documents = [document for own in mine.values() for document in own]
+    by_length = documents_by_length(source, config, source.lengths(lengths, config.eval_split), verbose)
+    places = [length for length, own in by_length.items() for _ in own]
+    documents = list(chain(*by_length.values()))
     if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
         raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
     measures = {"exact": answer_reward}
     if config.task == "longqa":
         measures |= {"f1": f1_score, "substring": substring_match}
-    found: dict[tuple, dict[int, float]] = defaultdict(dict)  # (length, control, measure) -> question -> score
+    found = []  # (length, control, measure), question, score
     for control in ("kept", *controls):
         if control == "kept" or config.task == "searchqa":  # all lengths together: short documents fill the batches
             allowed = config if control == "kept" else replace(config, searches=0)
@@ -41,18 +42,16 @@ def evaluate_questions(
             predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, config)]
         for length, prediction, document in zip(places, predictions, documents, strict=True):
             for name, score in measures.items():
-                found[length, control, name][document.index] = float(score(prediction, document.answers))
-    everywhere: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for part in parallel.gather(dict(found)):
-        for place, scores in part.items():
-            everywhere[place] |= scores
+                found.append(((length, control, name), document.index, float(score(prediction, document.answers))))
+    scores: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for key, question, score in sorted(chain(*parallel.gather(found))):  # sorted: sums don't depend on the processes
+        scores[key][question] = score
     rows = []
-    for length, control in ((length, control) for length in mine for control in ("kept", *controls)):
-        more = {}
-        for name in list(measures)[1:]:
-            in_order = sorted(everywhere[length, control, name].items())
-            more[name] = sum(score for _, score in in_order) / len(in_order)
-        rows.append(row(when, config.task, length, control, everywhere[length, control, "exact"], **more))
+    for length, control in product(by_length, ("kept", *controls)):
+        own = {name: scores[length, control, name] for name in measures}
+        exact = own.pop("exact")
+        means = {name: sum(values.values()) / len(values) for name, values in own.items()}
+        rows.append(row(when, config.task, length, control, exact, **means))
     return rows
 
 
@@ -66,8 +65,8 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
     first = range(min(20, total))
     reached = []
     for length in lengths:
-        tried = parallel.gather(build(source, config, first, [length]))
-        reasons = [why for part in tried for why in part if isinstance(why, str)]
+        _, own = build(source, config, first, [length])
+        reasons = list(chain(*parallel.gather(own)))
         if len(reasons) <= len(first) / 10:
             reached.append(length)
         elif verbose:
@@ -77,21 +76,21 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
     start, count = 0, 0
     while reached and start < total and count < config.eval_documents:
         block = range(start, min(total, start + config.eval_documents - count))
-        own = [one for one in build(source, config, block, reached) if not isinstance(one, str)]
+        own, _ = build(source, config, block, reached)
         taken += own
         count, start = count + sum(parallel.gather(len(own))), block.stop
     return {length: [one[n] for one in taken] for n, length in enumerate(reached)} if count else {}
 
 
-def build(source, config: Config, questions: range, lengths: list[int]) -> list[list | str]:
-    """Of this process's share of the questions: the documents at every length, or why there are none."""
-    built: list[list | str] = []
+def build(source, config: Config, questions: range, lengths: list[int]) -> tuple[list[list], list[str]]:
+    """Of this process's share of the questions: the documents at every length; of those that can't be built, why."""
+    built, reasons = [], []
     for i in questions[parallel.rank() :: parallel.count()]:
         try:
             built.append([source.document(i, config.eval_split, length) for length in lengths])
         except UserError as error:
-            built.append(str(error))
-    return built
+            reasons.append(str(error))
+    return built, reasons
 
 
 def control_memory(control: str, document, sample, config: Config) -> str:
@@ -108,10 +107,7 @@ def full_text(document, sample, config: Config) -> str:
     question = len(sample.tokenizer(document.question)["input_ids"])
     overhead = prompt_overhead(sample.tokenizer, ANSWER_PROMPT)
     room = window_of(sample.model) - overhead - question - config.answer_tokens
-    return sample.cut("".join(document.chunks), min(room, 1 << 30))
-
-
-# ---- scores ----------------------------------------------------------------------------------------------
+    return sample.cut("".join(document.chunks), min(room, 1 << 30))  # a window may be infinite
 
 
 def f1_score(prediction: str | None, answers: list[str]) -> float:

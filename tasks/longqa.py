@@ -1,9 +1,5 @@
 """Long-text QA for the reading agent (paper 4.2): a question's gold paragraphs hidden in a text of any length.
 
-    measured   paragraphs and what each takes in tokens: the pool to fill texts from
-    LongText   one question's text, as long as is asked for
-    LongQA     a source of such documents to train and evaluate on, like masking.Corpus
-
 MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs stand at the same places in every
 sample of a length. Here each question has places of its own.
 """
@@ -32,10 +28,10 @@ class LongDocument(Document):
     gold: tuple[Paragraph, ...] = ()  # an oracle's memory; empty where the source doesn't tell
 
 
-def long_document(question: Question, index: int, chunks: list[str], gold=()) -> LongDocument:
-    pairs = tuple((title, text) for title, text, _ in gold)
+def long_document(question: Question, index: int, chunks: list[str]) -> LongDocument:
     nothing = [[] for _ in chunks]  # to recall
-    return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=pairs)
+    gold = tuple(question.gold)
+    return LongDocument(index, question.id, question.question, question.answers, chunks, nothing, gold=gold)
 
 
 class Measured(NamedTuple):
@@ -95,10 +91,9 @@ class LongText:
     def __init__(self, question: Question, index: int, pool: list[Measured], tokenizer, seed: int, chunk_tokens: int):
         self.question, self.index, self.seed = question, index, seed
         self.tokenizer, self.chunk_tokens = tokenizer, chunk_tokens
-        self.gold = measured(question.gold, tokenizer)
+        self.gold, own = (measured(some, tokenizer) for some in (question.gold, question.other))
         self.paragraphs = list(self.gold)
-        own, rng = measured(question.other, tokenizer), np.random.default_rng([seed, index])
-        self.filler = filler(self.gold, own, pool, rng)
+        self.filler = filler(self.gold, own, pool, np.random.default_rng([seed, index]))
 
     def draw(self, n: int) -> int:
         """Draw filler up to n paragraphs in all. Returns n, or how many there are where the pool is too small."""
@@ -118,7 +113,7 @@ class LongText:
             headings.append((len(text), len(text) + len(numbered) - len(body) - 1))
             text += numbered
         chunks = cut_chunks(text.rstrip("\n"), headings, self.tokenizer, self.chunk_tokens)
-        return long_document(self.question, self.index, chunks, self.gold)
+        return long_document(self.question, self.index, chunks)
 
     def of_chunks(self, chunks: int) -> LongDocument:
         """A document of so many chunks; of fewer where the next paragraph takes several. Raises UserError."""
@@ -135,15 +130,13 @@ class LongText:
                 many = size
             size = round(size * (chunks - 0.5) / (made - 0.5))  # as if paragraphs were of one length
             size = self.draw(min(max(size, few + 1), many - 1))
+        name = f"question {self.question.id}"
         if many == math.inf:
-            raise UserError(
-                f"question {self.question.id}: {chunks} chunks wanted, but all {few} passages make {made}; bring a "
-                "larger pool"
-            )
+            raise UserError(f"{name}: {chunks} chunks wanted, but all {few} passages make {made}; bring a larger pool")
         if best is None:
             raise UserError(
-                f"question {self.question.id}: its {many} gold paragraphs take {made} chunks of {self.chunk_tokens} "
-                f"tokens, {chunks} wanted; ask for a longer text or longer chunks"
+                f"{name}: its {many} gold paragraphs take {made} chunks of {self.chunk_tokens} tokens, {chunks} "
+                "wanted; ask for a longer text or longer chunks"
             )
         return best
 
@@ -210,5 +203,4 @@ class LongQA:
     def _made(self, question: Question, index: int, chunks: int) -> LongDocument:
         if question.context is not None:
             return long_document(question, index, cut_chunks(question.context, [], self.tokenizer, self.chunk_tokens))
-        text = LongText(question, index, self.pool, self.tokenizer, self.seed, self.chunk_tokens)
-        return text.of_chunks(chunks)
+        return LongText(question, index, self.pool, self.tokenizer, self.seed, self.chunk_tokens).of_chunks(chunks)

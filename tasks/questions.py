@@ -1,9 +1,4 @@
-"""Files of questions, in the layouts in which people publish them.
-
-    load_questions   records of HotpotQA, 2WikiMultihopQA or MuSiQue in one form, or MemAgent's with their own texts
-    load_search      questions and answers without text: FlashRAG's fields, NQ-open, HotpotQA, MuSiQue
-    split_questions  train, dev and test, by a hash of the subject
-"""
+"""Files of questions, in the layouts in which people publish them, in one form; and their splits."""
 
 import hashlib
 import re
@@ -28,14 +23,6 @@ class Question:
     gold: list[Paragraph]  # what the answer follows from
     other: list[Paragraph]  # distractors
     context: str | None = None  # the text to read, where the source brings it along
-
-
-# ---- records --------------------------------------------------------------------------------------
-
-LAYOUTS = (
-    "HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or MuSiQue's 'paragraphs' "
-    "[{'title', 'paragraph_text', 'is_supporting'}]"
-)
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -68,7 +55,10 @@ def _question(record: dict, where: str, number: int) -> Question:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
     except (AttributeError, KeyError, TypeError, ValueError):
         fields = " ".join(", ".join(record).split())  # a name may hold a line break
-        raise UserError(f"{where}: lacks {LAYOUTS}; its fields are {fields}") from None
+        raise UserError(
+            f"{where}: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or "
+            f"MuSiQue's 'paragraphs' [{{'title', 'paragraph_text', 'is_supporting'}}]; its fields are {fields}"
+        ) from None
     empty = [title for title, text in gold if not text]
     if empty or not gold:
         raise UserError(f"{where}: no text that 'supporting_facts' or 'is_supporting' marks as gold {empty or ''}")
@@ -92,11 +82,9 @@ def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
 
 def _musique(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of paragraphs [{title, paragraph_text, is_supporting}]."""
-    gold, paragraphs = [], []
-    for one in record["paragraphs"]:
-        paragraphs.append((" ".join(one["title"].split()), one["paragraph_text"].strip()))
-        gold += paragraphs[-1:] if one["is_supporting"] else []
-    return gold, paragraphs
+    given = record["paragraphs"]
+    paragraphs = [(" ".join(one["title"].split()), one["paragraph_text"].strip()) for one in given]
+    return [own for own, one in zip(paragraphs, given, strict=True) if one["is_supporting"]], paragraphs
 
 
 def _join(sentences: list[str]) -> str:
@@ -146,9 +134,6 @@ def _unquote(text: str) -> str:
     if re.fullmatch(r'"([^"]|"")+"', text) and '""' in text[1:-1]:
         return text[1:-1].replace('""', '"')
     return text
-
-
-# ---- splits ---------------------------------------------------------------------------------------
 
 
 def subject(question: Question) -> str:

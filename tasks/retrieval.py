@@ -7,10 +7,11 @@
 
 import json
 import time
-import urllib.parse
-import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 from engine.errors import UserError
 from text.bm25 import BM25
@@ -19,12 +20,7 @@ from text.rows import read_rows
 
 def open_retriever(retriever: str, corpus: str | Path | None) -> "Local | Http":
     """`bm25` over the .jsonl `corpus`, or the URL of a Search-R1 server, which has its own. Raises UserError."""
-    if retriever == "bm25":
-        return Local(read_passages(corpus))
-    return Http(retriever)
-
-
-# ---- in memory ------------------------------------------------------------------------------------
+    return Local(read_passages(corpus)) if retriever == "bm25" else Http(retriever)
 
 
 class Local:
@@ -65,9 +61,6 @@ def split_contents(contents: str) -> dict:
     return {"title": title[1:-1] if quoted else title, "text": text}
 
 
-# ---- over HTTP ------------------------------------------------------------------------------------
-
-
 class Http:
     """A server that speaks the protocol of Search-R1's search_r1/search/retrieval_server.py.
 
@@ -77,18 +70,17 @@ class Http:
 
     def __init__(self, url: str, timeout: float = 300, tries: int = 5, pause: float = 1):
         try:
-            parts = urllib.parse.urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # an impossible port or address
-            known = False
-        if not known:
-            raise UserError(f"--retriever {url}: neither bm25 nor a URL like http://127.0.0.1:8000/retrieve")
-        self.url = url if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/retrieve"))
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError("no address of a server")
+        except ValueError:  # urllib's own, too: an impossible port or address
+            why = "neither bm25 nor a URL like http://127.0.0.1:8000/retrieve"
+            raise UserError(f"--retriever {url}: {why}") from None
+        self.url = url if parts.path.strip("/") else parts._replace(path="/retrieve").geturl()
         self.timeout, self.tries, self.pause = timeout, tries, pause
         # A proxy set in the environment would look for 127.0.0.1 on its own machine.
         loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        proxies = urllib.request.ProxyHandler({} if loopback else None)
-        self.opener = urllib.request.build_opener(proxies, AnyStatus)
+        self.opener = build_opener(ProxyHandler({} if loopback else None))
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """For each query at most k passages {"title", "text"}, best first."""
@@ -108,11 +100,15 @@ class Http:
             ) from None
 
     def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        request = Request(self.url, body, {"Content-Type": "application/json"})
         for attempt in range(self.tries):
             pause = self.pause * 2**attempt
             try:
-                with self.opener.open(request, timeout=self.timeout) as reply:
+                try:
+                    reply = self.opener.open(request, timeout=self.timeout)
+                except HTTPError as error:
+                    reply = error  # its body says why
+                with reply:
                     text = reply.read()
             except (OSError, HTTPException, UnicodeError) as error:  # refused, timed out, cut short, no such host
                 why = f"could not be reached: {getattr(error, 'reason', None) or error or type(error).__name__}"
@@ -127,12 +123,3 @@ class Http:
             if attempt < self.tries - 1:
                 time.sleep(pause)
         raise UserError(f"{self.url} {why} ({self.tries} tries); check that the server is running there")
-
-
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Hands on a reply of any status: an error's, too, is read."""
-
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response

@@ -90,9 +90,6 @@ def search_prompt(trajectory: Trajectory, result: str, left: int) -> str:
     return fill(SEARCH_PROMPT, problem=question, memory=trajectory.memory, query=query, result=result, left=left)
 
 
-# ---- questions -----------------------------------------------------------------------------------------
-
-
 def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str, list[list[str]]]]:
     """Every `n` questions in a row as one, joined by "; ", with the answers to each in that order (MEM1).
 

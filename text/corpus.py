@@ -1,8 +1,4 @@
-"""Unlabelled text as passages, the material of the proxy tasks (paper 3.2).
-
-    load_passages    a corpus as passages: local files or a hub data set
-    kept_by_passage  what is slow to find out about each passage, kept on disk
-"""
+"""Unlabelled text as passages, the material of the proxy tasks (paper 3.2), and a cache of what is found in them."""
 
 import json
 import os
@@ -13,11 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.files import digest, must_write, replace_text
 from text.matching import MASK, TARGET, Span
 from text.rows import read_rows
@@ -42,15 +40,20 @@ class Passage:
         return re.sub(r"\s*\([^()]*\)$", "", self.title).strip()
 
 
+def load_text(config, left_out: Counter | None = None) -> list[Passage]:
+    """The passages of --corpus, as the settings beside it say."""
+    return load_passages(config.corpus_name, config.corpus_config, config.text_field, config.max_passages, left_out)
+
+
 def load_passages(
-    corpus: str, *, config: str | None = None, text_field: str = "text", max_passages: int | None = None,
+    corpus: str, config: str | None = None, text_field: str = "text", max_passages: int | None = None,
     left_out: Counter | None = None,
 ) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles of more than PASSAGE_WORDS words are split at paragraph ends. Left out, told on stderr and counted in
-    `left_out`: empty passages, those with a literal [MASK] or [TARGET], and those with bytes that are not UTF-8. A
-    passage without a title goes by its .txt file's name, if that holds no other, else by its first words. UserError.
+    Articles of more than PASSAGE_WORDS words are split at paragraph ends. What can't be used is told on stderr and
+    counted in `left_out`. A passage without a title goes by its .txt file's name, if that holds no other, else by its
+    first words. Raises UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
     for row, where in _rows(corpus, config):
@@ -63,13 +66,13 @@ def load_passages(
         pieces = split_paragraphs(text, PASSAGE_WORDS)
         title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
         left_out["empty"] += not pieces
-        for text in pieces:
-            if any(token in text.lower() for token in ("[mask]", "[target]")):
+        for piece in pieces:
+            if MASK.lower() in piece.lower() or TARGET.lower() in piece.lower():
                 left_out[f"with a literal {MASK} or {TARGET}"] += 1
-            elif "\ufffd" in text:  # what decoding puts where bytes made no sense
+            elif "\ufffd" in piece:  # what decoding puts where bytes made no sense
                 left_out["not UTF-8"] += 1
             else:
-                passages.append(Passage(str(title or text[:40]), text))
+                passages.append(Passage(str(title or piece[:40]), piece))
         if max_passages and len(passages) >= max_passages:
             break
     if left_out.total() and os.environ.get("RANK", "0") == "0":
@@ -80,23 +83,19 @@ def load_passages(
     return passages[:max_passages]
 
 
-def load_text(config, left_out: Counter | None = None) -> list[Passage]:
-    """The passages of --corpus, as the settings beside it say."""
-    return load_passages(
-        config.corpus_name, config=config.corpus_config, text_field=config.text_field,
-        max_passages=config.max_passages, left_out=left_out,
-    )
-
-
 def _rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
     """(row, the place where it stands) of a corpus, one by one; each row of a file with the fields of its first."""
     path = Path(corpus)
     if not path.exists():
         if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
             raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
-        from text.formats import hub_rows  # here, as it is slow to import
+        from datasets import load_dataset  # here, as it is slow to import
 
-        yield from hub_rows(corpus, config)
+        try:
+            yield from ((row, corpus) for row in load_dataset(corpus, config, split="train", streaming=True))
+        except Exception as error:  # the network, the name, the configuration: all the user's to fix
+            why = first_line(error)
+            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
         return
     files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
     if not files:
@@ -117,7 +116,7 @@ def _rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
 def split_paragraphs(text: str, words: int) -> list[str]:
     """`text` in pieces of about `words` words, cut at line ends only; a heading that begins one is not alone."""
     pieces, size = [], 0
-    for paragraph in (line.strip() for line in text.split("\n") if line.strip()):
+    for paragraph in filter(None, map(str.strip, text.split("\n"))):
         length = len(paragraph.split())
         if not pieces or (size + length > words and size > words // 8):
             pieces.append([])
@@ -132,30 +131,25 @@ def kept_by_passage(
 ) -> Iterator:
     """One JSON value for each passage: what find = prepare() finds, or what an earlier run has kept in `folder`.
 
-    find(texts) is a list, and can be pickled. What it finds depends on nothing but `settings` and the passages. It is
-    written in shards: a run that was stopped resumes with those that are there. Of several torchrun processes the first
-    finds, and the others wait for its files. Raises UserError.
+    find(texts) is a list that depends on nothing but `settings` and the passages. It is written in shards: a run that
+    was stopped resumes after the last one. Under torchrun the first process finds; the others wait for its files.
     """
-    texts = (text for passage in passages for text in (passage.title, passage.text))
-    shards = Path(folder) / f"{name}-{digest(settings, texts)}"
-    find = None
+    texts = chain.from_iterable((passage.title, passage.text) for passage in passages)
+    shards, find = folder / f"{name}-{digest(settings, texts)}", cache(prepare)
     for start in range(0, len(passages), SHARD):
         file = shards / f"{start:09}.json"
         if must_write(file):
-            find = find or prepare()
             shard = [passage.text for passage in passages[start : start + SHARD]]
             with tqdm(desc=name, total=len(passages), initial=start, unit=" passages") as bar:
-                replace_text(file, json.dumps(_find_all(find, shard, bar)))
+                replace_text(file, json.dumps(_find_all(find(), shard, bar)))
         yield from json.loads(file.read_text())
 
 
 def _find_all(find: Callable, texts: list[str], bar: tqdm) -> list:
-    """find(texts), a block at a time; if there are many, by all cores."""
-    blocks = [texts[n : n + BLOCK] for n in range(0, len(texts), BLOCK)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = []
+    """find(texts), a block at a time; if there are many, by all cores. Raises UserError."""
+    blocks, found = [texts[n : n + BLOCK] for n in range(0, len(texts), BLOCK)], []
     try:
-        with ProcessPoolExecutor(cores) as pool:  # it starts no process before it has work
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # it starts no process before it has work
             for some in pool.map(find, blocks) if len(blocks) > FEW else map(find, blocks):
                 found += some
                 bar.update(len(some))

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are a mark that some programs begin a file with
 HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
@@ -18,17 +19,8 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place.
     """
     if file.suffix == ".parquet":
-        from text.formats import parquet_rows  # here, as it is slow to import
-
-        yield from parquet_rows(file)
+        yield from _parquet_rows(file)
         return
-    for row, where in _json_rows(file, errors):
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object")
-        yield row, where
-
-
-def _json_rows(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
     try:
         lines = file.open("rb")  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
     except OSError as error:
@@ -36,19 +28,32 @@ def _json_rows(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
     with lines:
         first = next(filter(None, (line.strip(BLANK) for line in lines)), b"")
         lines.seek(0)
-        if first[:1] == b"[":
-            for number, record in enumerate(_parsed(lines.read(), f"{file}:", errors), 1):
-                yield record, f"{file}: record {number}"
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip(BLANK):
-                yield _parsed(line, f"{file}: line {number}", errors), f"{file}: line {number}"
+        if first.startswith(b"["):
+            kind, found = "record", enumerate(_parsed(lines.read(), f"{file}:", errors), 1)
+        else:
+            filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip(BLANK))
+            kind, found = "line", ((n, _parsed(line, f"{file}: line {n}", errors)) for n, line in filled)
+        for number, row in found:
+            if not isinstance(row, dict):
+                raise UserError(f"{file}: {kind} {number} is not a JSON object")
+            yield row, f"{file}: {kind} {number}"
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[dict, str]]:
+    from pyarrow.parquet import ParquetFile  # here, as it is slow to import
+
+    try:
+        batches = (batch.to_pylist() for batch in ParquetFile(file).iter_batches(1000))
+        for number, row in enumerate(chain.from_iterable(batches), 1):
+            yield row, f"{file}: row {number}"
+    except Exception as error:  # each kind of damage has its own
+        raise UserError(f"{file}: is no readable .parquet file ({first_line(error)})") from None
 
 
 def _parsed(text: bytes, where: str, errors: str):
     """The JSON value of `text`, which stands at `where`."""
     try:
-        value = json.loads(text.removeprefix(b"\xef\xbb\xbf").decode(errors=errors))
+        value = json.loads(text.decode("utf-8-sig", errors))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:

@@ -34,14 +34,11 @@ def rules_pipeline(names=()) -> spacy.Language:
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer")
     ruler = nlp.add_pipe("entity_ruler")
-    for label, some in patterns.items():
-        ruler.add_patterns([{"label": label, "pattern": pattern} for pattern in some])
+    ruler.add_patterns([{"label": label, "pattern": one} for label, some in patterns.items() for one in some])
     return nlp
 
 
 def check_ner(ner: str) -> None:
     """Raises UserError where the pipeline `ner` is not installed. Loads nothing, so it can come before all else."""
     if ner != "rules" and not spacy.util.is_package(ner) and not Path(ner, "meta.json").is_file():
-        raise UserError(
-            f"--ner {ner or repr(ner)}: not installed; run `python -m spacy download {ner}`, or use --ner rules"
-        )
+        raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules")

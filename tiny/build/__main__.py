@@ -17,26 +17,25 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from engine import files
 from engine.errors import UserError, run_script
 from fast.sampling import generate
-from masking import QUESTION, mask
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Budget, Sampler
+from grpo import micro_batches, token_logprobs
+from masking import QUESTION
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, Turn
 from tasks.questions import split_of
 from tasks.search import SEARCH_PROMPT
-from text.matching import MASK, TARGET
-from tiny.build.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations, passage
-from tiny.build.skills import BARS, Skills
-from tiny.build.world import TINY, encyclopedia, questions, split, words_of
+from text.matching import MASK, TARGET, occurrences
+from tiny.build.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations
+from tiny.build.measure import Skills
+from tiny.build.world import TINY, encyclopedia, passage, questions, split, words_of
 
 VERSIONS = 6  # passages of each subject
 VOCABULARY = 2816
 POOL, STEP_TOKENS, RATE = 2048, 6144, 2e-3  # demonstrations drawn at a time, tokens a step, peak learning rate
-SKILL_POOLS, POLICY_POOLS, FREE = 100, 30, 0.6  # FREE: of the readings in the second phase that are told nothing
+POOLS, FREE = [100, 30], 0.6  # of each phase; of the readings in the second phase, those that are told nothing
 EVERY = 10  # pools of the second phase between two measurements of the skills
 
 
@@ -58,9 +57,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 24,  # room for the pieces of the prompts, below
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )
     fixed = f" {MASK} {TARGET} \\boxed{{.\n\n <search> name</search> {UNKNOWN}"
     tokenizer.train_from_iterator([*texts, *[fixed] * 500], trainer)
@@ -70,12 +67,13 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     pieces |= {QUESTION, EMPTY_MEMORY, f" {FOCUS}", f" {EVERYTHING}"}
     # normalized=False: a piece is matched as written, and the text between two pieces is normalised on its own.
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in sorted(pieces)])
-    special = {"eos_token": "<eos>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=2048, eos_token="<eos>", pad_token="<pad>"
+    )
 
 
-def build_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
+def build_model(tokenizer) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
@@ -88,32 +86,6 @@ def build_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
 # ---- imitation -------------------------------------------------------------------------------------------
 
 
-def batches(demonstrations: Demonstrations, tokens: int) -> list[list]:
-    """A pool of demonstrations in batches of at most `tokens`, padding included.
-
-    Sorting a pool by length keeps padding under a few percent.
-    """
-    drawn = sorted((demonstrations.draw() for _ in range(POOL)), key=lambda d: len(d[0]) + len(d[1]))
-    pool = []
-    while drawn:
-        rows = max(1, tokens // len(drawn[-1][0] + drawn[-1][1]))
-        pool.append(drawn[-rows:])
-        del drawn[-rows:]
-    demonstrations.rng.shuffle(pool)
-    return pool
-
-
-def imitation_loss(model, batch: list) -> torch.Tensor:
-    """Cross-entropy of the completions' tokens."""
-    # (rows, width), padded on the right: so it needs no mask
-    ids = pad_sequence([torch.tensor(p + c) for p, c in batch], batch_first=True)
-    labels = [torch.tensor([-100] * len(p) + c) for p, c in batch]
-    targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]  # (rows, width - 1)
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (rows, width - 1, hidden size)
-    wanted = targets != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
-
-
 def optimizers_of(model) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the embeddings and norms, for which Muon is not meant."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -124,20 +96,16 @@ def optimizers_of(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate_at(done: float) -> float:
-    """By the share of the training that is done: linear warm-up over 2 %, constant to the middle, then linear to 0."""
-    return RATE * min(1.0, done / 0.02, 2 * (1 - done))
-
-
-def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: float) -> float:
-    """One step on a batch -> its loss."""
+def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list[Turn], done: float) -> float:
+    """One step on a batch, when this share of the training is done -> its loss, -log p in nats a token."""
     with torch.autocast("cpu", torch.bfloat16):
-        loss = imitation_loss(model, batch)
+        logprobs, _, mask = token_logprobs(model, batch)  # (turns, longest)
+    loss = -logprobs.sum() / mask.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group in optimizer.param_groups:  # a linear warm-up over 2 %, constant to the middle, then linear to 0
+            group["lr"] = RATE * min(1.0, done / 0.02, 2 * (1 - done))
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return loss.item()
@@ -145,31 +113,28 @@ def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list, rate: f
 
 def score(skills: Skills) -> tuple[float, str]:
     """(mean share of its bar that each skill reaches, all skills as text)."""
-    measured = {name: sum(hits) / max(1, len(hits)) for name, hits in skills.measure().items()}
-    shares = [min(1.0, measured[name] / least) for name, least in BARS.items()]
-    return sum(shares) / len(shares), ", ".join(f"{name} {value:.2f}" for name, value in measured.items())
+    measured = {name: (least, sum(hits) / max(1, len(hits))) for name, (least, hits) in skills.measure().items()}
+    reached = sum(min(1.0, value / least) for least, value in measured.values()) / len(measured)
+    return reached, ", ".join(f"{name} {value:.2f}" for name, (_, value) in measured.items())
 
 
 def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: list[int]) -> None:
     """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
     optimizers, total, first, best = optimizers_of(model), sum(pools), 0, -1.0
     parts = [model, *optimizers]
-    if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", weights_only=True)
-        if state["pools"] != pools:
-            raise UserError(f"{folder} was begun with --pools {state['pools']}: delete it, or go on with these")
-        first, best = state["done"], state["best"]
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+    path = folder / f"state-{pools[0]}-{pools[1]}.pt"
+    if path.exists():
+        first, best, states = torch.load(path, weights_only=True)
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
     bar = tqdm(range(first, total), desc="pools", initial=first, total=total)
     for number in bar:
         demonstrations.rng.seed(f"pool {number}")  # so a resumed build draws the same
         demonstrations.free = 0.0 if number < pools[0] else FREE
-        drawn = batches(demonstrations, STEP_TOKENS)
-        losses = [
-            imitate(model, optimizers, batch, rate_at((number + (n + 1) / len(drawn)) / total))
-            for n, batch in enumerate(drawn)
-        ]
+        batches = micro_batches([demonstrations.draw() for _ in range(POOL)], STEP_TOKENS)
+        demonstrations.rng.shuffle(batches)  # they come longest first
+        shares = [(number + n / len(batches)) / total for n in range(1, len(batches) + 1)]  # of the training
+        losses = [imitate(model, optimizers, batch, done) for batch, done in zip(batches, shares, strict=True)]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
         done = number + 1
         if done > pools[0] and ((done - pools[0]) % EVERY == 0 or done == total):
@@ -178,10 +143,9 @@ def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, p
             if reached >= best:
                 best = reached
                 model.save_pretrained(folder / "best")
-        state = {"pools": pools, "done": done, "best": best, "parts": [part.state_dict() for part in parts]}
-        torch.save(state, folder / "state.new")
-        files.flush(folder / "state.new")
-        (folder / "state.new").rename(folder / "state.pt")
+        fresh = path.with_suffix(".new")  # a kill can't spoil what has been saved before
+        torch.save((done, best, [part.state_dict() for part in parts]), fresh)
+        fresh.rename(path)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -199,24 +163,22 @@ def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demons
     """Questions that start at an unseen subject, in HotpotQA's layout: ten paragraphs, one or two of them gold."""
     start = {s["title"] for s in unseen}
     rows = []
-    for n, row in enumerate(r for r in questions(subjects) if r["hops"][0][0] in start):
-        titles, paragraphs, evidence = demonstrations.context(row, subjects, 10)
-        facts = [[t, p.index(e)] for t, p in zip(titles, paragraphs, strict=True) for e in evidence if e in p]
-        rows.append(
-            {
-                "_id": f"tiny-{n:04d}", "question": row["question"], "answer": row["answer"],
-                "type": "bridge" if len(row["hops"]) == 2 else "single", "level": "tiny", "supporting_facts": facts,
-                "context": [[t, [p[0], *(f" {s}" for s in p[1:])]] for t, p in zip(titles, paragraphs, strict=True)],
-            }
-        )
+    for n, row in enumerate(row for row in questions(subjects) if row["hops"][0][0] in start):
+        titles, passages, evidence = demonstrations.context(row, subjects, 10)
+        paragraphs = list(zip(titles, passages, strict=True))
+        rows.append({
+            "_id": f"tiny-{n:04d}", "question": row["question"], "answer": row["answer"],
+            "type": "bridge" if len(row["hops"]) == 2 else "single", "level": "tiny",
+            "supporting_facts": [[t, lines.index(e)] for t, lines in paragraphs for e in evidence if e in lines],
+            "context": [[title, [lines[0], *(f" {line}" for line in lines[1:])]] for title, lines in paragraphs],
+        })
     # "What sort of institution is Charles University?" answers itself.
-    write_jsonl(path, [row for row in rows if mask(row["question"], row["answer"]) == row["question"]])
+    write_jsonl(path, [row for row in rows if not occurrences(row["question"], row["answer"])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tiny.build", description=__doc__.splitlines()[0])
-    default = [SKILL_POOLS, POLICY_POOLS]
-    parser.add_argument("--pools", type=int, nargs=2, default=default, help="of the two phases, each at least 1")
+    parser.add_argument("--pools", type=int, nargs=2, default=POOLS, help="of the two phases, each at least 1")
     parser.add_argument("--out", type=Path, default=TINY, help="folder to write to")
     arguments = parser.parse_args()
     if min(arguments.pools) < 1:
@@ -234,12 +196,11 @@ def main() -> None:
     tokenizer = build_tokenizer(texts * 3 + asked * 3 + words * 60)
     demonstrations = Demonstrations(known, unseen, tokenizer, seed="questions")
     write_questions(folder / "made/questions.jsonl", subjects, unseen, demonstrations)
-    model = build_model(tokenizer, seed=0)
+    model = build_model(tokenizer)
     # No subject that a test question starts at helps to choose the model.
     others = [s for s in unseen if split_of(s["title"]) != "test"]
     sample = Sampler(generate, model, tokenizer, Budget(24576), greedy=True)
-    skills = Skills(sample, known, others, n=100, seed="to choose by")
-    train(model, demonstrations, skills, folder, arguments.pools)
+    train(model, demonstrations, Skills(sample, known, others, n=100, seed="to choose by"), folder, arguments.pools)
     best = Qwen3ForCausalLM.from_pretrained(folder / "best")
     best.half().save_pretrained(folder / "made/model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(folder / "made/model")

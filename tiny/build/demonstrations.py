@@ -7,16 +7,15 @@ from functools import lru_cache
 
 from engine.config import Config
 from masking import QUESTION, mask
-from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, encode_prompt
+from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Turn, encode_prompt
 from tasks.longqa import numbered_document
 from tasks.search import NOTHING, SEARCH_PROMPT, result_text
 from text.chunking import cut_chunks
-from text.matching import MASK, TARGET
-from tiny.build.world import Inventor, forms, leads, questions, sentences
+from text.matching import MASK, TARGET, occurrences
+from tiny.build.world import Inventor, names_of, passage, questions, stating
 
 CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = Config.chunk_tokens, Config.memory_tokens, Config.searches
 NOTES_TOKENS = MEMORY_TOKENS - 2  # of a memory in a demonstration, so that its EOS fits, too
-PASSAGE_SENTENCES = (2, 3)
 UNKNOWN = "unknown"  # the answer, in recall and search, when the memory holds no evidence
 
 
@@ -59,32 +58,12 @@ def some_reader(rng) -> Reader:
 
 def holds(text: str, entity: str) -> bool:
     """Whether `entity` stands in `text` in whole words, as text/matching.py sees it."""
-    return entity in text and mask(text, entity, MASK) != text
+    return entity in text and bool(occurrences(text, entity))
 
 
-def like_entity(value: str) -> bool:
-    """What an entity finder would take: a capitalised name or a number."""
-    return value[0].isupper() or value[0].isdigit()
-
-
-def passage(subject: dict, rng, must: tuple[str, ...] = ()) -> list[str]:
-    """Two or three sentences about `subject`, in random order, the attributes in `must` among them.
-
-    The first begins with the subject, as those of an encyclopedia do.
-    """
-    lines = sentences(subject, rng)
-    lines.sort(key=lambda line: line[0] not in must)  # stable: the rest stays shuffled
-    lines = lines[: rng.choice(PASSAGE_SENTENCES)]
-    rng.shuffle(lines)
-    (attribute, first), *others = lines
-    if not leads(subject, first):
-        first = rng.choice([form for form in forms(subject)[attribute] if leads(subject, form)])
-    return [first, *(sentence for _, sentence in others)]
-
-
-def states(subject: dict, attribute: str, sentence: str) -> bool:
-    """Whether a sentence states this fact of `subject`; another fact may have the same value."""
-    return sentence in forms(subject)[attribute]
+def entities(subjects: list[dict], text: str) -> list[str]:
+    """What an entity finder would find in `text`: those names of `subjects` that are capitalised, or numbers."""
+    return sorted(n for n in names_of(subjects) if (n[0].isupper() or n[0].isdigit()) and holds(text, n))
 
 
 def subjects_around(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
@@ -105,7 +84,7 @@ def written(paragraphs: list[str]) -> str:
 
 
 class Demonstrations:
-    """Draws (prompt, completion) texts for the five things the base model must be able to do.
+    """Draws (prompt, completion) texts, a method for each thing that the base model must be able to do.
 
     `free` is the share of readings whose problem doesn't say how to read.
     """
@@ -127,10 +106,10 @@ class Demonstrations:
         pivot = self.rng.choice(world)
         passages = [passage(s, self.rng) for s in subjects_around(world, pivot, self.rng, size)]
         text = " ".join(s for p in passages for s in p if pivot["title"] in s)
-        entities = [v for v in {pivot["title"], *pivot["facts"].values()} if like_entity(v) and holds(text, v)]
-        if not entities:
+        found = entities([pivot], text)
+        if not found:
             return self.masked(world, size)
-        entity = self.rng.choice(sorted(entities))
+        entity = self.rng.choice(found)
         return [[mask(s, entity, MASK) for s in p] for p in passages], entity
 
     def question(self, world: list[dict]) -> dict:
@@ -141,29 +120,23 @@ class Demonstrations:
 
     def context(self, row: dict, world: list[dict], size: int) -> tuple[list[str], list[list[str]], list[str]]:
         """(titles, sentences, evidence) of `size` passages that hold what question `row` rests on."""
-        by_title = {s["title"]: s for s in world}
-        needed = {title: attribute for title, attribute in row["hops"]}
-        subjects = [by_title[t] for t in needed]
-        centre = subjects[0]
-        rest = [s for s in subjects_around(world, centre, self.rng, size) if s not in subjects]
-        chosen = subjects + rest[: size - len(subjects)]
+        by_title, needed = {s["title"]: s for s in world}, dict(row["hops"])
+        subjects = [by_title[title] for title in needed]
+        around = subjects_around(world, subjects[0], self.rng, size)
+        chosen = [*subjects, *(s for s in around if s not in subjects)][:size]
         self.rng.shuffle(chosen)
-        passages, evidence = [], []
-        for s in chosen:
-            must = (needed[s["title"]],) if s["title"] in needed else ()
-            lines = passage(s, self.rng, must)
-            passages.append(lines)
-            if must:
-                evidence.append(next(line for line in lines if states(s, must[0], line)))
-        return [s["title"] for s in chosen], passages, evidence
+        titles = [s["title"] for s in chosen]
+        passages = [passage(s, self.rng, must=needed.get(s["title"], "")) for s in chosen]
+        evidence = [stating(by_title[t], needed[t], p) for t, p in zip(titles, passages, strict=True) if t in needed]
+        return titles, passages, evidence
 
     def sections(self, passages: list[list[str]], titles: list[str] | None = None) -> list[str]:
         """The passages as chunks; with `titles` they are numbered documents, and no heading stands alone."""
         text, headings = "", []
         for n, lines in enumerate(passages):
-            body = f"{' '.join(lines)}\n\n"
-            document = numbered_document(n + 1, titles[n], body[:-2]) if titles else body
-            headings.append((len(text), len(text) + len(document) - len(body) + 1))
+            body = " ".join(lines)
+            document = numbered_document(n + 1, titles[n], body) if titles else f"{body}\n\n"
+            headings.append((len(text), len(text) + len(document) - len(body) - 1))
             text += document
         return cut_chunks(text.rstrip("\n"), headings, self.tokenizer, CHUNK_TOKENS)
 
@@ -190,26 +163,23 @@ class Demonstrations:
                 kept.add(paragraph)
         return [p for p in chosen if p in kept]
 
-    def part(self, lines: list[str], chance: float) -> list[str]:
-        """With this chance some sentences of a passage that follow each other, otherwise all."""
-        if self.rng.random() >= chance:
-            return lines
-        start = self.rng.randrange(len(lines))
-        return lines[start : self.rng.randrange(start, len(lines)) + 1]
-
     def some_notes(self, passages: list[list[str]], evidence: list[str]) -> str:
         """A memory that holds `evidence` among paragraphs drawn from `passages`, within the limit, in random order."""
         runs, others = [], []
         for lines in passages:
             places = [n for n, line in enumerate(lines) if line in evidence]
             if places:
-                low, high = self.rng.choice((places[0], 0)), self.rng.choice((places[-1], len(lines) - 1))
-                runs.append(lines[low : high + 1])
+                first, last = self.rng.choice((places[0], 0)), self.rng.choice((places[-1], len(lines) - 1))
+                runs.append(lines[first : last + 1])
             elif lines:
-                others.append(" ".join(self.part(lines, 0.4)))
-        if self.size([" ".join(run) for run in runs]) > NOTES_TOKENS:
-            runs = [[line for line in run if line in evidence] for run in runs]
+                first, last = 0, len(lines) - 1
+                if self.rng.random() < 0.4:  # a memory may hold a part of a passage
+                    first = self.rng.randrange(len(lines))
+                    last = self.rng.randrange(first, len(lines))
+                others.append(" ".join(lines[first : last + 1]))
         paragraphs = [" ".join(run) for run in runs]
+        if self.size(paragraphs) > NOTES_TOKENS:
+            paragraphs = [" ".join(line for line in run if line in evidence) for run in runs]
         self.rng.shuffle(others)
         limit = self.rng.choice((16, 32, NOTES_TOKENS))
         while others and self.size([*paragraphs, others[-1]]) < limit:
@@ -249,38 +219,34 @@ class Demonstrations:
         notes = self.notes(TOLD.get(told, reader), memory, chunks[step], trail)
         if told == FOCUS and not notes and self.rng.random() < 0.9:  # "(empty)" is soon learned, to find is not
             return self.reading(world)
-        prompt = READ_PROMPT.format(
-            problem=f"{problem} {told}".strip(), memory=written(memory), section=chunks[step]
-        )
-        return prompt, written(notes)
-
-    def masked_memory(self, world: list[dict]) -> tuple[str, str]:
-        """A memory that says something about [MASK], and its name."""
-        passages, entity = self.masked(world, 5)
-        clues = [s for p in passages for s in p if MASK in s]
-        self.rng.shuffle(clues)
-        return self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))]), entity
+        problem = f"{problem} {told}".strip()
+        return READ_PROMPT.format(problem=problem, memory=written(memory), section=chunks[step]), written(notes)
 
     def masked_answer(self) -> tuple[str, str]:
-        memory, entity = self.masked_memory(self.known)
+        """[MASK] named from a memory that says something about it."""
+        passages, entity = self.masked(self.known, 5)
+        clues = [s for p in passages for s in p if MASK in s]
+        self.rng.shuffle(clues)
+        memory = self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))])
         return ANSWER_PROMPT.format(problem=QUESTION, memory=memory), f"\\boxed{{ {entity}}}"
 
-    def asked_answer(self) -> tuple[str, str]:
-        row = self.question(world := self.world(0.7, 0.3))
+    def asked_answer(self, world: list[dict] | None = None, row: dict | None = None) -> tuple[str, str]:
+        """A question, by default any over any world, answered from a memory that holds its evidence."""
+        world = world or self.world(0.7, 0.3)
+        row = row or self.question(world)
         _, passages, evidence = self.context(row, world, 5)
         memory = self.some_notes(passages, evidence)
         return ANSWER_PROMPT.format(problem=row["question"], memory=memory), f"\\boxed{{ {row['answer']}}}"
 
     def recalling(self, world: list[dict] | None = None) -> tuple[str, str]:
+        """[TARGET] in a section named from a memory, or said to be unknown."""
         world = world or self.world(0.45, 0.25)
         passages, _ = self.masked(world, 6)
         text = self.rng.choice(self.sections(passages))
-        found = {v for s in world for v in (s["title"], *s["facts"].values()) if like_entity(v) and holds(text, v)}
-        if not found:
-            return self.recalling(world)
-        entity = self.rng.choice(sorted(found))
+        found = entities(world, text)
+        entity = self.rng.choice(found) if found else ""
         evidence = [s for p in passages for s in p if s in text and holds(s, entity)]
-        if not evidence:  # only stands across two sentences
+        if not evidence:  # the section names nothing, or only across two sentences
             return self.recalling(world)
         self.rng.shuffle(evidence)
         section = mask(text, entity, TARGET)
@@ -291,6 +257,15 @@ class Demonstrations:
         else:
             memory = self.some_notes(passages, evidence[: self.rng.choice((1, 1, 2))])
         return RECALL_PROMPT.format(memory=memory, section=section), f"\\boxed{{ {entity}}}"
+
+    def results(self, world: list[dict], subject: dict, attribute: str) -> list[tuple[str, list[str]]]:
+        """Three (title, sentences) that a search for `subject` finds: the first states this fact of it."""
+        musts = [attribute, "", ""][: self.rng.choice((1, 2, 3))]
+        pages = [(subject["title"], passage(subject, self.rng, must)) for must in musts]
+        for other in subjects_around(world, subject, self.rng, 4):
+            if len(pages) < 3 and other is not subject:
+                pages.append((other["title"], passage(other, self.rng)))
+        return pages
 
     def searching(self) -> tuple[str, str]:
         """One turn of a search that answers one or two questions: note what was found, then look up the next name.
@@ -306,39 +281,37 @@ class Demonstrations:
         told = FOCUS if self.rng.random() >= self.free else ""
         reader = some_reader(self.rng)
         notes, before, query, result, proven = [], EMPTY_MEMORY, NOTHING, NOTHING, []
-        for n, (title, attribute) in enumerate(hops[:turn]):
+        for n, (query, attribute) in enumerate(hops[:turn], 1):
             before = written(notes)
-            subject, musts = by_title[title], [(attribute,), (), ()][: self.rng.choice((1, 2, 3))]
-            pages = [(title, passage(subject, self.rng, must)) for must in musts]
-            for other in subjects_around(world, subject, self.rng, 4):
-                if len(pages) < 3 and other["title"] != title:
-                    pages.append((other["title"], passage(other, self.rng)))
+            pages = self.results(world, by_title[query], attribute)
             shown = self.rng.sample(pages, len(pages))
-            query, result = title, result_text([{"title": name, "text": " ".join(lines)} for name, lines in shown])
-            evidence = next(line for line in pages[0][1] if states(subject, attribute, line))
-            reader = TOLD[FOCUS] if told and n == turn - 1 else reader
-            found = [line for line in notes if self.rng.random() < reader.chance(True, line in proven)]
-            for _, page in pages:
-                found += [s for s in page if s not in found and self.rng.random() < reader.chance(False, s == evidence)]
-            notes, proven = found, [*proven, evidence]
+            result = result_text([{"title": title, "text": " ".join(lines)} for title, lines in shown])
+            evidence = stating(by_title[query], attribute, pages[0][1])
+            if told and n == turn:
+                reader = TOLD[told]
+            notes = [line for line in notes if self.rng.random() < reader.chance(True, line in proven)]
+            for line in (line for _, lines in pages for line in lines):
+                if line not in notes and self.rng.random() < reader.chance(False, line == evidence):
+                    notes.append(line)
+            proven.append(evidence)
             while self.size(notes) > NOTES_TOKENS:
                 notes.pop(0)
-        ends = [(by_title[row["hops"][-1][0]], row["hops"][-1][1]) for row in rows]
-        known = [any(states(*end, line) for line in notes) for end in ends]
-        answers = "; ".join(row["answer"] if there else UNKNOWN for row, there in zip(rows, known, strict=True))
-        action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {answers}}}"
-        problem, left = "; ".join(row["question"] for row in rows), SEARCHES - turn
-        problem = f"{problem} {told}".strip()
-        prompt = SEARCH_PROMPT.format(problem=problem, memory=before, query=query, result=result, left=left)
-        return prompt, f"{written(notes)}\n\n{action}"
+        answers = []
+        for row in rows:
+            title, attribute = row["hops"][-1]
+            answers.append(row["answer"] if stating(by_title[title], attribute, notes) else UNKNOWN)
+        action = f"<search> {hops[turn][0]}</search>" if turn < len(hops) else f"\\boxed{{ {'; '.join(answers)}}}"
+        problem = f"{'; '.join(row['question'] for row in rows)} {told}".strip()
+        slots = {"problem": problem, "memory": before, "query": query, "result": result, "left": SEARCHES - turn}
+        return SEARCH_PROMPT.format(**slots), f"{written(notes)}\n\n{action}"
 
-    def draw(self) -> tuple[list[int], list[int]]:
-        """Token ids of one demonstration: (prompt, completion with EOS)."""
+    def draw(self) -> Turn:
+        """One demonstration, as if it had been sampled, of a kind that is drawn by the shares here."""
         makers = {
             self.reading: 0.44, self.masked_answer: 0.19, self.recalling: 0.14, self.asked_answer: 0.17,
             self.searching: 0.06,
         }
         (make,) = self.rng.choices(list(makers), makers.values())
         prompt, completion = make()
-        written_ids = self.tokenizer(completion)["input_ids"]
-        return encode_prompt(self.tokenizer, prompt), [*written_ids, self.tokenizer.eos_token_id]
+        ids = [*self.tokenizer(completion)["input_ids"], self.tokenizer.eos_token_id]
+        return Turn(encode_prompt(self.tokenizer, prompt), ids, ended=True, text=completion)

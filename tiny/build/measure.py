@@ -1,15 +1,17 @@
-"""Skills of the base model, and its success when it samples: tables in markdown.
+"""What the base model can do: its skills, and its success when it samples. Tables in markdown.
 
     python -m tiny.build.measure [MODEL]
 
-Skills, greedy, each beside its bar (tiny/build/skills.py). Then, sampled, what decides whether GRPO has anything to
-learn from: end-to-end and recall on training documents, and the questions of tiny/questions.jsonl about unseen
-subjects, of one hop and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
+Skills, greedy, each by itself, beside the least that it should reach. Then, sampled, what decides whether GRPO has
+anything to learn from: end-to-end and recall on training documents, and questions of tiny/questions.jsonl, of one hop
+and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
 """
 
 import random
+import re
 import sys
 from dataclasses import replace
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -17,23 +19,159 @@ import torch
 from engine.config import Config
 from engine.errors import UserError, run_script
 from engine.metrics import sample_text, share
-from engine.models import load_model
-from fast.sampling import generate
+from eval import load_sampler
 from masking import Document, draw_recall, load_corpus
-from rewards import exact_match, recall_reward
-from rollout import Budget, Sampler, read, recall
+from rewards import answer_reward, boxed, exact_match, recall_reward
+from rollout import EMPTY_MEMORY, READ_PROMPT, Sampler, fill, read, recall
 from tasks.longqa import LongText
 from tasks.questions import load_questions
-from tiny.build.skills import BARS, Skills
-from tiny.build.world import TINY, encyclopedia, split
+from text.matching import MASK
+from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
+from tiny.build.world import TINY, encyclopedia, forms, names_of, split
 
 DOCUMENTS, SAMPLES = 60, 4
+
+# ---- skills --------------------------------------------------------------------------------------------
+
+
+def split_sentences(memory: str) -> list[str]:
+    """The sentences of a memory or a section, without headings and "(empty)"; a piece that was cut off is one, too."""
+    text = re.sub(r"^Document \d+: .*$", "", memory, flags=re.MULTILINE)
+    return [s for s in re.split(r"(?<=\.)\s+|\n+", text.strip()) if s and s != EMPTY_MEMORY]
+
+
+def slot(prompt: str, name: str) -> str:
+    return prompt.split(f"<{name}>\n")[1].split(f"\n</{name}>")[0]
+
+
+class Skills:
+    """Asks a model `n` questions of each skill, answered by `sample`, greedily.
+
+    A memory holds what was read, whole and once; an answer holds what the memory says. [MASK] is asked about known
+    subjects, and noting is measured on known ones, too. All else is held out: subjects that no demonstration is about,
+    and newly invented ones. Searching is not measured.
+    """
+
+    def __init__(self, sample: Sampler, known: list[dict], unseen: list[dict], n: int, seed: str):
+        self.sample, self.n, self.seed = sample, n, seed
+        self.demonstrations = Demonstrations(known, unseen, sample.tokenizer, seed, free=1.0)
+        self.worlds = {"known": known, "unseen": unseen, "invented": self.demonstrations.inventor.fresh(60)}
+
+    def measure(self) -> dict[str, tuple[float, list[bool]]]:
+        """skill -> (the least share of hits that it should reach, its hits). Each call asks the same."""
+        self.demonstrations.rng.seed(self.seed)
+        faithful, once = self.faithful()
+        kept = [paragraph in memory for paragraph, memory in self.ask(self.keeping(), MEMORY_TOKENS)]
+        one_hop, two_hops = self.right(self.answering(1)), self.right(self.answering(2))
+        named, recalled = self.right(self.naming()), self.right(self.recalling())
+        noted = {}
+        for name, world in self.worlds.items():
+            asked = self.ask(self.noting(world), MEMORY_TOKENS)
+            noted[name] = [sentences <= set(split_sentences(memory)) for sentences, memory in asked]
+        return {
+            "sentences that stand word for word in the old memory or the section": (0.97, faithful),
+            "memories that repeat no sentence": (0.98, once),
+            "the asked paragraph is noted, known subjects": (0.95, noted["known"]),
+            "the asked paragraph is noted, unseen subjects": (0.9, noted["unseen"]),
+            "the asked paragraph is noted, invented subjects": (0.9, noted["invented"]),
+            "the asked paragraph is kept": (0.98, kept),
+            "answer, one hop": (0.95, one_hop),
+            "answer, two hops": (0.85, two_hops),
+            "answer, [MASK]": (0.9, named),
+            "recall": (0.9, recalled),
+        }
+
+    def ask(self, drawn, new_tokens: int) -> list[tuple]:
+        """(what is wanted, one greedy completion) of the first `n` that are drawn as (prompt, what is wanted)."""
+        some = list(islice(drawn, self.n))
+        turns = self.sample([prompt for prompt, _ in some], new_tokens)
+        return [(wanted, turn.text.strip()) for (_, wanted), turn in zip(some, turns, strict=True)]
+
+    def right(self, drawn) -> list[bool]:
+        """Whether each boxed answer is that of the demonstration that was drawn."""
+        asked = self.ask(drawn, Config.answer_tokens)
+        return [exact_match(boxed(text), [boxed(completion)]) for completion, text in asked]
+
+    def heldout(self):
+        """The unseen subjects and newly invented ones, in turn."""
+        return cycle((self.worlds["unseen"], self.worlds["invented"]))
+
+    def faithful(self) -> tuple[list[bool], list[bool]]:
+        """(of each sentence, whether it was read; of each memory, whether it repeats none), told nothing."""
+        prompts = (self.demonstrations.reading(world)[0] for world in self.heldout())
+        sentences, once = [], []
+        for prompt, memory in self.ask(((prompt, prompt) for prompt in prompts), MEMORY_TOKENS):
+            written_down = split_sentences(memory)
+            read = split_sentences(slot(prompt, "memory")) + split_sentences(slot(prompt, "section"))
+            sentences += [sentence in read for sentence in written_down]
+            once.append(len(set(written_down)) == len(written_down))
+        return sentences, once
+
+    # ---- what is asked, without end: (prompt, what is wanted) ----
+
+    def noting(self, world: list[dict]):
+        """All that the section says about what is asked is to be noted, told to focus.
+
+        Half of the questions are of two hops; then it is the paragraph about the first.
+        """
+        while True:
+            row = self.demonstrations.question(world)
+            titles, passages, _ = self.demonstrations.context(row, world, 10)
+            asked = titles.index(row["hops"][0][0])
+            sections = self.demonstrations.sections(passages, titles)
+            section = next(s for s in sections if f"Document {asked + 1}:" in s)
+            prompt = fill(READ_PROMPT, problem=f"{row['question']} {FOCUS}", memory=EMPTY_MEMORY, section=section)
+            yield prompt, {sentence for sentence in passages[asked] if sentence in section}
+
+    def keeping(self):
+        """A noted paragraph about what is asked is to stand in the next memory, told to focus."""
+        rng = self.demonstrations.rng
+        for world in self.heldout():
+            row = self.demonstrations.question(world)
+            titles, passages, _ = self.demonstrations.context(row, world, 10)
+            paragraphs = dict(zip(titles, map(" ".join, passages), strict=True))
+            asked = paragraphs[row["hops"][0][0]]
+            others = [paragraph for title, paragraph in paragraphs.items() if title not in dict(row["hops"])]
+            memory = [asked, *rng.sample(others, rng.randrange(3))]
+            if self.demonstrations.size(memory) <= NOTES_TOKENS:
+                rng.shuffle(memory)
+                slots = {"problem": f"{row['question']} {FOCUS}", "memory": written(memory)}
+                section = rng.choice(self.demonstrations.sections([[other] for other in others]))
+                yield fill(READ_PROMPT, **slots, section=section), asked
+
+    def answering(self, hops: int):
+        """A question is to be answered from a memory that holds its evidence."""
+        for world in self.heldout():
+            row = self.demonstrations.question(world)
+            if len(row["hops"]) == hops:
+                yield self.demonstrations.asked_answer(world, row)
+
+    def naming(self):
+        """[MASK] is to be named from a memory whose sentences are true of one name of the known world only."""
+        known = self.worlds["known"]
+        truths = {sentence for subject in known for stated in forms(subject).values() for sentence in stated}
+        names = names_of(known)
+        while True:
+            prompt, completion = self.demonstrations.masked_answer()
+            clues = [sentence for sentence in split_sentences(slot(prompt, "memory")) if MASK in sentence]
+            if sum(all(clue.replace(MASK, name) in truths for clue in clues) for name in names) == 1:
+                yield prompt, completion
+
+    def recalling(self):
+        """[TARGET] is to be recalled from a memory that holds a sentence with it."""
+        for world in self.heldout():
+            prompt, completion = self.demonstrations.recalling(world)
+            if boxed(completion).strip() != UNKNOWN:
+                yield prompt, completion
+
+
+# ---- success ----------------------------------------------------------------------------------------------
 
 
 def question_documents(tokenizer, config: Config, hops: int) -> list[Document]:
     """Questions about unseen subjects, of so many hops, each with its own ten paragraphs to read."""
     questions = [q for q in load_questions(TINY / "questions.jsonl") if len(q.gold) == hops]
-    some = questions[:: max(1, len(questions) // DOCUMENTS)][:DOCUMENTS]
+    some = questions[:: len(questions) // DOCUMENTS][:DOCUMENTS]
     texts = [LongText(q, n, [], tokenizer, seed=0, chunk_tokens=config.chunk_tokens) for n, q in enumerate(some)]
     return [text.document(text.draw(10)) for text in texts]
 
@@ -42,30 +180,31 @@ def print_row(cells: list[str], hits: list[bool]) -> None:
     print("|", " | ".join([*cells, share(sum(hits), len(hits)), str(len(hits))]), "|")
 
 
-def right(trajectories: list) -> list[bool]:
-    """Whether each answers right, which also becomes its reward."""
+def print_answers(name: str, trajectories: list) -> None:
+    """The row of how many answers are right, which also becomes the reward of each."""
     for t in trajectories:
-        t.reward = float(exact_match(t.prediction, t.document.answers))
-    return [t.reward == 1 for t in trajectories]
+        t.reward = answer_reward(t.prediction, t.document.answers)
+    print_row([name], [t.reward == 1 for t in trajectories])
 
 
 def main() -> None:
     if len(sys.argv) > 2:
         raise UserError("give one model at most: python -m tiny.build.measure [MODEL]")
-    config = Config(model=sys.argv[1] if sys.argv[1:] else Config.model, out=str(TINY / "measured"))
+    model = sys.argv[1] if sys.argv[1:] else Config.model
+    config = Config(model=model, out=str(TINY / "measured"), fast=True)
     torch.manual_seed(0)
-    sample = Sampler(generate, *load_model(config.model, "cpu"), Budget(config.rollout_tokens))
+    sample = load_sampler(model, config)
     known, unseen = split(encyclopedia(), random.Random(0))
     print("| skill, greedy | at least | measured | n |\n|---|---|---|---|")
     skills = Skills(replace(sample, greedy=True), known, unseen, n=200, seed="to report")
-    for name, hits in skills.measure().items():
-        print_row([name, str(BARS[name])], hits)
+    for name, (least, hits) in skills.measure().items():
+        print_row([name, str(least)], hits)
 
     corpus = load_corpus(config, sample.tokenizer)
     print("\n| sampled at temperature 1 | success | n |\n|---|---|---|")
     documents = [corpus.document(i) for i in range(DOCUMENTS)]
     trajectories = read(sample, documents, config, samples=SAMPLES, progress="end-to-end")
-    print_row(["end-to-end"], right(trajectories))
+    print_answers("end-to-end", trajectories)
     rng = np.random.default_rng(0)
     for t in trajectories:
         t.target = draw_recall(t.document, rng)
@@ -76,7 +215,7 @@ def main() -> None:
         documents = question_documents(sample.tokenizer, config, hops)
         for name, empty in (("", False), (", empty memory", True)):
             trajectories = read(sample, documents, config, SAMPLES, empty_memory=empty, progress="questions")
-            print_row([f"question of {hops} hop{'s' * (hops > 1)}{name}"], right(trajectories))
+            print_answers(f"question of {hops} hop{'s' * (hops > 1)}{name}", trajectories)
             if not empty:
                 shown += trajectories[:: 20 * SAMPLES]
     print("", *(sample_text(t, name="EM") for t in shown), sep="\n")

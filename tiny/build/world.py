@@ -7,6 +7,7 @@ sorts: the true one (encyclopedia.jsonl), mixed ones (true titles, facts dealt o
 
 import json
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 TINY = Path(__file__).resolve().parents[1]
@@ -25,27 +26,41 @@ def encyclopedia() -> list[dict]:
     return [json.loads(line) for line in (TINY / "encyclopedia.jsonl").read_text().splitlines()]
 
 
+def names_of(subjects: list[dict]) -> set[str]:
+    """All that `subjects` name: their titles and the values of their facts."""
+    return {name for s in subjects for name in (s["title"], *s["facts"].values())}
+
+
+def words_of(subjects: list[dict]) -> list[str]:
+    """The capitalised words in names and facts of `subjects`: what things are called, not what belongs to whom."""
+    return sorted({word for word in re.findall(r"\w+", " ".join(names_of(subjects))) if word[0].isupper()})
+
+
+# ---- sentences and passages --------------------------------------------------------------------------
+
+
 def forms(subject: dict) -> dict[str, list[str]]:
     """attribute -> every sentence that states this fact of `subject`."""
     facts, title = subject["facts"], subject["title"]
     definite = subject["kind"] == "institution" and facts["form"] in ARTICLED
-    name = f"the {title}" if definite else title
     found = {}
     for attribute, patterns in PATTERNS[subject["kind"]].items():
         if value := facts.get(attribute):
-            the = f"the {value}" if value.endswith(PLURALS) else value
             words = {
-                "name": name, "Name": name[0].upper() + name[1:], "value": value, "Value": value[0].upper() + value[1:],
-                "the": the, "The": the[0].upper() + the[1:], "placed": facts.get("placed", "belongs to"),
-                "a": "an" if value[0] in "aeiou" and not value.startswith("uni") else "a",
+                "name": f"the {title}" if definite else title, "value": value,
+                "the": f"the {value}" if value.endswith(PLURALS) else value,
             }
+            words |= {key.capitalize(): word[0].upper() + word[1:] for key, word in words.items()}
+            words["a"] = "an" if value[0] in "aeiou" and not value.startswith("uni") else "a"
+            words["placed"] = facts.get("placed", "belongs to")
             found[attribute] = [pattern.format(**words) for pattern in patterns]
     return found
 
 
-def leads(subject: dict, sentence: str) -> bool:
-    """Whether a sentence begins with its subject."""
-    return sentence.startswith((subject["title"], f"The {subject['title']}"))
+def stating(subject: dict, attribute: str, lines: list[str]) -> str | None:
+    """The first of `lines` that states this fact of `subject`; a line of another fact may have the same value."""
+    stated = forms(subject)[attribute]
+    return next((line for line in lines if line in stated), None)
 
 
 def sentences(subject: dict, rng) -> list[tuple[str, str]]:
@@ -53,6 +68,22 @@ def sentences(subject: dict, rng) -> list[tuple[str, str]]:
     lines = [(attribute, rng.choice(stated)) for attribute, stated in forms(subject).items()]
     rng.shuffle(lines)
     return lines
+
+
+def passage(subject: dict, rng, must: str = "") -> list[str]:
+    """Two or three sentences about `subject`, in random order, one of them on the attribute `must`.
+
+    The first begins with the subject, as those of an encyclopedia do.
+    """
+    lines = sentences(subject, rng)
+    lines.sort(key=lambda line: line[0] != must)  # stable: the rest stays shuffled
+    lines = lines[: rng.choice((2, 3))]
+    rng.shuffle(lines)
+    (attribute, first), *others = lines
+    beginnings = (subject["title"], f"The {subject['title']}")
+    if not first.startswith(beginnings):
+        first = rng.choice([form for form in forms(subject)[attribute] if form.startswith(beginnings)])
+    return [first, *(sentence for _, sentence in others)]
 
 
 def questions(world: list[dict]) -> list[dict]:
@@ -63,20 +94,18 @@ def questions(world: list[dict]) -> list[dict]:
     by_title = {subject["title"]: subject for subject in world}
     found = []
     for subject in world:
-        title, kind, facts = subject["title"], subject["kind"], subject["facts"]
-        for attribute, pattern in QUESTIONS[kind].items():
-            if value := facts.get(attribute):
-                found.append({"question": pattern.format(x=title), "answer": value, "hops": [(title, attribute)]})
-        for link, phrase in LINKS.get(kind, {}).items():
-            bridge = by_title.get(facts.get(link))
-            if bridge is None or bridge is subject:
-                continue
-            for attribute, pattern in QUESTIONS[bridge["kind"]].items():
-                value = bridge["facts"].get(attribute)
-                if value and value != title:
-                    question = pattern.format(x=phrase.format(x=title))
-                    hops = [(title, link), (bridge["title"], attribute)]
-                    found.append({"question": question, "answer": value, "hops": hops})
+        title = subject["title"]
+        asked = [(title, subject, [])]  # what a question calls its last subject, that subject, the hops that lead to it
+        for link, phrase in LINKS.get(subject["kind"], {}).items():
+            bridge = by_title.get(subject["facts"].get(link))
+            if bridge not in (None, subject):
+                asked.append((phrase.format(x=title), bridge, [(title, link)]))
+        for name, last, hops in asked:
+            for attribute, pattern in QUESTIONS[last["kind"]].items():
+                value = last["facts"].get(attribute)
+                if value and not (hops and value == title):  # two hops that come back ask for what they name
+                    whole = [*hops, (last["title"], attribute)]
+                    found.append({"question": pattern.format(x=name), "answer": value, "hops": whole})
     return found
 
 
@@ -88,22 +117,15 @@ def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
 
     Known subjects lose the facts that name an unseen one, so that no demonstration names one.
     """
-    mentions = {s["title"]: 0 for s in subjects}
-    for s in subjects:
-        for value in s["facts"].values():
-            if value in mentions:
-                mentions[value] += 1
-    unseen = set()
-    for kind in ("person", "work", "place", "institution"):
+    mentions = Counter(value for s in subjects for value in s["facts"].values())
+    unseen: set[str] = set()
+    for kind in PATTERNS:
         titles = [s["title"] for s in subjects if s["kind"] == kind]
         rng.shuffle(titles)
-        titles.sort(key=lambda t: mentions[t])
+        titles.sort(key=lambda title: mentions[title])
         unseen.update(titles[: len(titles) // 3 + 1])
-    known = [
-        {**s, "facts": {a: v for a, v in s["facts"].items() if v not in unseen}}
-        for s in subjects
-        if s["title"] not in unseen
-    ]
+    seen = [s for s in subjects if s["title"] not in unseen]
+    known = [{**s, "facts": {a: v for a, v in s["facts"].items() if v not in unseen}} for s in seen]
     return known, [s for s in subjects if s["title"] in unseen]
 
 
@@ -112,12 +134,6 @@ def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
 PEOPLE = ("author", "founder", "alumnus", "teacher", "spouse", "sibling", "collaborator")
 YEARS = ("born", "died", "year", "founded")
 KIND_OF_LINK = {"birthplace": "place", "deathplace": "place", "city": "place", "known_for": "work"}  # else a person
-
-
-def words_of(subjects: list[dict]) -> list[str]:
-    """The capitalised words in names and facts of `subjects`: what things are called, not what belongs to whom."""
-    text = " ".join(value for s in subjects for value in (s["title"], *s["facts"].values()))
-    return sorted({word for word in re.findall(r"\w+", text) if word[0].isupper()})
 
 
 class Inventor:
@@ -130,15 +146,14 @@ class Inventor:
     def __init__(self, known: list[dict], unseen: list[dict], rng):
         self.rng, self.known = rng, known
         self.words, self.taken = words_of(known + unseen), {s["title"] for s in unseen}
-        self.after: dict[str, list[str]] = {}
+        self.after: dict[str, list[str]] = defaultdict(list)  # two letters -> all that come next; ^ and $ are the ends
+        self.values: dict[tuple[str, str], list[str]] = defaultdict(list)  # (kind, attribute) -> as often as they occur
         for s in known:
             for word in re.findall(r"[a-z]+", " ".join([s["title"], *s["facts"].values()]).lower()):
                 for i in range(len(word) + 1):
-                    self.after.setdefault(f"^^{word}"[i : i + 2], []).append(f"{word}$"[i])
-        self.values: dict[tuple[str, str], list[str]] = {}
-        for s in known:
+                    self.after[f"^^{word}"[i : i + 2]].append(f"{word}$"[i])
             for attribute, value in s["facts"].items():
-                self.values.setdefault((s["kind"], attribute), []).append(value)
+                self.values[s["kind"], attribute].append(value)
 
     def word(self) -> str:
         """A made-up word of 3 to 9 letters; by chance it may be a real one."""
@@ -173,16 +188,12 @@ class Inventor:
         """A world of `size` invented subjects. Where it can, a link points into the world with chance 0.6."""
         kinds = [self.rng.choice(("person", "person", "work", "place", "institution")) for _ in range(size)]
         world = [{"title": t, "kind": k} for t, k in {self.name(kind): kind for kind in kinds}.items()]
-        kinds = {s["kind"] for s in world}
-        targets = {k: [s["title"] for s in world if s["kind"] == k] for k in kinds}
         for s in world:
-            attributes = {a for k, a in self.values if k == s["kind"]}
-            s["facts"] = {
-                a: self.value(s["kind"], a) for a in sorted(attributes) if a not in PEOPLE or self.rng.random() < 0.7
-            }
+            attributes = sorted(attribute for kind, attribute in self.values if kind == s["kind"])
+            s["facts"] = {a: self.value(s["kind"], a) for a in attributes if a not in PEOPLE or self.rng.random() < 0.7}
             for link in LINKS.get(s["kind"], {}):
                 kind = KIND_OF_LINK.get(link, "person")
-                others = [t for t in targets.get(kind, []) if t != s["title"]]
+                others = [other["title"] for other in world if other["kind"] == kind and other is not s]
                 if others and self.rng.random() < 0.6:
                     s["facts"][link] = self.rng.choice(others)
         return world
@@ -190,6 +201,4 @@ class Inventor:
     def mixed(self) -> list[dict]:
         """The known titles with every attribute's values dealt out anew."""
         decks = {key: self.rng.sample(values, len(values)) for key, values in self.values.items()}
-        return [
-            {**s, "facts": {a: decks[s["kind"], a].pop() for a in s["facts"]}} for s in self.known
-        ]
+        return [{**s, "facts": {a: decks[s["kind"], a].pop() for a in s["facts"]}} for s in self.known]
