@@ -1,8 +1,14 @@
 """Files of questions, in the layouts in which people publish them, in one form; and their splits."""
 
+import ast
 import hashlib
+import io
+import json
 import re
+import tokenize
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +54,14 @@ def _records(path: str | Path) -> list[tuple[dict, str]]:
 def _question(record: dict, where: str, number: int) -> Question:
     if {"input", "extra_info", "reward_model"} & record.keys():
         return _memagent(record, where, number)
-    if record.get("answerable") is False:
+    try:
+        answerable = _truth(record.get("answerable", True))
+    except ValueError as error:
+        raise UserError(f"{where}: field 'answerable' is {error}") from None
+    if not answerable:
         raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
+    if isinstance(record.get("metadata"), dict):  # FlashRAG's: what its source had beside question and answers
+        record = record["metadata"] | record
     read = _hotpotqa if "context" in record else _musique
     try:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
@@ -70,21 +82,32 @@ def _question(record: dict, where: str, number: int) -> Question:
 def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of context [[title, [sentence]]] and supporting_facts [[title, sentence number]].
 
-    Where two paragraphs have a gold title, both are gold: the facts don't tell which is meant.
+    The hub's has columns, {"title": [...], "sentences": [...]} and {"title": [...], "sent_id": [...]}. Where two
+    paragraphs have a gold title, both are gold: the facts don't tell which is meant.
     """
-    paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in record["context"]]
+    context, facts = (_pairs(record.get(name) or []) for name in ("context", "supporting_facts"))
+    paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in context]
     gold = []
-    for fact, _ in record.get("supporting_facts") or []:
+    for fact, _ in facts:
         fact = " ".join(fact.split())
         gold += [(title, text) for title, text in paragraphs if title == fact and text] or [(fact, "")]
     return gold, paragraphs
+
+
+def _pairs(table: list | dict) -> list[tuple]:
+    """The pairs of a list of pairs, or of a dict of two columns of which one is called title; also as JSON."""
+    table = json.loads(table) if isinstance(table, str) else table
+    if not isinstance(table, dict):
+        return table
+    titles, (others,) = table["title"], [column for name, column in table.items() if name != "title"]
+    return list(zip(titles, others, strict=True))
 
 
 def _musique(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of paragraphs [{title, paragraph_text, is_supporting}]."""
     given = record["paragraphs"]
     paragraphs = [(" ".join(one["title"].split()), one["paragraph_text"].strip()) for one in given]
-    return [own for own, one in zip(paragraphs, given, strict=True) if one["is_supporting"]], paragraphs
+    return [own for own, one in zip(paragraphs, given, strict=True) if _truth(one["is_supporting"])], paragraphs
 
 
 def _join(sentences: list[str]) -> str:
@@ -118,15 +141,64 @@ def _text(record: dict, field: str, where: str) -> str:
     return _unquote(value.strip())
 
 
+ANSWERS = ("golden_answers", "answers", "possible_answers", "answer")  # fields, in this order
+
+
 def _answers(record: dict, where: str) -> list[str]:
     """The gold answers, each once, of whichever field the set has them in."""
-    field = next((name for name in ("golden_answers", "answers", "answer") if name in record), "answer")
-    both = (record.get(field), record.get("answer_aliases"))
-    found = [answer for part in both for answer in (part if isinstance(part, list) else [part])]
-    answers = dict.fromkeys(_unquote(a.strip()) for a in found if isinstance(a, str) and a.strip())
+    field = next((name for name in ANSWERS if name in record), "answer")
+    try:
+        found = [*_texts(record.get(field)), *_texts(record.get("answer_aliases"))]
+    except ValueError as error:
+        raise UserError(f"{where}: field {field!r} {error}") from None
+    answers = dict.fromkeys(_unquote(answer.strip()) for answer in found if answer.strip())
     if not answers:
         raise UserError(f"{where}: no answer in field {field!r}")
     return list(answers)
+
+
+def _texts(answer) -> list[str]:
+    """The texts of an answer: a text, a number, a list of them (also one written out), or TriviaQA's or SQuAD's record.
+
+    ValueError, "holds ...", for anything else.
+    """
+    if answer is None:
+        return []
+    if isinstance(answer, str):
+        return _texts(_listed(answer)) if LISTED.fullmatch(answer) else [answer]
+    if isinstance(answer, list):
+        return [text for one in answer for text in _texts(one)]
+    if isinstance(answer, dict) and {"value", "aliases", "text"} & answer.keys():
+        return [text for name in ("value", "aliases", "text") for text in _texts(answer.get(name))]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return [str(answer)]
+    raise ValueError(f"holds {answer!r:.60}, which is no text, number or list of them")
+
+
+# "['Ulm', 'U']", "['1879', 1880]", "[7]": lists that were saved as texts; "[MASK]" is none.
+LISTED = re.compile(r"(?s)\s*\[\s*(?:['\"].*|.*['\"]\s*|[\d.,\s]*)\]\s*")
+
+
+def _listed(text: str) -> list:
+    """The list that `text` writes out, in Python or JSON. ValueError for one that can't be read."""
+    with suppress(ValueError):
+        return json.loads(text)
+    with suppress(ValueError, SyntaxError, tokenize.TokenError):
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+        # Python joins strings without a comma between, which is how numpy prints an array.
+        if (tokenize.STRING, tokenize.STRING) not in pairwise(kinds):
+            return ast.literal_eval(text.strip())
+    raise ValueError(f"holds {text!r:.60}, which looks like a list, but can't be read as one")
+
+
+def _truth(value) -> bool:
+    """What a flag says, also one that was saved as a text: "false" is not true. ValueError for other texts."""
+    if not isinstance(value, str):
+        return bool(value)
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+    if value.strip().lower() not in words:
+        raise ValueError(f"neither true nor false: {value!r}")
+    return words[value.strip().lower()]
 
 
 def _unquote(text: str) -> str:

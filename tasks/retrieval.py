@@ -88,9 +88,10 @@ class Http:
         reply = self._post(json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode())
         try:
             result = json.loads(reply)["result"]
-            if len(result) != len(queries) or not all(isinstance(hits, list) and len(hits) <= k for hits in result):
+            if len(result) != len(queries) or not all(isinstance(hits, list) for hits in result):
                 raise ValueError("wrong counts")
-            found = [[hit["document"]["contents"] for hit in hits] for hits in result]
+            # Search-R1's web servers send more hits than asked for, and a hit may be the document itself.
+            found = [[hit.get("document", hit)["contents"] for hit in hits[:k]] for hits in result]
             # Half a surrogate pair, which JSON can spell and no tokenizer takes, becomes "?".
             return [[split_contents(text.encode("utf-8", "replace").decode()) for text in texts] for texts in found]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -221,3 +221,104 @@ def test_search_sets(name, field):
         golds = row[field] if isinstance(row[field], list) else [row[field]]
         golds, asked = [read_csv(gold.strip()) for gold in golds], read_csv(row["question"].strip())
         assert question == asked and set(answers) == set(golds) and len(answers) == len(set(answers))
+
+
+# ---- answers and layouts as they are published -----------------------------------------------------------
+
+
+ANSWERS = [  # (record without its question, answers)
+    ({"answer": "['Ulm', 'U']"}, ["Ulm", "U"]),
+    ({"answers": '["Ulm", "It\'s \\"U\\""]'}, ["Ulm", 'It\'s "U"']),
+    ({"golden_answers": "[\"Ada's\", 'Byron']"}, ["Ada's", "Byron"]),
+    ({"answer": ["['Ulm']", "U"]}, ["Ulm", "U"]),
+    ({"possible_answers": '["politician", "political leader"]'}, ["politician", "political leader"]),
+    ({"answer": "['1879', 1880]"}, ["1879", "1880"]),
+    ({"answer": [1879, "in 1879", 1.5]}, ["1879", "in 1879", "1.5"]),
+    ({"answer": 7}, ["7"]), ({"answer": 0}, ["0"]), ({"answers": [None, "Ulm", " "]}, ["Ulm"]),
+    ({"answer": {"value": "Ulm", "aliases": ["Ulm", "Ulma"], "normalized_value": "ulm", "type": "WikipediaEntity"}},
+     ["Ulm", "Ulma"]),
+    ({"answer": {"value": "Ulm", "aliases": "['Ulma']"}}, ["Ulm", "Ulma"]),
+    ({"answers": {"text": ["Ulm", "in Ulm"], "answer_start": [3, 0]}}, ["Ulm", "in Ulm"]),
+    ({"answers": [{"value": "Ulm", "aliases": []}]}, ["Ulm"]),
+    ({"answer": "[[1, 2]] is not a list of texts"}, ["[[1, 2]] is not a list of texts"]),
+    ({"answer": "[MASK]"}, ["[MASK]"]), ({"answer": "['Ulm' and more"}, ["['Ulm' and more"]),
+    ({"answer": "[citation]"}, ["[citation]"]), ({"answer": "false"}, ["false"]),
+    ({"answer": "{'a': 1}"}, ["{'a': 1}"]),
+    ({"answer": "[7, 8.5]"}, ["7", "8.5"]), ({"answer": "[7, eight]"}, ["[7, eight]"]),
+]
+
+
+@pytest.mark.parametrize("record, answers", ANSWERS)
+def test_answers_are_read_as_they_are_published(tmp_path, record, answers):
+    """A list that was saved as a text is the list; numbers and texts are kept; TriviaQA's and SQuAD's records too."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "Where?"} | record))
+    assert load_search(tmp_path / "x.jsonl") == [("Where?", answers)]
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"answer": "['Ulm' 'U']"}, "looks like a list"), ({"answer": "['Ulm\n', 'U' 'V']"}, "looks like a list"),
+    ({"answer": "['Ulm', U, 'V']"}, "looks like a list"), ({"answer": "['Ulm'', 'V']"}, "looks like a list"),
+    ({"answer": True}, "no text, number or list"), ({"answer": [["Ulm", False]]}, "no text, number or list"),
+    ({"answer": {"name": "Ulm"}}, "no text, number or list"), ({"answer": []}, "no answer in field"),
+    ({"answer": "[]"}, "no answer in field"), ({"answer": {"value": ""}}, "no answer in field"),
+    ({"answer": "['']"}, "no answer in field"), ({}, "no answer in field"),
+])
+def test_answers_that_cannot_be_read_are_named(tmp_path, record, words):
+    """The second record is bad: the line says which it is."""
+    rows = [{"question": "Where?", "answer": "Ulm"}, {"question": "Where?"} | record]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=words) as caught:
+        load_search(tmp_path / "x.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.jsonl'}: line 2: ") and "\n" not in str(caught.value)
+
+
+def as_columns(record: dict) -> dict:
+    """The record as the hub has it: a dict of columns in the place of a list of pairs."""
+    titles, sentences = zip(*record["context"], strict=True)
+    facts, numbers = zip(*record["supporting_facts"], strict=True)
+    context = {"title": list(titles), "sentences": list(sentences)}
+    return record | {"context": context, "supporting_facts": {"title": list(facts), "sent_id": list(numbers)}}
+
+
+def in_metadata(record: dict) -> dict:
+    """The record as FlashRAG has it."""
+    columns = as_columns(record)
+    names = ("context", "supporting_facts")
+    rest = {name: value for name, value in columns.items() if name not in names}
+    return rest | {"metadata": {name: columns[name] for name in names}}
+
+
+def as_json(record: dict) -> dict:
+    return record | {name: json.dumps(record[name]) for name in ("context", "supporting_facts")}
+
+
+def flags_as_text(record: dict) -> dict:
+    paragraphs = [one | {"is_supporting": str(one["is_supporting"])} for one in record["paragraphs"]]
+    return record | {"paragraphs": paragraphs, "answerable": "True"}
+
+
+@pytest.mark.parametrize("record", [
+    as_columns(HOTPOT), as_columns(TWOWIKI), in_metadata(HOTPOT), as_json(HOTPOT), flags_as_text(MUSIQUE),
+    MUSIQUE | {"paragraphs": [one | {"is_supporting": int(one["is_supporting"])} for one in MUSIQUE["paragraphs"]]},
+])
+def test_the_layouts_of_the_hub_give_one_form(tmp_path, record):
+    (tmp_path / "x.jsonl").write_text(json.dumps(record | {"answer": "Dresden"}))
+    (found,) = load_questions(tmp_path / "x.jsonl")
+    assert (found.gold, found.other, found.answers[0]) == ([EMIL, KAESTNER], [ULM], "Dresden")
+
+
+@pytest.mark.parametrize("record, words", [
+    (MUSIQUE | {"answerable": "false"}, "is marked unanswerable"),
+    (MUSIQUE | {"answerable": "No"}, "is marked unanswerable"),
+    (MUSIQUE | {"answerable": 0}, "is marked unanswerable"),
+    (MUSIQUE | {"answerable": "maybe"}, "neither true nor false"),
+    (HOTPOT | {"context": {"title": ["Emil"], "sentences": []}}, "lacks HotpotQA's"),
+    (HOTPOT | {"context": {"title": ["Emil"]}}, "lacks HotpotQA's"),
+    (HOTPOT | {"context": "no JSON"}, "lacks HotpotQA's"),
+    (MUSIQUE | {"paragraphs": [one | {"is_supporting": "false"} for one in MUSIQUE["paragraphs"]]}, "marks as gold"),
+])
+def test_layouts_that_cannot_be_read_are_named(tmp_path, record, words):
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=words) as caught:
+        load_questions(tmp_path / "x.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.jsonl'}: line 1") and "\n" not in str(caught.value)

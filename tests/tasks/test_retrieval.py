@@ -124,9 +124,9 @@ HIT = '{"document": {"contents": "a"}, "score": 1}'
 @pytest.mark.parametrize("body", [
     "", "nonsense", "[]", "null", "{}", '{"result": null}', '{"result": {"": []}}', '{"result": [null]}',
     '{"result": [{}]}', '{"result": [""]}', '{"result": [[{}]]}', '{"result": [[3]]}', '{"result": [["ab"]]}',
-    '{"result": [[{"contents": "a"}]]}', '{"result": [[{"document": {"contents": 3}, "score": 1}]]}',
+    '{"result": [[{"text": "a"}]]}', '{"result": [[{"document": {"contents": 3}, "score": 1}]]}',
     '{"result": [[{"document": {}, "score": 1}]]}', '{"result": [[' + HIT + "]]", "[" * 100_000,
-    '{"result": []}', '{"result": [[], []]}', '{"result": [[' + ", ".join([HIT] * 3) + "]]}",  # wrong counts
+    '{"result": []}', '{"result": [[], []]}',  # wrong counts
 ])
 def test_a_malformed_answer_is_an_error(body):
     """Not JSON, wrong counts, missing fields: one line with the URL and how the answer begins, after one try."""
@@ -134,6 +134,16 @@ def test_a_malformed_answer_is_an_error(body):
     with pytest.raises(UserError, match="http://127.0.0.1:[0-9]+/retrieve does not answer") as caught:
         asked_of(script)
     assert len(script.asked) == 1 and body[:20] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hits", [
+    [{"document": {"contents": text}} for text in "abc"], [{"contents": text, "id": "1"} for text in "abc"],
+    [{"document": {"contents": text}, "score": 1, "url": "x"} for text in "abcd"],
+])
+def test_web_servers_give_no_score_and_more_than_was_asked(hits):
+    """As Search-R1's own do: the first k are taken."""
+    with serving(Script((200, json.dumps({"result": [hits]})))) as url:
+        assert Http(url).search(["one"], 2) == [[{"title": "", "text": "a"}, {"title": "", "text": "b"}]]
 
 
 def test_trouble_is_tried_again_after_growing_pauses(monkeypatch):
