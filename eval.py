@@ -184,6 +184,7 @@ def load_sampler(name: str, config: Config, given: str = "--model") -> Sampler:
     """A model folder or hub name, `given` by this flag, ready to sample. Raises UserError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = models.load_model(name, device, config.dtype, given)
+    tokenizer.day = config.date  # for engine/chat.py
     generate = rollout.generate
     if config.fast:
         from fast.sampling import generate

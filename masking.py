@@ -31,7 +31,7 @@ from rewards import normalize
 from text.bm25 import BM25
 from text.chunking import cut_chunks
 from text.corpus import Passage, kept_by_passage, load_text
-from text.matching import MASK, TARGET, Span, may_be_same_entity, name_words, occurrences
+from text.matching import INVISIBLE, MASK, TARGET, Span, may_be_same_entity, name_words, occurrences
 from text.rules import check_ner, rules_pipeline
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
@@ -40,8 +40,9 @@ SMALLEST_CHUNK = 16  # tokens: less may not hold a [MASK], nor an emoji
 MAX_DRAWS = 200  # of a pivot and y, in one attempt at a document
 MAX_REPLACEMENTS = 4  # further attempts at a training document, with other draws
 OVERSHOOT = 1.05  # passages may fill so many times the chunks asked for; the rest is cut off
-# What _mask_and_cut makes: chunks; in their joined text the spans of the pivot, of each [MASK], of all other entities.
-Draft = tuple[list[str], Span, list[Span], list[Span]]
+# What _mask_and_cut makes: chunks; in their joined text the spans of the pivot, of each [MASK], of all other entities,
+# of the held-out passages.
+Draft = tuple[list[str], Span, list[Span], list[Span], list[Span]]
 
 
 @dataclass
@@ -72,8 +73,9 @@ class RecallTarget:
 
 # ---- entities ----------------------------------------------------------------------------------------
 
-ENTITIES_FORMAT = 5  # raise when find_entities finds something else than before: it is part of the cache's name
-TRIM = re.compile(r"(?s)[\s\"'“”‘’]*(?:(?:the|an?)\s+)?(.*?)(?:['’]s)?[\s\"'“”‘’,;:]*")
+ENTITIES_FORMAT = 6  # raise when find_entities finds something else than before: it is part of the cache's name
+AROUND = rf"\s\"'“”‘’{INVISIBLE}"
+TRIM = re.compile(rf"(?s)[{AROUND}]*(?:(?:the|an?)\s+)?(.*?)[{INVISIBLE}]*(?:['’]s)?[{AROUND},;:]*")
 
 
 def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
@@ -128,13 +130,13 @@ def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
     """(start, end, label) of the entities of a spaCy doc, trimmed of a lower-case article, quotes and a final 's.
 
     Left out: a span that masking would not find again (no word edge), and one that would mask ordinary words: stop
-    words, a single word of `common`, names with neither a capital nor a digit.
+    words, a single word of `common`, names with neither a capital nor a digit (in scripts that have capitals).
     """
     found, text = [], doc.text  # spaCy builds it anew at each access
     for entity in doc.ents:
         core = TRIM.fullmatch(entity.text)
         name, start, end = core[1], entity.start_char + core.start(1), entity.start_char + core.end(1)
-        plain = name.islower() and not any(character.isdigit() for character in name)
+        plain = name.islower() and not any(c.isdigit() or c.isalpha() and c == c.title() for c in name)
         ordinary = name.lower() in common or all(word in STOP_WORDS for word in name.lower().split())
         if not 0 < len(name) <= 80 or plain or ordinary:
             continue
@@ -192,8 +194,8 @@ class Corpus:
     """Masked documents: document(i, split) is a pure function of the passages, the seed, the split and i.
 
     A document gets as many passages as fill `n_chunks` chunks; or `n_passages` passages, of which at most `n_chunks`
-    chunks are kept. In the split "train" a passage with a held-out title is never the pivot, and its title is never
-    masked; in "heldout" such a passage is always the pivot. Raises UserError for too few passages.
+    chunks are kept. In the split "train" a passage with a held-out title is never the pivot, its title is never masked,
+    and recall asks for nothing in it; in "heldout" such a passage is the pivot. Raises UserError for too few passages.
     """
 
     longest_question = QUESTION
@@ -315,7 +317,7 @@ class Corpus:
         check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
         if check_passages and self._leaks(pool[:size], answer):
             return [], [], True
-        chunks, (pivot_start, pivot_end), masks, others = self._fill(pool, keys, size, n_chunks, answer)
+        chunks, (pivot_start, pivot_end), masks, others, heldout = self._fill(pool, keys, size, n_chunks, answer)
         text = "".join(chunks)
         edges = [0, *accumulate(map(len, chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
         # Keep a window of at most so many chunks: the first ones, or shifted to end with the pivot's last chunk.
@@ -330,7 +332,8 @@ class Corpus:
         candidates = []
         for start, end in pairwise(edges[first : first + len(chunks) + 1]):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
-            names = self._names(text, inside, split)
+            unseen = GAP.join(text[max(a, start) : min(b, end)] for a, b in heldout if split == "train")
+            names = [name for name in self._names(text, inside, split) if not occurrences(unseen, name)]
             candidates.append([name for name in names if not may_be_same_entity(name, answer)])
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
@@ -374,17 +377,18 @@ class Corpus:
 
     def _mask_and_cut(self, passages: np.ndarray, pivot: int, answer: str) -> Draft:
         """These passages with `answer` masked, in this order, joined and cut."""
-        texts, masks, others, offset = [], [], [], 0
+        texts, masks, others, heldout, offset = [], [], [], [], 0
         for n in passages:
             text, entities, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
             masks += [(start + offset, end + offset) for start, end in tokens]
             others += [(start + offset, end + offset) for start, end in entities]
+            heldout += [(offset, offset + len(text))] if self.passages[n].title in self.heldout else []
             if n == pivot:
                 whole_pivot = offset, offset + len(text)
             texts.append(text)
             offset += len(text) + len(GAP)
         chunks = cut_chunks(GAP.join(texts), others, self.tokenizer, self.chunk_tokens)
-        return chunks, whole_pivot, masks, others
+        return chunks, whole_pivot, masks, others, heldout
 
     def _too_few(self, asked: str) -> UserError:
         return UserError(

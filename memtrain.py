@@ -63,6 +63,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config)
     generate, micro_batches, token_logprobs = twins(config, policy, reference)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
+    models.check_sampler(sample, token_logprobs, config.model)  # training must see what the sampler draws from
     if config.explain:
         from look.explain import explain
 

@@ -3,24 +3,18 @@
     R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
-An answer is the content of the last closed `\\boxed{}` that the model generated and that is not empty; sampling stops
-at the first such box, so text after it counts only where a server sampled on. It is right when it matches a gold answer
-exactly (EM), after SQuAD's normalisation and the folding that masking uses. Two numbers are compared by value: 1.5 is
-not 15, though both normalise to "15"; 1,500.0 is 1500. In longer answers the numbers must agree, too.
+An answer is the content of the last closed `\\boxed{}` that the model generated and that says something; sampling
+stops at the first such box, so text after it counts only where a server sampled on. It is right when it matches a gold
+answer exactly (EM): when both have the same normal form.
 """
 
 import re
 import string
-from decimal import Decimal
+import unicodedata
+from functools import lru_cache
 
+from text.latex import unwrap
 from text.matching import fold
-
-# A minus that doesn't follow a word, digits with or without thousands separators, decimals.
-NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
-SCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u2080-\u2089]+")  # superscripts and subscripts
-WRAPPER = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|emph)\s*\{([^{}]*)\}")
-BOX = "\\boxed{"
-
 
 # ---- Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------
 
@@ -46,73 +40,110 @@ def answer_reward(prediction: str | None, answers: list) -> float:
     """
     if not answers or isinstance(answers[0], str):
         return float(exact_match(prediction, answers))
-    given = (prediction or "").split(";", len(answers) - 1)
-    right = [exact_match(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
+    given = unwrap(prediction or "").split(";", len(answers) - 1)
+    right = [matches_any(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
     return sum(right) / len(answers)
 
 
 # ---- answers out of text -------------------------------------------------------------------------------
 
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or anything behind a backslash: \{ opens nothing
+
 
 def boxed(text: str) -> str | None:
-    """The content of the last \\boxed{} in `text` that is closed and not empty, braces inside it balanced; or None.
+    """The content of the last \\boxed{} in `text` that is closed and says something, braces in it balanced; or None.
 
-    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{un")` is `"f{x}"`. An empty box doesn't count: models
-    repeat the instruction to use one.
+    `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{...} \\boxed{un")` is `"f{x}"`. A box that normalises to
+    nothing doesn't count: models repeat the instruction to use one. \\fbox{} is a box, too.
     """
-    start = text.rfind(BOX)
-    while start >= 0:
+    for box in reversed(list(BOX.finditer(text))):
         depth = 0
-        for position in range(start + len(BOX) - 1, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
+        for brace in BRACE.finditer(text, box.end() - 1):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
+                content = text[box.end() : brace.start()]
+                if normalize(unwrap(content)):
+                    return content
                 break
-        content = text[start + len(BOX) : position]
-        if depth == 0 and unwrap(content).strip():
-            return content
-        start = text.rfind(BOX, 0, start)
     return None
-
-
-def unwrap(prediction: str) -> str:
-    r"""A prediction without the LaTeX around it: `unwrap(r"$\text{Paris}$, 1{,}500")` is "Paris, 1,500"."""
-    text = prediction.replace("{,}", ",").replace("$", "")
-    while (plain := WRAPPER.sub(r"\1", text)) != text:  # wrappers nest
-        text = plain
-    return text
 
 
 # ---- exact match ---------------------------------------------------------------------------------------
 
 
 def exact_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if `prediction` matches one of `answers`; None and answers that normalise to nothing never match."""
-    return prediction is not None and any(matches(unwrap(prediction), answer) for answer in answers)
+    """True if `prediction`, its LaTeX and HTML off, matches one of `answers`; None never does."""
+    return prediction is not None and matches_any(unwrap(prediction), answers)
 
 
-def matches(prediction: str, answer: str) -> bool:
-    """Whether two texts name the same: two numbers by their value, others by their words and the numbers in them."""
-    if numbers(prediction) != numbers(answer):
-        return False
-    if all(NUMBER.fullmatch(folded(text).strip()) for text in (prediction, answer)):
-        return True
-    return normalize(prediction) == normalize(answer) != ""
+def matches_any(text: str, answers: list[str]) -> bool:
+    """Whether `text` has the normal form of one of `answers`; what normalises to nothing matches nothing."""
+    form = normalize(text)
+    return form != "" and any(normalize(answer) == form for answer in answers)
 
 
-def folded(text: str) -> str:
-    """As masking folds, but superscripts and subscripts are no part of the number before them: 10\u00b2 is not 102."""
-    return fold(SCRIPTS.sub(r" \g<0>", text))[0]
+# ---- the normal form -----------------------------------------------------------------------------------
+
+# No-break, figure, thin and narrow spaces before three digits: they group thousands as commas do.
+THIN = re.compile("(?<=\\d)[\u00a0\u2007\u2009\u202f](?=\\d{3}(?!\\d))")
+# Plain spaces may group a number only where it is the first word, and the only number: 1 500 km.
+SPACED = re.compile(r"(\W*[1-9]\d{0,2}(?: \d{3})+)((?:\.\d+)?(?!\d)\D*)")
+NUMBER = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![.,]?\d)|(?<![\w.,])(\.\d+)(?!\.?\d)")
+MARKS = re.compile(
+    r"""(?P<kept>
+        [^\W\d_]\d*[+\#]+(?!\w)      # C++, C#, Google+, Ca2+
+      | \b[^\W\d_]{1,2}\d*-(?!\w)    # O-, AB-; of longer words it is a hyphen or a dash
+      | ^[+\#]+$
+      | \^-?(?=\d)                   # 10^2
+      | (?<!\w)-(?=\d)               # -5, but U-235 has a hyphen
+      | (?<=\d)\.(?=\d)
+    ) | (?<=\d)(?P<joint>(?:[^\w\s]|_)+)(?=\d) | [^\w\s] | _""",
+    re.VERBOSE,
+)
+ARTICLES = ("a", "an", "the")
+INVERTED = re.compile(r"(?<=\w),\s+(?:a|an|the)\W*$")
 
 
+@lru_cache(maxsize=4096)  # golds, and the answers of a group, come again and again
 def normalize(text: str) -> str:
-    """Folded as in masking, then SQuAD's normalisation (arXiv 1606.05250).
+    """SQuAD's normal form (arXiv 1606.05250) with three guards. No case, punctuation or articles; white space as one.
 
-    No case, no punctuation, no a/an/the, white space as one space; NFKC, and one kind of quotes and dashes.
+    Folded as in masking. Numbers stay themselves: 1,500 is 1500 and .5 is 0.5, but 1.5 isn't 15, 10-15 isn't 1015, 007
+    isn't 7. Final zeros count (3.10 isn't 3.1), but .0 goes where the number is grouped or begins the text: 1,500.0 is
+    1500, and Web 2.0 isn't Web 2. Signs that end a word with a letter stay: C++ isn't C. An article with no word behind
+    it is none, as in Hepatitis A, unless the name is turned round: "Kinks, The".
     """
-    text = "".join(c for c in folded(text) if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = fold(THIN.sub(",", text))[0].strip()
+    if not text.replace(" ", "").isalpha():
+        text = INVERTED.sub("", _plain_numbers(text))
+        text = MARKS.sub(_without_punctuation, text)
+    words = text.split()
+    return " ".join([word for word in words[:-1] if word not in ARTICLES] + words[-1:])
 
 
-def numbers(text: str) -> list[Decimal]:
-    """Every number written in digits, in order: "-1,500.0 and 7" gives [-1500.0, 7]."""
-    return [Decimal(number.replace(",", "")) for number in NUMBER.findall(folded(text))]
+def _plain_numbers(text: str) -> str:
+    """Folded text with each number in one form, and powers as 10^12; the 2 of ca^2+ is no power."""
+    if spaced := SPACED.fullmatch(text):
+        text = spaced[1].replace(" ", ",") + spaced[2]
+    text = NUMBER.sub(_plain_number, text)
+    text = re.sub(r"(?<=\^[\d+-])\^", "", text)
+    return re.sub(r"\^(?=\d*[+-](?!\w))", "", text)
+
+
+def _plain_number(number: re.Match) -> str:
+    whole, decimals, below_one = number.groups()
+    if below_one:
+        return f"0{below_one}"
+    begins = not re.search(r"\w", number.string[: number.start()])
+    if not decimals or decimals.strip(".0") == "" and (begins or "," in whole):
+        decimals = ""
+    return whole.replace(",", "") + decimals
+
+
+def _without_punctuation(mark: re.Match) -> str:
+    """What stays of a sign: itself where it carries the name or is no punctuation, and "-" between two digits."""
+    if mark["kept"]:
+        return mark[0]
+    no_marks = (c for c in mark[0] if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return "".join(no_marks) or ("-" if mark["joint"] else "")

@@ -22,11 +22,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
 from engine import parallel
-from engine.models import chat_parts, end_ids
+from engine.chat import begins_in_thought, encode_prompt
+from engine.models import end_ids
 from masking import Document, RecallTarget, draw_recall
 from rewards import boxed
+from text.thoughts import listener
 
 EMPTY_MEMORY = "(empty)"
+HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
 
 READ_PROMPT = """You read a long text section by section to solve a problem. Between sections you keep nothing but \
 your memory. Rewrite the memory: carry over what may still help, add what matters in the new section, and stay short.
@@ -72,7 +75,8 @@ stood there, and put it in \\boxed{{}}.
 
 Say what [TARGET] stands for."""
 
-SLOT_TAGS = re.compile(r"<(/?(?:problem|memory|section|query|result))>")  # query and result: tasks/search.py
+# query and result: tasks/search.py
+SLOT_TAGS = re.compile(r"<(\s*/?\s*(?:problem|memory|section|query|result)\s*/?\s*)>", re.IGNORECASE)
 
 
 def fill(prompt: str, **slots) -> str:
@@ -91,7 +95,8 @@ class Turn:
     prompt_ids: list[int]
     completion_ids: list[int]  # with the EOS, if one was sampled
     ended: bool  # by EOS or where it was done; False: cut at the token limit (for the metrics)
-    text: str  # of the completion
+    text: str  # what was said: the completion without special tokens, and without a thought before it
+    thought: bool = False  # whether there was one
     # grpo.py sets these.
     place: int = -1  # of its document in the step
     advantage: float = 0.0  # Eq. 3
@@ -132,14 +137,14 @@ class Budget:
 
 
 class StopWhere(StoppingCriteria):
-    """Ends a row where `done(text)` holds: nobody reads what a model says after its answer."""
+    """Ends a row where `done` of what it said holds: nobody reads what a model says after its answer."""
 
-    def __init__(self, done: Callable[[str], bool], tokenizer, width: int):
-        self.done, self.tokenizer, self.width = done, tokenizer, width
+    def __init__(self, done: Callable[[str], bool], hear: Callable, width: int):
+        self.done, self.hear, self.width = done, hear, width
 
     def __call__(self, ids, scores, **more):
-        texts = self.tokenizer.batch_decode(ids[:, self.width :], skip_special_tokens=True)
-        return torch.tensor([self.done(text) for text in texts], device=ids.device)  # (rows,)
+        said = [self.hear(row)[0] for row in ids[:, self.width :].tolist()]
+        return torch.tensor([self.done(text) for text in said], device=ids.device)  # (rows,)
 
 
 @torch.inference_mode()
@@ -149,10 +154,11 @@ def generate(
 ) -> list[Turn]:
     """One completion for each prompt of token ids, drawn from the model's own distribution, or greedy.
 
-    A completion ends at the first end token, or where `done(text)` first holds. Prompts are taken in slices of at most
-    `budget` tokens.
+    A completion ends at the first end token, or where `done(text)` first holds for what was said. Prompts are taken in
+    slices of at most `budget` tokens.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    hear = listener(tokenizer, ends, begins_in_thought(tokenizer))
     # Temperature 1 without top-p or top-k: training's log-probs are of the distribution that was sampled from.
     how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
@@ -167,13 +173,12 @@ def generate(
             some = prompts[start : start + rows]
             ids, mask = left_padded(some, pad, model.device)  # (rows, width)
             width = ids.shape[1]
-            stop = [StopWhere(done, tokenizer, width)] if done else []
+            stop = [StopWhere(done, hear, width)] if done else []
             written = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop
             )  # (rows, width + new)
             for prompt, row in zip(some, written[:, width:].tolist(), strict=True):
-                completion, ended = until_end(row, ends, tokenizer, done)
-                turns.append(Turn(prompt, completion, ended, tokenizer.decode(completion, skip_special_tokens=True)))
+                turns.append(finished_turn(prompt, *until_end(row, ends, hear, done), hear))
     finally:
         model.generation_config = saved
     return turns
@@ -191,12 +196,18 @@ def pad_id(model, tokenizer) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids(model, tokenizer)[0]
 
 
-def until_end(ids: list[int], ends: list[int], tokenizer, done) -> tuple[list[int], bool]:
+def until_end(ids: list[int], ends: list[int], hear, done) -> tuple[list[int], bool]:
     """(token ids up to the completion's end, whether it has one). The rest of a row is padding."""
     for length, token in enumerate(ids, 1):
-        if token in ends or (done and done(tokenizer.decode(ids[:length], skip_special_tokens=True))):
+        if token in ends or (done and done(hear(ids[:length])[0])):
             return ids[:length], True
     return ids, False
+
+
+def finished_turn(prompt: list[int], completion: list[int], ended: bool, hear) -> Turn:
+    """The turn of a completion, with what it said; a character that the token limit cut in half is left out."""
+    text, thought = hear(completion)
+    return Turn(prompt, completion, ended, text if ended else text.rstrip(HALF_CHARACTER), thought)
 
 
 @dataclass
@@ -219,22 +230,9 @@ class Sampler:
     def cut(self, text: str, max_tokens: int) -> str:
         """`text` shortened to its first `max_tokens` tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text if len(ids) <= max_tokens else self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-
-
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """`text` as one user message of the model's chat template, or as plain text where it has none.
-
-    A special token that is written out in the text, such as <|im_end|>, is encoded as plain text: only the template's
-    special tokens open and close a message.
-    """
-    if tokenizer.chat_template is None:
-        return tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
-    before, after = chat_parts(tokenizer)
-    ids = []
-    for part, is_text in ((before, False), (text.strip(), True), (after, False)):  # templates strip a message, too
-        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
-    return ids
+        if len(ids) <= max_tokens:
+            return text
+        return self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True).rstrip(HALF_CHARACTER)
 
 
 def prompt_overhead(tokenizer, *prompts: str) -> int:

@@ -4,6 +4,7 @@ import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ class Config:
     lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft)")
     seed: int = option(0, "documents, sampling and everything else random follow from it")
     fast: bool = option(False, "sample and train by the twins in fast/: the same results, several times as fast")
+    date: str | None = option(None, "day that chat templates are told, 2026-07-31 (default: that of the run's start)")
     explain: bool = option(False, "print one training step in full, and save nothing")
 
     # The task
@@ -62,8 +64,8 @@ class Config:
     passages: int | None = option(None, "passages of a training document instead of --chunks (paper: 150)")
     related: int = option(2, "passages of a document that are related to its pivot (paper: 29)")
     keep_leaky: bool = option(False, "keep documents in which a part of the answer's name remains")
-    memory_tokens: int = option(64, "tokens of a memory (paper: 1024)")
-    answer_tokens: int = option(16, "tokens of an answer (paper: 1024)")
+    memory_tokens: int = option(64, "tokens of a memory, and of a thought before it, if the model thinks (paper: 1024)")
+    answer_tokens: int = option(16, "tokens of an answer, and of a thought before it (paper: 1024)")
     rollout_tokens: int = option(24576, "tokens of one generate batch, padding included")
     eval_documents: int = option(64, "held-out documents of each length in an evaluation; 0 leaves it out")
 
@@ -219,6 +221,10 @@ def check(config: Config) -> None:
             f"--fast True: tested with transformers {' and '.join(TESTED)}, {installed} is installed; install one of "
             "these, or leave --fast out"
         )
+    try:
+        date.fromisoformat(config.date or "2000-01-01")
+    except ValueError:
+        raise UserError(f"--date {config.date}: must be a day, as 2026-07-31") from None
     if config.g1 < 2 or (config.g2 < 2 and config.has_recall):
         raise UserError("--g1 and --g2 must be at least 2: an advantage compares the samples of a group")
     if config.lora:

@@ -67,12 +67,36 @@ def begin(model, config) -> None:
         if rank != config.lora:
             raise UserError(f"--lora {config.lora}: the adapter in {file.parent} has rank {rank}; give --lora {rank}")
         return attach_saved(model, file.parent, [START, "default"])  # the first stays as it is
-    settings = LoraConfig(r=config.lora, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=config.lora, lora_alpha=ALPHA, target_modules="all-linear", exclude_modules=unfit(model) or None,
+        task_type="CAUSAL_LM",
+    )
     # The same on every process, though each draws samples of its own: torch.manual_seed sets the GPU's numbers, too.
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
         torch.manual_seed(config.seed)
         attach(model, settings, "default")
+
+
+def unfit(model) -> list[str]:
+    """Names of the linear layers that an adapter can't stand beside."""
+    names = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "conv1d"):  # Mamba: its kernels take the weights of these two, and never call the layers
+            names += [f"{name}.{part}" for part in ("out_proj", "dt_proj") if hasattr(layer, part)]
+        elif isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear and not is_plain(layer):
+            names.append(name)  # a router, which returns a tuple
+    return names
+
+
+@torch.no_grad()
+def is_plain(layer: torch.nn.Linear) -> bool:
+    """Whether a class derived from Linear still maps (rows, in_features) to (rows, out_features)."""
+    try:
+        found = layer(layer.weight.new_zeros(2, layer.in_features))
+    except Exception:  # it wants another shape, or more arguments
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (2, layer.out_features)
 
 
 def attach_saved(model, folder: Path, names: list[str]) -> None:

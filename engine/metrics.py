@@ -78,7 +78,9 @@ def cell(row: dict | None, measure: str) -> str:
 
 # ---- a step --------------------------------------------------------------------------------------------
 
-MEANS = ("end_to_end", "recall", "reward", "degenerate", "recall_leaky", "truncated", "unboxed", "memory_tokens")
+MEANS = (
+    "end_to_end", "recall", "reward", "degenerate", "recall_leaky", "truncated", "thinking", "unboxed", "memory_tokens",
+)
 
 
 def step_values(trajectories: list) -> dict[str, list]:
@@ -96,6 +98,7 @@ def step_values(trajectories: list) -> dict[str, list]:
         "degenerate": [not any(advantages) for advantages in groups],
         "recall_leaky": [t.target.leaky for t in trajectories if t.target],
         "truncated": [not turn.ended for turn in turns],
+        "thinking": [turn.thought for turn in turns],
         "unboxed": [t.prediction is None for t in trajectories],
         "memory_tokens": [len(turn.completion_ids) for t in trajectories for turn in t.turns[:-1]],
         "leaks": [document.leaks for document in documents],

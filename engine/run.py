@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,13 +41,14 @@ class Run:
             raise UserError(f"--documents {config.documents}: each of {self.processes} processes needs at least one")
         resuming = False
         if self.rank == 0:
+            self.lock = lock(self.out)
+            config.date = config.date or day_of(self.out) or date.today().isoformat()
             settings = asdict(config)
             if Path(config.model).is_dir():  # runs/X/checkpoint leads elsewhere when X goes on
                 settings["model"] = str(Path(config.model).resolve())
-            self.lock = lock(self.out)
             resuming = holds_run(self.out, settings)
             replace_text(self.out / "config.json", json.dumps(settings, indent=1))
-        resuming = parallel.gather(resuming)[0]
+        resuming, config.date = parallel.gather((resuming, config.date))[0]
         if not all(parallel.gather((self.out / "config.json").exists())):
             raise UserError(
                 f"--out {self.out}: the processes don't see the same folder; give a path that all machines share"
@@ -189,6 +191,15 @@ def lock(out: Path):
     except OSError as error:
         raise UserError(f"--out {out}: can't be written to ({error.strerror}); name another folder") from None
     return file  # the system lets go of it when this process ends, however it ends
+
+
+def day_of(out: Path) -> str | None:
+    """The day on which the run in this folder began, if it holds one: some chat templates name it."""
+    try:
+        saved = json.loads((out / "config.json").read_text())
+        return saved["date"] if any(map(worth_keeping, out.iterdir())) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def holds_run(out: Path, settings: dict) -> bool:

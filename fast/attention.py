@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # These models hand all that their attention needs to the attention function: no sinks, no soft cap, no bias by
 # position. So SharedPrompts can stand in for it; the tests compare.
 PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
+OWN_MASKS = ("doge",)  # these make a mask of their own from the one that they get, which must be whole
 PACKED = "packed_sdpa"
 
 
@@ -171,11 +172,12 @@ def packed_sdpa(module, query, key, value, attention_mask, **more):
 def can_share_prompts(model) -> bool:
     """Whether every layer attends to everything before it, at positions that the caller gives.
 
-    A sliding window or a recurrent state ties a token to its neighbours in the row: no copying, no packing.
+    A sliding window or a recurrent state ties a token to its neighbours in the row: no copying, no packing. A model
+    without a cache (OpenAI GPT) has nothing to copy.
     """
     layers = DynamicCache(config=model.config).layers
-    takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
-    return takes_positions and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    takes = {"position_ids", "past_key_values"} <= inspect.signature(model.get_decoder().forward).parameters.keys()
+    return takes and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def takes_shared_prompts(model) -> bool:
@@ -195,7 +197,8 @@ def enable_packing(model) -> bool:
     It needs can_share_prompts and sdpa: eager would add a boolean mask to its scores, flash attention takes none.
     """
     config = model.config.get_text_config()
-    can = can_share_prompts(model) and model._supports_attention_backend and config._attn_implementation == "sdpa"
+    can = can_share_prompts(model) and model._supports_attention_backend and config.model_type not in OWN_MASKS
+    can = can and config._attn_implementation == "sdpa"
     if can:
         ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_sdpa)
         ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)

@@ -18,11 +18,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from engine.chat import begins_in_thought
 from engine.errors import UserError
 from engine.models import end_ids
 from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
 from fast.packing import by_length, by_prompt
-from rollout import Budget, Turn, left_padded, pad_id
+from rollout import Budget, Turn, finished_turn, left_padded, pad_id
+from text.thoughts import listener
 
 
 @lru_cache(maxsize=4)
@@ -54,14 +56,14 @@ class Draw(LogitsProcessor):
 
 
 class Stop(StoppingCriteria):
-    """Ends each row where `done(text)` first holds: nobody reads what a model says after its answer.
+    """Ends each row where `done` first holds for what it said: nobody reads what a model says after its answer.
 
     `lengths` (rows,) are the new tokens up to there or up to an end token, 0 where neither came; behind them generate
     only pads. Once no more than `few` rows go on, all are ended, and generate_batch goes on with those few.
     """
 
-    def __init__(self, done, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
-        self.done, self.tokenizer, self.width, self.few = done, tokenizer, width, few
+    def __init__(self, done, hear, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
+        self.done, self.hear, self.width, self.few = done, hear, width, few
         self.closing = torch.tensor(closing_tokens(tokenizer) if done else [], dtype=torch.long, device=device)
         self.ends = torch.tensor(ends, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -73,7 +75,7 @@ class Stop(StoppingCriteria):
             closed = going & torch.isin(ids[:, -1], self.closing)  # (rows,)
             for row in closed.nonzero().flatten().tolist():
                 new = ids[row, self.width :]
-                if self.done(self.tokenizer.decode(new, skip_special_tokens=True)):
+                if self.done(self.hear(new.tolist())[0]):
                     self.lengths[row] = len(new)
         going = self.lengths == 0
         return ~going | (going.sum() <= self.few)
@@ -166,6 +168,7 @@ def generate_batch(
     them, and ended rows stay in to the end.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    hear = listener(tokenizer, ends, begins_in_thought(tokenizer))
     ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
     width = ids.shape[1]
     cache, shared = None, None
@@ -181,7 +184,7 @@ def generate_batch(
             for layer in cache.layers if cache is not None else []:
                 layer.room = config.max_length - ids.shape[1] + 1  # so that it is allocated once
             few = len(going) // 2 if cache is not None and len(going) > 8 else 0
-            stop = Stop(done, tokenizer, ends, len(going), width, few, ids.device)
+            stop = Stop(done, hear, tokenizer, ends, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
@@ -191,9 +194,7 @@ def generate_batch(
             rows = []  # that go on
             for row, (i, length) in enumerate(zip(going, stop.lengths.tolist(), strict=True)):
                 if length or len(new[row]) == new_tokens:
-                    ids_of_row = new[row][: length or None]
-                    text = tokenizer.decode(ids_of_row, skip_special_tokens=True)
-                    turns[i] = Turn(prompts[i], ids_of_row, length > 0, text)
+                    turns[i] = finished_turn(prompts[i], new[row][: length or None], length > 0, hear)
                 else:
                     rows.append(row)
             going = [going[row] for row in rows]

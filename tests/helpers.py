@@ -115,6 +115,7 @@ class Ends:
     """The little of a tokenizer that sampling looks at without `done`."""
 
     pad_token_id = eos_token_id = EOS
+    chat_template, added_tokens_decoder = None, {}
 
     @staticmethod
     def decode(ids: list[int], skip_special_tokens: bool = False) -> str:

@@ -16,9 +16,10 @@ from engine.config import Config
 from engine.models import load_model
 from masking import Corpus, Document
 from rewards import boxed
-from rollout import Budget, Sampler, Trajectory, Turn, read, until_end
+from rollout import Budget, Sampler, Trajectory, Turn, finished_turn, read, until_end
 from tasks.evaluate import f1_score
 from text.corpus import Passage
+from text.thoughts import listener
 
 SMALL = ["--documents", 2, "--g1", 2, "--g2", 2, "--chunks", 2, "--steps", 1, "--eval_documents", 0]
 
@@ -128,9 +129,10 @@ def test_another_sampler(tiny, url):
         request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         with opener.open(request, timeout=60) as answer:
             choices = sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
-        cut = [until_end(choice["token_ids"], [tokenizer.eos_token_id], tokenizer, done) for choice in choices]
-        texts = tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
-        return [Turn(prompt, *own, text) for prompt, own, text in zip(prompts, cut, texts, strict=True)]
+        ends = [tokenizer.eos_token_id]
+        hear = listener(tokenizer, ends, opened=False)  # what is said: without special tokens and thoughts
+        cut = [until_end(choice["token_ids"], ends, hear, done) for choice in choices]
+        return [finished_turn(prompt, *own, hear) for prompt, own in zip(prompts, cut, strict=True)]
 
     documents = [Document(0, "", "What is Ulm known for?", ["x"], ["Ulm stands in Germany."] * 2, [[], []])]
     remote_sample = Sampler(generate, url, tiny[1], Budget(10_000), greedy=True)

@@ -17,6 +17,7 @@ from helpers import shared, small_bpe
 from transformers import AutoTokenizer
 
 import masking
+from engine.config import Config
 from engine.errors import UserError
 from masking import (
     Corpus,
@@ -25,6 +26,7 @@ from masking import (
     draw_recall,
     find_entities,
     is_heldout,
+    load_corpus,
     load_pipeline,
     mask,
     worth_masking,
@@ -255,6 +257,71 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
         assert normalize(corpus.document(i, "heldout").title) in held
 
 
+def test_what_is_evaluated_is_never_asked_for_in_training(tiny_passages, tokenizer):
+    """Held-out passages are read in training, but nothing in them is a recall target in the chunk they stand in."""
+    corpus, seen = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=4, n_related=2), 0
+    unseen = [p for p in tiny_passages if p.title in corpus.heldout]
+    for i in range(150):
+        document = corpus.document(i)
+        for chunk, names in zip(document.chunks, document.recall_candidates, strict=True):
+            inside = [p for p in unseen if mask(p.text, document.answers[0]) in chunk]
+            seen += len(inside)
+            assert not any(still_there(p.text, name) for p in inside for name in names)
+    assert seen > 50
+
+
+SPACELESS = [
+    ("東京都", "東京は日本の都市である。", "東京"), ("大阪府", "大阪は西日本の都市だ。", "大阪"),
+    ("京都", "京都大学は湯川秀樹を生んだ。", "湯川秀樹"), ("トヨタ", "トヨタ自動車は愛知にある。", "トヨタ"),
+    ("北京", "北京是中国的首都。", "北京"), ("上海", "上海在长江口。", "上海"),
+    ("Sony", "ソニーSony製品は多い。", "Sony"), ("ไทย", "เมืองไทยใหญ่", "ไทย"),
+    ("서울", "서울은 크다.", "서울"), ("부산", "사람들은 부산에서 산다.", "부산"),
+]
+
+
+def test_documents_without_spaces(tokenizer):
+    """Names that a pipeline found in text without spaces are masked everywhere, and recall asks for the others."""
+    passages = []
+    for title, text, name in SPACELESS:
+        start = text.index(name)
+        passages.append(Passage(title, text, [(start, start + len(name))]))
+    corpus = Corpus(passages, tokenizer, seed=0, chunk_tokens=600, n_passages=10, heldout=0)
+    answers, asked = set(), set()
+    for i in range(60):
+        document = corpus.document(i)
+        text, (y,) = "".join(document.chunks), document.answers
+        answers.add(y)
+        asked |= set(chain(*document.recall_candidates))
+        assert y not in text and text.count(MASK) == 1 and document.leaks == 0
+    assert answers == asked == {name for *_, name in SPACELESS}
+
+
+def test_names_without_case_are_worth_masking():
+    """What a pipeline finds in scripts without capitals goes through, without what is invisible at its ends."""
+    text = "東京都は大きい。서울은 \u200fUlm\u200b, 東京tower, small; საქართველო 先秦"
+    nlp = spacy.blank("xx")
+    doc = spacy.tokens.Doc(nlp.vocab, words=list(text), spaces=[False] * len(text))
+    found = ("東京都", "서울", "\u200fUlm\u200b", "東京tower", "small", "საქართველო", "秦")
+    starts = [text.index(name) for name in found]
+    doc.ents = [spacy.tokens.Span(doc, n, n + len(name), "X") for n, name in zip(starts, found, strict=True)]
+    kept = [text[start:end] for start, end, _ in worth_masking(doc, set())]
+    assert kept == ["東京都", "서울", "Ulm", "東京tower", "საქართველო"]
+
+
+def test_text_without_spaces_is_left_out_where_only_the_rules_look_for_names(tmp_path, capsys, tokenizer):
+    """And counted, with a line; with a pipeline it stays."""
+    rows = [{"title": f"T{n}", "text": f"In 1{n:03} Ada met Bob{n} in Ulm."} for n in range(30)]
+    rows += [{"title": title, "text": text} for title, text, _ in SPACELESS]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    left_out = Counter()
+    kept = load_passages(str(tmp_path / "c.jsonl"), left_out=left_out, spaced=True)
+    assert [p.title for p in kept[30:]] == ["서울", "부산"] and len(kept) == 32 and left_out.total() == 8
+    assert "8 written without spaces" in capsys.readouterr().err
+    assert len(load_passages(str(tmp_path / "c.jsonl"))) == 40
+    config = Config(corpus=str(tmp_path / "c.jsonl"), out=str(tmp_path / "run"), ner="rules", passages=2)
+    assert len(load_corpus(config, tokenizer).passages) == 32
+
+
 def test_documents_are_a_pure_function_of_seed_split_and_index(tiny_passages, tokenizer, tmp_path):
     """The same in any order and in another process with other string hashes; another seed gives others."""
     code = (
@@ -326,8 +393,9 @@ MADE_UP = r"Person\w+ Surname\w+|Town\dz|\b1\d\d\d|\b50\d\b"
 
 def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
     """At several lengths: the chunks asked for, within their limit, and exactly the entities that a scan of the chunk
-    finds, less y's kin and, in train, held-out titles."""
-    corpus = Corpus(made_up(), bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
+    finds, less y's kin and, in train, held-out titles and what stands in a held-out passage of the chunk."""
+    passages = made_up()
+    corpus = Corpus(passages, bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
     assert 2 <= len(corpus.heldout) <= 16
     answers = set()
     for i, split, length in [(i, s, c) for i in range(40) for s in ("train", "heldout") for c in (None, 1, 3, 8)]:
@@ -335,9 +403,15 @@ def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
         answers |= set(document.answers) if split == "train" else set()
         assert len(document.chunks) == (length or 4) == len(document.recall_candidates)
         assert MASK in "".join(document.chunks) and document.answers[0] not in "".join(document.chunks)
+        unseen = []  # for each letter of the document, whether training must not ask for a name there
+        for piece in "".join(document.chunks).split("\n\n"):
+            titles = {p.title for p in passages if piece in p.text.replace(document.answers[0], MASK)}
+            unseen += [split == "train" and titles <= corpus.heldout] * (len(piece) + 2)
         for chunk, names in zip(document.chunks, document.recall_candidates, strict=True):
             assert len(bpe(chunk)["input_ids"]) <= 160
             scanned = set(re.findall(MADE_UP, chunk)) - (corpus.heldout if split == "train" else set())
+            scanned -= {m[0] for m in re.finditer(MADE_UP, chunk) if unseen[m.start()]}
+            unseen = unseen[len(chunk) :]
             others = [name for name in scanned if not may_be_same_entity(name, document.answers[0])]
             assert sorted(names) == sorted(others)
     assert not answers & corpus.heldout and any("Surname" in answer for answer in answers)

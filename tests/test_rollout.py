@@ -15,6 +15,7 @@ from engine.models import end_ids
 from masking import QUESTION, Document, RecallTarget
 from rollout import EMPTY_MEMORY, Budget, Sampler, StopWhere, Turn, encode_prompt, generate, read, recall
 from tasks.search import SEARCH_PROMPT
+from text.thoughts import listener
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,7 +165,8 @@ def test_a_sampler_encodes_each_prompt_once(tokenizer):
     encoded = []
 
     class Counting:
-        chat_template = None
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
 
         def __call__(self, text, **more):
             encoded.append(text)
@@ -183,7 +185,7 @@ def test_a_sampler_encodes_each_prompt_once(tokenizer):
 def test_a_completion_ends_with_a_token_of_the_model_or_the_tokenizer(of_model, of_tokenizer, ends):
     """The model's one id or several and the tokenizer's, each once; without a padding token one of them pads."""
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=of_model))
-    tokenizer = SimpleNamespace(eos_token_id=of_tokenizer, pad_token_id=0)
+    tokenizer = SimpleNamespace(eos_token_id=of_tokenizer, pad_token_id=0, chat_template=None)
     assert end_ids(model, tokenizer) == ends and rollout.pad_id(model, tokenizer) == 0
     tokenizer.pad_token_id = None
     assert rollout.pad_id(model, tokenizer) in ends
@@ -205,7 +207,7 @@ def test_greedy_completions_equal_an_unpadded_argmax_loop(kind, new_tokens):
         while len(expected) < new_tokens and EOS not in expected:
             expected.append(int(model(torch.tensor([prompt + expected])).logits[0, -1].argmax()))
         assert turn.prompt_ids == prompt and turn.completion_ids == expected
-        assert turn.ended == (expected[-1] == EOS) and turn.text == Ends.decode(expected)
+        assert turn.ended == (expected[-1] == EOS) and turn.text == Ends.decode([i for i in expected if i != EOS])
         ended += turn.ended
     assert ended < 13 if new_tokens == 1 else ended > 0
 
@@ -282,7 +284,7 @@ def test_rows_end_where_done_holds_of_what_is_new_in_them(tokenizer):
     """Row by row, and whatever the prompt says."""
     he, ulm, bern = (tokenizer(word)["input_ids"] for word in ("He", "Ulm", "Bern"))
     assert len(he) == len(ulm) == len(bern) == 1
-    stop = StopWhere(lambda text: "Ulm" in text, tokenizer, width=2)
+    stop = StopWhere(lambda text: "Ulm" in text, listener(tokenizer, [], opened=False), width=2)
     for new, ended in (
         ([[], [], []], [False, False, False]),
         ([he, ulm, bern], [False, True, False]),
@@ -321,14 +323,14 @@ def test_prompts_go_through_the_chat_template(name):
 
 
 def test_a_template_keeps_its_special_tokens_and_opens_no_thinking(tokenizer, monkeypatch):
-    """Only the template's special tokens are special; white space around the text goes, as does the thinking."""
+    """The ids are the template's own, white space included; a template that asks is told not to think."""
     template = (
         "<pad>{{ messages[0].content }}<eos>{% if enable_thinking is undefined or enable_thinking %}think{% endif %}"
         "{% if add_generation_prompt %}go{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    said, go = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("hello", "go"))
-    assert encode_prompt(tokenizer, " \n hello\n") == [tokenizer.pad_token_id, *said, tokenizer.eos_token_id, *go]
+    said, go = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" hello\n", "go"))
+    assert encode_prompt(tokenizer, " hello\n") == [tokenizer.pad_token_id, *said, tokenizer.eos_token_id, *go]
 
 
 def test_slots_cannot_be_closed_from_inside():

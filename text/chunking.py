@@ -7,25 +7,33 @@ from collections.abc import Iterator
 from itertools import accumulate, chain
 
 from engine.errors import UserError
-from text.matching import MASK, Span, merges
+from text.matching import BARE, MASK, Span, joined, merges
+
+# White space, and the places beside characters of scripts written without it.
+GAP = re.compile(rf"\s+(?=\S)|(?={BARE.pattern})(?<=\S)|(?<={BARE.pattern})(?=\S)")
+CLOSING = "\"'”’)]」』）】》\u200b\u200e\u200f\ufeff"  # and what is invisible behind it
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？", "．", "｡")
 
 
 def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
     """`text` in pieces of at most `limit` tokens, each measured as it stands; joined they are `text`.
 
-    A cut falls between words; in the last half of a chunk it prefers the end of a paragraph, then of a sentence. It
-    never splits a [MASK], and splits a span of `keep`, a word or a character only where that is longer than a chunk.
-    UserError where even one letter is.
+    A cut falls between words, in scripts without spaces between characters; in the last half of a chunk it prefers the
+    end of a paragraph, then of a sentence, then a space. It never splits a [MASK], and splits a span of `keep`, a word
+    or a character only where that is longer than a chunk. UserError where even one letter is.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     token_ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
     within_mask = {m.start() + n for m in re.finditer(re.escape(MASK), text) for n in range(1, len(MASK))}
     inside = {place for start, end in keep for place in range(start + 1, end)} | within_mask
-    places, ranks = [], []  # between two words, and how good a cut it is: 2 after a paragraph, 1 a sentence, 0 a word
-    for gap in re.finditer(r"(\S?\S?)(\s+)(?=\S)", text):
-        if gap.end() not in inside and not _splits_character(text, gap.end()):
-            places.append(gap.end())
-            ranks.append(2 if "\n" in gap[2] else int(gap[1].rstrip("\"'”’)]").endswith((".", "!", "?"))))
+    places, ranks = [], []  # how good a cut is: 3 after a paragraph, 2 a sentence, 1 a space, 0 where there are none
+    for gap in GAP.finditer(text):
+        place, space = gap.end(), gap[0]
+        if place in inside or _splits_character(text, place) or not (space or _may_cut(text[place - 1], text[place])):
+            continue
+        before = text[max(0, gap.start() - 2) : gap.start()].rstrip(CLOSING)
+        places.append(place)
+        ranks.append(3 if "\n" in space else 2 if before.endswith(SENTENCE_ENDS) else int(space != ""))
 
     def last_resorts(first: int, last: int) -> Iterator[int]:
         """All other cuts, the latest first: inside a word longer than a chunk, then such an entity, then anywhere."""
@@ -52,6 +60,14 @@ def cut_chunks(text: str, keep: list[Span], tokenizer, limit: int) -> list[str]:
         chunks.append(text[start:end])
         start = end
     return chunks
+
+
+def _may_cut(before: str, after: str) -> bool:
+    """Whether a line may end between two characters of a script without spaces: not before 。 or ー, nor behind （."""
+    kind = unicodedata.category(after)
+    if kind in ("Pe", "Pf", "Po", "Pd", "Cf") or unicodedata.category(before) in ("Ps", "Pi"):
+        return False
+    return kind[0] not in "LMN" or not joined(before, after)
 
 
 def _splits_character(text: str, place: int) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, first_line
 from engine.files import digest, must_write, replace_text
-from text.matching import MASK, TARGET, Span
+from text.matching import MASK, TARGET, Span, without_spaces
 from text.rows import read_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
@@ -42,18 +42,21 @@ class Passage:
 
 def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     """The passages of --corpus, as the settings beside it say."""
-    return load_passages(config.corpus_name, config.corpus_config, config.text_field, config.max_passages, left_out)
+    spaced = config.task == "memtrain" and config.ner == "rules"  # which finds no names in other scripts
+    return load_passages(
+        config.corpus_name, config.corpus_config, config.text_field, config.max_passages, left_out, spaced
+    )
 
 
 def load_passages(
     corpus: str, config: str | None = None, text_field: str = "text", max_passages: int | None = None,
-    left_out: Counter | None = None,
+    left_out: Counter | None = None, spaced: bool = False,
 ) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
     Articles of more than PASSAGE_WORDS words are split at paragraph ends. What can't be used is told on stderr and
-    counted in `left_out`. A passage without a title goes by its .txt file's name, if that holds no other, else by its
-    first words. Raises UserError.
+    counted in `left_out`; if `spaced`, so are scripts without spaces between words. A passage without a title goes by
+    its .txt file's name, if that holds no other, else by its first words. Raises UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
     for row, where in _rows(corpus, config):
@@ -71,6 +74,8 @@ def load_passages(
                 left_out[f"with a literal {MASK} or {TARGET}"] += 1
             elif "\ufffd" in piece:  # what decoding puts where bytes made no sense
                 left_out["not UTF-8"] += 1
+            elif spaced and without_spaces(piece):
+                left_out["written without spaces (--ner rules finds no name there)"] += 1
             else:
                 passages.append(Passage(str(title or piece[:40]), piece))
         if max_passages and len(passages) >= max_passages:

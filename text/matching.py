@@ -6,26 +6,74 @@ Whole words, in any case, Unicode-normalised: "Ulm" occurs twice in "Ulm and ULM
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import groupby
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 Span = tuple[int, int]  # character positions, the end excluded
-# Curly quotes, dashes and the minus sign make no other name. One for one, so places stay.
-ALIKE = str.maketrans(dict.fromkeys("’‘‚′", "'") | dict.fromkeys("“”„″«»", '"') | dict.fromkeys("‐‑‒–—−", "-"))
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+
+
+class _Alike(dict):
+    """A table for str.translate that grows by what it meets.
+
+    Dashes and digits of every script become ASCII; zero-width characters, soft hyphens, marks of direction, and what
+    chooses between two shapes of a character become nothing. All else stays.
+    """
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
+            character = ""
+        elif unicodedata.category(character) == "Pd":
+            character = "-"
+        elif character.isdecimal():
+            character = str(unicodedata.decimal(character))
+        self[code] = character
+        return character
+
+
+# Signs that make no other name.
+ALIKE = _Alike(str.maketrans("−⁄∕♯", "-//#"))
+ALIKE |= str.maketrans(dict.fromkeys("’‘‚‛′´ʹʻʼʽʾʿꞌ", "'") | dict.fromkeys("“”„‟″«»‹›", '"'))
+
+INVISIBLE = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"  # those that one meets, to be used in a pattern
+# Scripts written without spaces: thai, lao, myanmar, khmer, kana, bopomofo, han, and their punctuation.
+BARE = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
+    "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+)
+# Of their letters those that begin no word (small kana, n, vowels written behind), and those that end none.
+NEVER_FIRST = "ぁぃぅぇぉっゃゅょゎんァィゥェォッャュョヮンะาำๅະາຳ"
+NEVER_LAST = "เแโใไເແໂໃໄ\u1039\u17d2"
+# 1,500.0 and 1 500 000 (folding makes every such space plain): groups of exactly three digits after one to three. .763
+NUMBER = re.compile(r"(?:(?<!\w)\d{1,3}(?: \d{3})+(?!\d)|\d+|(?<![\w.])\.\d+)(?:[.,]\d+)*")
+# What makes another name of the letters before it: C++, Disney+; of a single one (or ab) also C#, O-.
+SIGN = re.compile(r"(?<=[^\W\d_])\+(?:\+|(?!\w))|(?<=\+)\+|(?:(?<=\b[^\W\d_])|(?<=\bab))(?:-(?![\w-])|#(?!\w))")
+PARTICLES = re.compile(
+    "(?:은|는|이|가|을|를|의|에|에서|에게|에게서|께|께서|한테|와|과|하고|이랑|도|만|로|으로|로서|으로서|로써|으로써|부터|까지|처럼|보다|"
+    r"마다|조차|마저|밖에|이나|이다|입니다|이며|이고|이었다|였다){1,2}(?!\w)"
+)
 
 
 def fold(text: str) -> tuple[str, range | list[int]]:
     """(`text` in NFKC and caseless; the place in `text` of each folded character, and of the end).
 
-    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`.
+    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`. Invisible characters are nothing.
+    CO₂ becomes co2, but 10² becomes 10^2, and 1½ becomes 1 1/2: neither is another number.
     """
     return _fold_cached(text) if len(text) < 100_000 else _fold(text)
 
 
 def _fold(text: str) -> tuple[str, range | list[int]]:
+    if text.isascii():
+        return text.lower(), range(len(text) + 1)
     folded = text.casefold()
     normal = unicodedata.is_normalized("NFKC", text) and unicodedata.is_normalized("NFKC", folded)
     if normal and len(folded) == len(text):
-        return folded.translate(ALIKE), range(len(text) + 1)
+        folded = folded.translate(ALIKE)
+        if len(folded) == len(text):
+            return folded, range(len(text) + 1)
+    whole, text = text, text.translate(ALIKE)  # before NFKC, which makes a space and an accent of ´
     pieces, origin = [], []
     for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
         if run[0].isascii():
@@ -37,10 +85,18 @@ def _fold(text: str) -> tuple[str, range | list[int]]:
             if end < run.end() and merges(text[start:end], text[end]):
                 continue
             piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
+            if text[start] in SUPERSCRIPTS:
+                piece = "^" + piece
+            elif unicodedata.decomposition(text[start]).startswith("<fraction>"):
+                piece = " " + piece
             pieces.append(piece)
             origin += [start] * len(piece)
             start = end
-    return "".join(pieces).translate(ALIKE), [*origin, len(text)]
+    origin.append(len(text))
+    if len(text) < len(whole):
+        places = [place for place, character in enumerate(whole) if ALIKE[ord(character)]]
+        origin = [places[n] if n < len(places) else len(whole) for n in origin]
+    return "".join(pieces).translate(ALIKE), origin
 
 
 _fold_cached = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are looked at many times
@@ -54,19 +110,57 @@ def merges(before: str, character: str) -> bool:
     return unicodedata.combining(character) > 0 or unicodedata.normalize("NFKC", before + character) != apart
 
 
+def without_spaces(text: str) -> bool:
+    """Whether more than half of a text is in scripts written without spaces."""
+    return not text.isascii() and 2 * len(BARE.findall(text)) > sum(map(str.isalpha, text))
+
+
 def is_whole(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] has no word character beside it; 5 is not in 5.2 nor in 1,500, nor MASK in [MASK]."""
-    before, after = text[max(0, start - 2) : start], text[end : end + 2]
-    if _wordy(before[-1:]) or _wordy(after[:1]) or text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET):
+    """Whether folded text[start:end] ends at words' edges, and not inside a number or a name such as C++ or [MASK].
+
+    A Korean particle may follow, as 's may in English.
+    """
+    if text[max(0, start - 1) : end + 1].upper() in (MASK, TARGET) or SIGN.match(text, end):
         return False
-    number_before = re.fullmatch(r"\d[.,]", before) and text[start].isdigit()
-    number_after = re.fullmatch(r"[.,]\d", after) and text[end - 1].isdigit()
-    return not (number_before or number_after)
+    if (text[start].isdigit() or text[end - 1].isdigit()) and not _inside_numbers(text).isdisjoint((start, end)):
+        return False
+    short = end - start == 1  # one character of han, kana or thai is no word in the midst of others
+    if start and _wordy(text[start - 1]) and joined(text[start - 1], text[start], short):
+        return False
+    if end == len(text) or not _wordy(text[end]) or not joined(text[end - 1], text[end], short):
+        return True
+    return _script(text[end - 1]) == "HANGUL" and PARTICLES.match(text, end) is not None
+
+
+@lru_cache(maxsize=512)
+def _inside_numbers(text: str) -> frozenset[int]:
+    """The places in a text that lie inside a number."""
+    return frozenset(place for number in NUMBER.finditer(text) for place in range(number.start() + 1, number.end()))
+
+
+def joined(before: str, after: str, short: bool = False) -> bool:
+    """Whether no word can end between these two characters, of which one is a letter, mark or digit.
+
+    One can where the script changes, and nearly everywhere in the scripts without spaces.
+    """
+    if before.isascii() and after.isascii() or unicodedata.category(after) in ("Lm", "Mc", "Me", "Mn"):
+        return True
+    one, other, bare = _script(before), _script(after), BARE.match(before) or BARE.match(after)
+    if one == other:
+        return short or not bare or before in NEVER_LAST or after in NEVER_FIRST
+    return not (bare or one and other or "HANGUL" in (one, other))
+
+
+@lru_cache(maxsize=4096)
+def _script(character: str) -> str:
+    """The first word of a letter's Unicode name: LATIN, HANGUL, CJK; "" for what belongs to no script or to many."""
+    script = re.match(r"\w*", unicodedata.name(character, ""))[0].replace("IDEOGRAPHIC", "CJK")
+    return script if unicodedata.category(character)[0] in "LM" and script not in ("COMBINING", "MODIFIER") else ""
 
 
 def _wordy(character: str) -> bool:
     """A letter, a digit, an underscore, or a mark that combines with the letter before it."""
-    return character.isalnum() or character == "_" or character != "" and unicodedata.category(character)[0] == "M"
+    return character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"
 
 
 @lru_cache(maxsize=4096)
@@ -86,14 +180,35 @@ def occurrences(text: str, entity: str) -> list[Span]:
             place = end
             while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
                 end += 1
-            if not found or origin[start] >= found[-1][1]:
-                found.append((origin[start], origin[end]))
+            first, last = origin[start], origin[end]
+            while unicodedata.category(text[last - 1]) == "Cf":  # the invisible behind a form is not of it
+                last -= 1
+            if not found or first >= found[-1][1]:
+                found.append((first, last))
     return found
 
 
+@lru_cache(maxsize=4096)
 def name_words(entity: str) -> list[str]:
-    """The words of a name that would give it away: capitalised, of four letters or more."""
-    return [word for word in re.findall(r"[^\W\d_]{4,}", unicodedata.normalize("NFKC", entity)) if word[0].isupper()]
+    """The parts of a name that would give it away.
+
+    Words of four letters or more, with a capital or in a script without case; katakana of two or more; and of a word in
+    han or hangul the first two and the last two characters: "東京大学" gives 東京 and 大学.
+    """
+    name = "".join(c for c in unicodedata.normalize("NFKC", entity) if unicodedata.category(c) != "Cf")
+    found = []
+    for script, run in groupby(name, _script):
+        word = "".join(run)
+        if script in ("CJK", "HANGUL") and len(word) > 1:
+            found += dict.fromkeys((word[:2], word[-2:]))
+        elif script and len(word) >= _telling(script) and word[0] == word[0].title():
+            found.append(word)
+    return found
+
+
+def _telling(script: str) -> int:
+    """How many letters a word must have to tell of a name."""
+    return 2 if script in ("CJK", "HANGUL", "KATAKANA") else 4
 
 
 @lru_cache(maxsize=65536)
@@ -107,7 +222,9 @@ def _initials(name: str) -> str:
 
 def may_be_same_entity(one: str, other: str) -> bool:
     """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
-    if shared := _words(one) & _words(other):
-        long = any(len(word) >= 4 and word.isalpha() for word in shared)
-        return bool(long or occurrences(one, other) or occurrences(other, one))
-    return one.replace(".", "") == _initials(other) or other.replace(".", "") == _initials(one)
+    shared = _words(one) & _words(other)
+    if shared or not (one.isascii() or other.isascii()):  # without spaces a part is no word of its own
+        long = any(len(word) >= _telling(_script(word[0])) and word.isalpha() for word in shared)
+        if long or occurrences(one, other) or occurrences(other, one):
+            return True
+    return not shared and (one.replace(".", "") == _initials(other) or other.replace(".", "") == _initials(one))

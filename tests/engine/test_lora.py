@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import command, needs_peft, update
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import lora, models
 from engine.config import Config, check
@@ -161,6 +161,42 @@ def test_gradient_checkpointing_changes_no_gradient():
     """With activations computed anew in the backward pass the gradient has the same norm."""
     first, second = (trained(config(gradient_checkpointing=on), steps=1)[2]["grad_norm"] for on in (False, True))
     assert first > 0 and abs(first - second) < 1e-5 * first
+
+
+ADAPTED = [  # a family, layers that must have an adapter, and layers that can't
+    ("llama", {}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, {"lm_head"}),
+    ("gpt2", {}, {"c_attn", "c_proj", "c_fc"}, {"lm_head"}),
+    ("falcon", {"alibi": False}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, {"lm_head"}),
+    ("mamba", {}, {"in_proj", "x_proj"}, {"out_proj", "dt_proj", "conv1d", "lm_head"}),
+    ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, {"in_proj"}, {"out_proj", "conv1d", "lm_head"}),
+    ("falcon_mamba", {}, {"in_proj", "x_proj"}, {"out_proj", "dt_proj", "lm_head"}),
+    (
+        "falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+        {"in_proj", "q_proj", "o_proj", "down_proj"}, {"out_proj", "conv1d", "lm_head"},
+    ),
+    ("phimoe", {}, {"q_proj", "o_proj"}, {"router", "gate", "lm_head"}),
+    ("opt", {}, {"q_proj", "out_proj", "fc1", "fc2"}, {"lm_head"}),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, {"in_proj", "out_proj", "q_proj", "w1"}, {"lm_head"}),
+]
+
+
+@pytest.mark.parametrize("kind, more, adapted, left_out", ADAPTED, ids=[kind for kind, *_ in ADAPTED])
+def test_every_linear_layer_that_can_has_an_adapter(kind, more, adapted, left_out):
+    """Not those whose weights a kernel takes by itself, nor a router that returns a tuple; and every adapter learns."""
+    plain = AutoConfig.for_model(kind)
+    shape = {
+        "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48, "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 4,
+        "head_dim": 8, "state_size": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }
+    shape = {name: value for name, value in shape.items() if hasattr(plain, name) and name in vars(plain)}
+    model = AutoModelForCausalLM.from_config(type(plain)(**shape | more | {"vocab_size": 99}), dtype=torch.float32)
+    lora.begin(model, config())
+    names = {name.split(".lora_B")[0] for name, _ in model.named_parameters() if ".lora_B" in name}
+    found = {name.rpartition(".")[2] for name in names}
+    assert adapted <= found and not left_out & found
+    token_logprobs(model, [Turn([5, 6, 7], [8, 9, 10], True, "")])[0].sum().backward()
+    assert all(model.get_submodule(name).lora_B["default"].weight.grad.any() for name in names)
 
 
 @pytest.mark.slow

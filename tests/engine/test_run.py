@@ -1,5 +1,6 @@
 """engine/run.py and engine/checkpoints.py under faults: errors, kills, signals, full disks, bad gradients, two at once.
 
+from datetime import date
 Resumed runs are compared with one that was never stopped: the same weights to the bit, the same metrics but for times.
 """
 
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -430,3 +432,25 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
     bad.add(8)
     done = command(*SMALL, "--steps", 9, "--out", out, "--documents", 4, "--save_every", 4)
     assert done.returncode == 2 and "up to step 8" in done.stderr  # resumed, it stops at the next one
+
+
+def test_a_run_keeps_the_day_on_which_it_began(out, monkeypatch):
+    """Templates that name the day then give a resumed run the same prompts; another --date is another run."""
+    told = []
+
+    def load_policy(config, device, load=models.load_policy):
+        policy, tokenizer = load(config, device)
+        told.append(tokenizer.day)
+        return policy, tokenizer
+
+    monkeypatch.setattr(models, "load_policy", load_policy)
+    for today, more in ((date(2026, 1, 31), []), (date(2026, 2, 1), []), (date(2026, 2, 2), ["--date", "2026-01-31"])):
+        monkeypatch.setattr("engine.run.date", SimpleNamespace(today=lambda today=today: today))
+        done = command(*SMALL, "--steps", 2, "--out", out, *more)
+        assert done.returncode == 0, done.stderr
+        as_if_killed(out, 1)
+    assert told == ["2026-01-31"] * 3
+    done = command(*SMALL, "--steps", 2, "--out", out, "--date", "2026-02-02")
+    assert done.returncode == 2 and "another run, with --date 2026-01-31" in done.stderr
+    done = command(*SMALL, "--out", out / "new", "--date", "today")
+    assert done.returncode == 2 and done.stderr.strip() == "error: --date today: must be a day, as 2026-07-31"

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -27,6 +31,7 @@ from fast.attention import (
     PACKED,
     PromptLayer,
     SharedPrompts,
+    can_share_prompts,
     enable_packing,
     packed_mask,
     packed_sdpa,
@@ -202,7 +207,15 @@ def test_packing_is_switched_on_for_one_model_alone():
             num_key_value_heads=1, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"],
         )
     )
-    for model, its_own in ((other, "eager"), (falcon, "sdpa"), (window, "sdpa")):
+    doge = DogeForCausalLM(  # makes a mask of its own from one that must be whole
+        DogeConfig(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+    gpt = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=2))  # has no cache
+    assert can_share_prompts(doge) and not can_share_prompts(gpt)
+    for model, its_own in ((other, "eager"), (falcon, "sdpa"), (window, "sdpa"), (doge, "sdpa"), (gpt, "eager")):
         assert not enable_packing(model) and not packs(model)
         assert model.config._attn_implementation == its_own
 

@@ -75,7 +75,10 @@ def test_only_what_is_longer_than_a_chunk_is_cut(name, tokenizer_of):
             is_cut = any(start < cut < end for cut in cuts)
             assert size(text[start:end], tokenizer) > limit - 4 or not is_cut, text[start:end]
         inside = {place for start, end in keep for place in range(start + 1, end)}
-        spaces = (m.end() for m in re.finditer("\\s(?=[^\\s\u0301])", text))
+        # Behind a space, and on every side of a han character but before a full stop and an accent.
+        han = "[\u5317\u4eac\u5927\u5b66]"
+        edges = f"\\s(?=[^\\s\u0301])|(?<={han})(?=[^\\s.\u0301])|(?<=\\S)(?={han})"
+        spaces = (m.end() for m in re.finditer(edges, text))
         clean = [0, *(place for place in spaces if place not in inside), len(text)]
         for cut in set(cuts) - set(clean):
             start, end = max(c for c in clean if c < cut), min(c for c in clean if c > cut)
@@ -119,3 +122,48 @@ def test_a_long_document_is_measured_about_twice(tokenizer_of):
     text = "\n\n".join(json.loads(line)["text"] for line in lines)
     chunks = cut_chunks(text, [], counting, 64)
     assert len(chunks) > 300 and sum(seen) < 2.5 * len(text)
+
+
+@pytest.mark.parametrize(
+    "text, last, first",
+    [
+        ("東京は大きい。大阪も大きい。", "。", "東大"),
+        ("「行くか？」彼は笑った！", "」！", "「彼"),
+        ("他来了。「好」，她说。", "。", "他「"),
+        ("ソニーはゲーム。ニュースも。", "。", "ソニ"),
+    ],
+)
+def test_text_without_spaces_is_cut_between_sentences(bpe, text, last, first):
+    """Where one ends in the last half of a chunk; its closing quote stays with it."""
+    chunks = cut_chunks(text * 20, [], bpe, 2 * size(text, bpe))
+    assert len(chunks) > 8 and "".join(chunks) == text * 20
+    assert all(chunk[-1] in last and chunk[0] in first for chunk in chunks), chunks
+
+
+@pytest.mark.parametrize(
+    "text, never_first, never_last",
+    [
+        ("中華人民共和国、（略称：中国）", "、）：", "（"),
+        ("ニューヨーク・サッカー", "ューッー・", ""),
+        ("เมืองไทยน้ำแก้ว", "ะาำ้ื", "เแโใไ"),
+        ("佐々木と「阿々」", "々」", "「"),
+        ("សម្ដេចព្រះ", "្េះ", "្"),
+        ("約1,500年", ",", ","),
+    ],
+)
+def test_text_without_spaces_is_cut_between_characters(bpe, text, never_first, never_last):
+    """Anywhere but before what begins no line and behind what ends none; chunks are full, entities and masks whole."""
+    whole = f"{text}[MASK]東京都" * 30
+    keep = [m.span() for m in re.finditer("東京都", whole)]
+    chunks = cut_chunks(whole, keep, bpe, 40)
+    assert "".join(chunks) == whole and sum(chunk.count("東京都") for chunk in chunks) == 30
+    assert sum(chunk.count(MASK) for chunk in chunks) == 30
+    assert not any(chunk[0] in never_first for chunk in chunks[1:])
+    assert not any(chunk[-1] in never_last for chunk in chunks[:-1])
+    assert sum(size(chunk, bpe) > 28 for chunk in chunks) > 0.8 * len(chunks)
+
+
+def test_a_name_in_text_with_spaces_is_cut_last(bpe):
+    """Where a space lies in the last half of a chunk, it is cut there and not inside 北京大学."""
+    chunks = cut_chunks("the old 北京大学 has " * 40, [], bpe, 40)
+    assert len(chunks) > 10 and all(chunk.endswith(" ") for chunk in chunks)

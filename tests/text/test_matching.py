@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from masking import gives_away, mask, mask_spans
-from text.matching import MASK, fold, may_be_same_entity, name_words, occurrences
+from text.matching import MASK, fold, may_be_same_entity, name_words, occurrences, without_spaces
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,178 @@ def test_mask(text, entity, masked):
     assert mask(text, entity) == masked
 
 
+@pytest.mark.parametrize(
+    "text, entity, masked",
+    [
+        ("hit .763 or 0.763", ".763", "hit [MASK] or 0.763"),
+        ("hit .763, 763 (.763) p.763", "763", "hit .763, [MASK] (.763) p.[MASK]"),
+        ("a .45 pistol", "45", "a .45 pistol"),
+        ("it cost $.50.", ".50", "it cost $[MASK]."),
+        ("1 500 000 for 500", "500", "1 500 000 for [MASK]"),
+        ("12\u00a0345 and 345", "345", "12\u00a0345 and [MASK]"),
+        ("12\u202f345\u202f678, 12\u202f345", "12 345", "12\u202f345\u202f678, [MASK]"),
+        ("7\u2009000.5 and 7", "7", "7\u2009000.5 and [MASK]"),
+        ("in 1999 500 people", "500", "in 1999 [MASK] people"),
+        ("in 1999 500 people", "1999", "in [MASK] 500 people"),
+        ("12 34 and 12 3456", "12", "[MASK] 34 and [MASK] 3456"),
+        ("3.14 500 or 3,14 500", "500", "3.14 [MASK] or 3,14 [MASK]"),
+        ("5\n500 and 5  500", "500", "5\n[MASK] and 5  [MASK]"),
+        ("a 1 500", "1 500", "a [MASK]"),
+        ("1,500,000 1.2.3", "1", "1,500,000 1.2.3"),
+    ],
+)
+def test_a_number_is_masked_whole(text, entity, masked):
+    """A leading point, decimals and groups of three digits, by commas or any space, are of the number."""
+    assert mask(text, entity) == masked
+
+
+@pytest.mark.parametrize(
+    "text, entity, masked",
+    [
+        ("C, C++, C# and C+", "C", "[MASK], C++, C# and C+"),
+        ("C++. (C++) C++17 c++-like", "C++", "[MASK]. ([MASK]) C++17 [MASK]-like"),
+        ("F# and F, F#-based", "F#", "[MASK] and F, [MASK]-based"),
+        ("Disney+ is Disney's.", "Disney", "Disney+ is [MASK]'s."),
+        ("grades A+, A and A-.", "A", "grades A+, [MASK] and A-."),
+        ("O\u2212 or O", "O-", "[MASK] or O"),
+        ("AB- and AB-type", "AB", "AB- and [MASK]-type"),
+        ("A+B=C", "A", "[MASK]+B=C"),
+        ("UK- and US-based, Ada--she", "UK", "[MASK]- and US-based, Ada--she"),
+        ("UK- and US-based, Ada--she", "Ada", "UK- and US-based, [MASK]--she"),
+        ("Scott# 13, 18+", "Scott", "[MASK]# 13, 18+"),
+        ("Scott# 13, 18+", "18", "Scott# 13, [MASK]+"),
+    ],
+)
+def test_signs_that_make_another_name(text, entity, masked):
+    """A plus behind letters, a sharp or a minus behind a single one; not one between two words."""
+    assert mask(text, entity) == masked
+
+
+@pytest.mark.parametrize(
+    "text, entity, spans",
+    [
+        ("Ul\u00adm.", "Ulm", [(0, 4)]),
+        ("\u200fUlm\u200e lies", "Ulm", [(1, 4)]),
+        ("New\u2060 York\u200b!", "New York", [(0, 9)]),
+        ("\ufeffAda\u200bs and Ada", "Ada", [(11, 14)]),
+        ("x\u200bAda, Ada\u00ad\u200b", "Ada", [(7, 10)]),
+        ("1\u200b5 and 5", "5", [(8, 9)]),
+        ("5\u2060.2", "5", []),
+        ("C\u200b++ C", "C", [(5, 6)]),
+        ("\u6771\u200b\u4eac\u90fd", "\u6771\u4eac", [(0, 3)]),
+        ("Ada", "\u200b", []),
+        ("Ada", "\u200bA\u00adda", [(0, 3)]),
+    ],
+)
+def test_invisible_characters_are_nothing(text, entity, spans):
+    """Those inside a form go with it, those around it stay; they make no edge, and are no letter."""
+    assert occurrences(text, entity) == spans
+
+
+@pytest.mark.parametrize(
+    "text, entity, masked",
+    [
+        ("東京都は大きい。", "東京", "[MASK]都は大きい。"),
+        ("トヨタ自動車", "トヨタ", "[MASK]自動車"),
+        ("ソニーSony製品", "Sony", "ソニー[MASK]製品"),
+        ("毛泽东在北京1949年说", "北京", "毛泽东在[MASK]1949年说"),
+        ("毛泽东在北京1949年说", "1949", "毛泽东在北京[MASK]年说"),
+        ("首都ンジャメナ", "ンジャメナ", "首都[MASK]"),
+        ("เมืองไทยใหญ่", "ไทย", "เมือง[MASK]ใหญ่"),
+        ("ປະເທດລາວ", "ລາວ", "ປະເທດ[MASK]"),
+        ("မြန်မာနိုင်ငံ", "မြန်မာ", "[MASK]နိုင်ငံ"),
+        ("ប្រទេសកម្ពុជា", "កម្ពុជា", "ប្រទេស[MASK]"),
+        ("LG전자와 LG", "LG", "[MASK]전자와 [MASK]"),
+        ("서울은, 서울에서는 서울이다. 서울", "서울", "[MASK]은, [MASK]에서는 [MASK]이다. [MASK]"),
+        ("2023년에", "2023", "[MASK]년에"),
+        ("Москва—Sony", "Sony", "Москва—[MASK]"),
+        ("秦は先秦", "秦", "[MASK]は先秦"),
+        # Not so:
+        ("서울은행과 서울시", "서울", "서울은행과 서울시"),
+        ("동서울은", "서울", "동서울은"),
+        ("佐々木", "佐", "佐々木"),
+        ("ロマンとサッカー", "ロマ", "ロマンとサッカー"),
+        ("ロマンとサッカー", "サッカ", "ロマンとサッカー"),
+        ("เมือง", "มือง", "เมือง"),
+        ("น้ำ", "น", "น้ำ"),
+        ("東京", "京", "東京"),
+        ("２０２３年", "23", "２０２３年"),
+        ("Sonyを, Sonyx", "Sony", "[MASK]を, Sonyx"),
+        ("5th Москвам", "Москва", "5th Москвам"),
+        ("naːm m", "m", "naːm [MASK]"),
+    ],
+)
+def test_scripts_without_spaces_and_particles(text, entity, masked):
+    """A word ends where the script does, and beside any character of han, kana and thai that can begin another."""
+    assert mask(text, entity) == masked
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("東京大学", ["東京", "大学"]),
+        ("東京", ["東京"]),
+        ("毛泽东", ["毛泽", "泽东"]),
+        ("秦", []),
+        ("アルベルト・アインシュタイン", ["アルベルト", "アインシュタイン"]),
+        ("ソニーSony", ["ソニー", "Sony"]),
+        ("男はつらいよ", ["はつらいよ"]),
+        ("から", []),
+        ("สมชาย ใจดี", ["สมชาย", "ใจดี"]),
+        ("한국 전력", ["한국", "전력"]),
+        ("القاهرة", ["القاهرة"]),
+        ("Иван грозный", ["Иван"]),
+        ("Love\u00adlace", ["Lovelace"]),
+        ("საქართველო", ["საქართველო"]),
+        ("1879年", []),
+    ],
+)
+def test_name_words_of_other_scripts(name, words):
+    """Of han and hangul the first and the last two characters; runs of katakana; words in scripts without capitals."""
+    assert name_words(name) == words
+
+
+def test_what_gives_a_name_away_without_spaces():
+    """東京 gives away 東京大学, by the rule that finds it in running text; a single character or particle doesn't."""
+    for text, away in [
+        ("彼は東京に住む", True), ("この大学は", True), ("東の京都", False), ("学大", False), ("東は大きい", False),
+    ]:
+        assert gives_away(text, "東京大学") is away, text
+    assert gives_away("トヨタは大きい", "トヨタ自動車") and not gives_away("[MASK]自転車", "トヨタ自動車")
+    assert may_be_same_entity("東京", "東京都") and may_be_same_entity("東京大学", "大学")
+    assert not may_be_same_entity("東京", "大阪") and not may_be_same_entity("東京", "Tokyo")
+
+
+def test_what_is_written_without_spaces():
+    """More than half of the letters decide."""
+    for text, without in [
+        ("東京は大きい。", True), ("กรุงเทพ is big", True), ("Tokyo (東京) is big", False), ("서울은 크다", False),
+        ("", False), ("plain", False), ("Sony（ソニー）は日本の会社である", True),
+    ]:
+        assert without_spaces(text) is without, text
+
+
 def test_occurrences_against_a_brute_force_scan():
     """Random ASCII strings: the same spans as trying every position by hand."""
     rng = random.Random(0)
 
     def word(c):
         return c.isalnum() or c == "_"
+
+    def decimal(text, n):  # whether the digit at n stands behind a point or comma of its number
+        before = " " + text[:n]
+        digit, alone = before[-2:-1].isdigit(), before[-1] == "." and not (word(before[-2]) or before[-2] == ".")
+        return before[-1] in ".," and (digit or alone)
+
+    def grouped(text, place):  # whether some 1 111 111 has `place` inside
+        for start in range(place):
+            for end in range(place + 1, len(text) + 1):
+                first, *others = text[start:end].split(" ")
+                fits = others and first.isdigit() and len(first) < 4 and not (start and word(text[start - 1]))
+                fits = fits and all(len(other) == 3 and other.isdigit() for other in others)
+                if fits and not text[end : end + 1].isdigit() and not decimal(text, start):
+                    return True
+        return False
 
     def slow(text, entity):
         spans, n, low = [], 0, text.lower()
@@ -53,9 +219,11 @@ def test_occurrences_against_a_brute_force_scan():
             fits = low[n:end] == entity.lower()
             fits = fits and not (n and word(text[n - 1])) and not (end < len(text) and word(text[end]))
             if fits and entity[0].isdigit():
-                fits = not (n > 1 and text[n - 1] in ".," and text[n - 2].isdigit())
+                fits = not decimal(text, n) and not grouped(text, n)
             if fits and entity[-1].isdigit():
-                fits = not (end + 1 < len(text) and text[end] in ".," and text[end + 1].isdigit())
+                fits = not (end + 1 < len(text) and text[end] in ".," and text[end + 1].isdigit() or grouped(text, end))
+            if fits and entity[-1] in "ab+" and text[end : end + 1] == "+":
+                fits = entity[-1] != "+" and text[end + 1 : end + 2].isalnum()
             if fits:
                 spans.append((n, end))
                 n = end
@@ -64,9 +232,10 @@ def test_occurrences_against_a_brute_force_scan():
         return spans
 
     found = 0
-    for _ in range(4000):
-        text = "".join(rng.choice("aAb1.,'+ ") for _ in range(rng.randrange(25)))
-        entity = rng.choice(["a", "1", "ab", "1.1", "b+", "a'b", "a1"])
+    for _ in range(6000):
+        alphabet = rng.choice(["aAb1.,'+ ", "1111., "])
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(25)))
+        entity = rng.choice(["a", "1", "ab", "1.1", "b+", "a'b", "a1", "111", ".1", "1 111"])
         assert occurrences(text, entity) == slow(text, entity), (text, entity)
         found += bool(slow(text, entity))
     assert found > 500
@@ -103,23 +272,47 @@ def test_what_gives_a_name_away():
 
 
 def test_folding_is_unicodes_and_keeps_track():
-    """The folded text is the whole text's NFKC and case folding.
+    """The folded text is the whole text's NFKC and case folding, without what can't be seen.
 
     What lies between two origins folds by itself to its part.
     """
     rng = random.Random(1)
     alphabet = "aZ5 \u00e9\u2019\u2013e\u0301\u0327\ufb01\u00bd\u2163\u00df\u2460\uff21\uff19\u2026\u00a0\u1100"
     alphabet += "\u1161\u11a8\uac00\u0130\u03a3\u03c2\u017f\u0344\u09c7\u09be\u0e33\ufdfa\u200d"
+    alphabet += "\u00ad\u200e\u00b2\u2082\u00b4\u02bb\u2015\u0663"
+    spelt = {"\u200d": "", "\u00ad": "", "\u200e": "", "\u00b2": "^2", "\u00bd": " 1/2", "\u00b4": "'", "\u0663": "3"}
     for _ in range(5000):
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 9)))
         folded, origin = fold(text)
-        whole = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        assert folded == whole.replace("\u2019", "'").replace("\u2013", "-"), ascii(text)
+        whole = "".join(spelt.get(c, c) for c in text)
+        whole = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", whole).casefold())
+        assert folded == whole.translate(str.maketrans("\u2019\u02bb\u2013\u2015", "''--")), ascii(text)
         origin = list(origin)
         assert len(origin) == len(folded) + 1 and origin == sorted(origin) and origin[-1] == len(text)
         for start in set(origin[:-1]):
             end = min(o for o in origin if o > start)
             assert fold(text[start:end])[0] == "".join(c for c, o in zip(folded, origin, strict=False) if o == start)
+
+
+def test_places_of_folded_characters():
+    """By hand: what is nothing has no place, what becomes several characters gives them all its own."""
+    for text, folded, origin in [
+        ("U\u200bl\u00adM\u200e!", "ulm!", [0, 2, 4, 6, 7]),
+        ("\ufeffa\u200b", "a", [1, 3]),
+        ("\u200b", "", [1]),
+        ("\u00df\u200bx", "ssx", [0, 0, 2, 3]),
+        ("10\u00b2\u2083", "10^23", [0, 1, 2, 2, 3, 4]),
+        ("2\u00bd", "2 1/2", [0, 1, 1, 1, 1, 2]),
+        ("e\u200d\u0301t", "\u00e9t", [0, 3, 4]),
+        ("AB`C~", "ab`c~", [0, 1, 2, 3, 4, 5]),
+    ]:
+        assert (fold(text)[0], list(fold(text)[1])) == (folded, origin), ascii(text)
+
+
+def test_plain_ascii_is_only_made_small():
+    """Each of the 128 characters."""
+    text = "".join(map(chr, range(128)))
+    assert fold(text) == (text.lower(), range(129))
 
 
 def test_names_of_one_entity():

@@ -1,0 +1,93 @@
+"""Prompts as the model's own chat template has them, token for token."""
+
+from datetime import date, datetime, time
+
+from tokenizers.models import Unigram
+
+from engine.errors import UserError, first_line
+from text.thoughts import opens_thought
+
+PROBE = "\0"  # no template changes it, and no prompt holds it
+
+
+def apply_template(tokenizer, messages: list[dict], **more):
+    """tokenizer.apply_chat_template of these messages, without thinking where the template can leave it out.
+
+    Some templates name the day (Llama 3.2, gpt-oss): it is `tokenizer.day`, which a run sets, or else today.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = day_macro(getattr(tokenizer, "day", None) or date.today().isoformat()) + template
+    # A template without `enable_thinking` ignores it.
+    return tokenizer.apply_chat_template(messages, chat_template=template, enable_thinking=False, **more)
+
+
+def day_macro(day: str) -> str:
+    """A template's definition of strftime_now that tells a fixed day: each directive is replaced by its value."""
+    codes = [f"%{flag}{code}" for flag in ("", "-") for code in "AaBbcdeFHIjMmpSUuVWwxXYyZ"]
+    noon = datetime.combine(date.fromisoformat(day), time(12))
+    replaced = "".join(f".replace({code!r}, {noon.strftime(code)!r})" for code in codes)
+    # The empty expression keeps a line break at the template's start, which Jinja would take off behind a block.
+    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}{{ '' }}"
+
+
+def chat_parts(tokenizer) -> tuple[str, str]:
+    """What the template puts before and after the text of a single user message. ValueError where it drops the text."""
+    message = {"role": "user", "content": PROBE}
+    before, after = apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False).split(PROBE)
+    return before, after
+
+
+def begins_in_thought(tokenizer) -> bool:
+    """Whether the template opens a thought, so that a completion begins inside it."""
+    return tokenizer.chat_template is not None and opens_thought(chat_parts(tokenizer)[1])
+
+
+def check_template(tokenizer, name: str, given: str) -> None:
+    """Raises UserError for a chat template that can't be rendered with one user message."""
+    try:
+        chat_parts(tokenizer)
+    except ValueError:  # of the unpacking: the text is there twice, or not at all
+        raise UserError(
+            f"{given} {name}: its chat template doesn't show the text of a user message once, as those of models of "
+            "images may not; name a model of text"
+        ) from None
+    except Exception as error:  # a template is a program of the model's authors; jinja2 may be missing, too
+        raise UserError(
+            f"{given} {name}: its chat template can't be rendered with one user message ({first_line(error)})"
+        ) from None
+
+
+def end_marker(tokenizer) -> int | None:
+    """The id of the token that the template closes an assistant's message with; None where it has no such token.
+
+    Such as <|im_end|>: base models and fine-tunes may call another one their eos.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    try:
+        closing = apply_template(tokenizer, messages, tokenize=False).rpartition(PROBE)[2].lstrip()
+    except Exception:  # a template may refuse an assistant's message; then it can't tell
+        return None
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"] if closing else []
+    token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if token and closing.startswith(token.content) else None
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """`text` as one user message of the model's chat template, or as plain text where it has none.
+
+    A special token that is written out in the text, such as <|im_end|>, is encoded as plain text, so that only the
+    template's special tokens open and close a message. All other ids are the template's own.
+    """
+    if isinstance(tokenizer.backend_tokenizer.model, Unigram):  # its model finds special tokens in any text
+        for token in tokenizer.added_tokens_decoder.values():
+            text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}") if token.special else text
+    if tokenizer.chat_template is None:
+        ids = tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with one
+    message = {"role": "user", "content": text}
+    return apply_template(
+        tokenizer, [message], add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
