@@ -42,6 +42,7 @@ import torch
 import grpo
 import rollout
 from engine import models, parallel
+from engine.checks import check_sampler
 from engine.config import Config, check, run_with_flags
 from engine.optimizer import AdamW
 from engine.run import Run
@@ -58,12 +59,12 @@ def main(config: Config) -> None:
     run = None if config.explain else Run(config, device)  # locks the folder; refuses one that holds another run
     policy, tokenizer = models.load_policy(config, device)  # with --lora, only an adapter is trained
     reference = models.load_reference(config, policy, device)  # None without --kl
+    generate, micro_batches, token_logprobs = twins(config, policy, reference)
+    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
+    check_sampler(sample, token_logprobs, config.model)  # training must see what the sampler draws from
     left_out = Counter()  # passages that can't be used, by reason
     source, agent = load_task(config, policy, tokenizer, left_out)  # by default a masking.Corpus, and rollout.read
     optimizer = make_optimizer(policy, config)
-    generate, micro_batches, token_logprobs = twins(config, policy, reference)
-    sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
-    models.check_sampler(sample, token_logprobs, config.model)  # training must see what the sampler draws from
     if config.explain:
         from look.explain import explain
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import grpo
 import rollout
 from engine import parallel
+from engine.checks import check_sampler
 from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
 from engine.metrics import row, sample_text, table
@@ -154,9 +155,10 @@ def main(config: ColdStart) -> None:
     torch.manual_seed(config.seed)
     device = parallel.start()
     policy, tokenizer = load_policy(config, device)
-    corpus = load_corpus(config, tokenizer)
     generate, micro_batches, token_logprobs = twins(config, policy)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
+    check_sampler(sample, token_logprobs, config.model)
+    corpus = load_corpus(config, tokenizer)
     heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
     before, _ = sampled_success(sample, heldout, config, "before")
     optimizer = make_optimizer(policy, config)

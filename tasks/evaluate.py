@@ -111,10 +111,7 @@ def full_text(document, sample, config: Config) -> str:
 
 
 def f1_score(prediction: str | None, answers: list[str]) -> float:
-    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words.
-
-    F1 doesn't compare numbers: 1500.0 matches 1,500 exactly, but has an F1 of 0.
-    """
+    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words."""
     predicted = Counter(normalize(unwrap(prediction or "")).split())
     best = 0.0
     for gold_answer in answers:

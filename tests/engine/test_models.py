@@ -24,9 +24,10 @@ from transformers import (
     Starcoder2Config,
 )
 
+from engine.checks import check_logits, check_sampler, probe_prompts
 from engine.config import Config
 from engine.errors import UserError
-from engine.models import check_logits, check_sampler, load_model, load_policy, logits_of, probe_prompts, window_of
+from engine.models import load_model, load_policy, logits_of, window_of
 from memtrain import twins
 from rollout import Budget, Sampler
 
