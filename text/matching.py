@@ -45,7 +45,7 @@ BARE = re.compile(
 # Of their letters those that begin no word (small kana, n, vowels written behind), and those that end none.
 NEVER_FIRST = "ぁぃぅぇぉっゃゅょゎんァィゥェォッャュョヮンะาำๅະາຳ"
 NEVER_LAST = "เแโใไເແໂໃໄ\u1039\u17d2"
-# 1,500.0 and 1 500 000 (folding makes every such space plain): groups of exactly three digits after one to three. .763, 10^2
+# 1,500.0, .763, 10^2, and 1 500 000 (folding makes every such space plain): groups of three digits after one to three.
 NUMBER = re.compile(r"(?:(?<!\w)\d{1,3}(?: \d{3})+(?!\d)|\d+|(?<![\w.])\.\d+)(?:[.,]\d+)*(?:\^-?\d+)?")
 # What makes another name of the letters before it: C++, Disney+; of a single one (or ab) also C#, O-.
 SIGN = re.compile(r"(?<=[^\W\d_])\+(?:\+|(?!\w))|(?<=\+)\+|(?:(?<=\b[^\W\d_])|(?<=\bab))(?:-(?![\w-])|#(?!\w))")
