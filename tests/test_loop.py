@@ -235,6 +235,7 @@ def train(monkeypatch, config: Config, policy, turns: list[Turn], reference=None
         "Run": OneStep, "load_task": lambda *_: (None, lambda *_, **more: []), "draw_documents": lambda *_: [],
         "assign_advantages": lambda *_, **more: turns, "make_optimizer": lambda *_: optimizer or Descent(policy),
     }
+    stand_ins["check_sampler"] = lambda *_: None
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(memtrain, name, stand_in)
     monkeypatch.setattr(memtrain.models, "load_policy", lambda *_: (policy, None))

@@ -39,7 +39,7 @@ def bad(tmp_path_factory):
     }
     questions = {
         "questions": {}, "no_gold": {"supporting_facts": []}, "no_question": {"question": ""},
-        "no_answer": {"answer": 3}, "shape": {"context": 5}, "missing_fact": {"supporting_facts": [["B", 0]]},
+        "no_answer": {"answer": []}, "shape": {"context": 5}, "missing_fact": {"supporting_facts": [["B", 0]]},
     }
     files |= {f"{name}.json": json.dumps([GOOD | spoilt]) for name, spoilt in questions.items()}
     for name, text in files.items():

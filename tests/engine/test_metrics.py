@@ -65,13 +65,14 @@ def made_up_step() -> list[Trajectory]:
     ada = Document(0, "", "Who?", ["Ada Lovelace"], [], [], leaks=2, redraws=4, place=0)
     several = Document(1, "", "Who, when?", [["1815"], ["Ulm"]], [], [], place=1)
     target = RecallTarget(2, 1, "Ulm", "In [TARGET].", leaky=True)
-    answers = [turn(5, 2, 0.5), turn(5, 2, -0.5, ended=False)]
+    answers, thinking = [turn(5, 2, 0.5), turn(5, 2, -0.5, ended=False)], turn(7, 1, 0.0)
+    thinking.thought = True
     return [
         Trajectory(ada, [turn(10, 4, 1.0), turn(8, 2, 1.0)], prediction="Ada", target=target, recalls=answers, em=1.0,
                    recall_rewards=[1.0, 0.0], reward=1.25),
         Trajectory(ada, [turn(10, 6, -1.0, ended=False), turn(8, 2, -1.0)], em=0.0, reward=0.25),
         Trajectory(several, [turn(9, 5, 0.0), turn(7, 1, 0.0)], prediction="1815", em=0.0, reward=0.0),
-        Trajectory(several, [turn(9, 1, 0.0), turn(7, 1, 0.0)], prediction="Ulm", em=0.0, reward=0.0),
+        Trajectory(several, [turn(9, 1, 0.0), thinking], prediction="Ulm", em=0.0, reward=0.0),
     ]
 
 
@@ -85,7 +86,7 @@ def test_the_metrics_of_a_step_by_hand():
         "reward": 0.375, "reward_std": ((0.875**2 + 0.125**2 + 2 * 0.375**2) / 4) ** 0.5,
         "degenerate": 1 / 3,  # of the groups of two documents and one recall that of the second document
         "leaky": 2 / 6, "recall_leaky": 1.0,  # two of the six documents that were drawn leaked
-        "truncated": 2 / 10, "unboxed": 1 / 4, "memory_tokens": 4.0,
+        "truncated": 2 / 10, "thinking": 1 / 10, "unboxed": 1 / 4, "memory_tokens": 4.0,
         "loss": -0.25, "kl": 0.1, "approx_kl": 0.05, "clip_fraction": 0.25, "entropy": 1.5,
         "tokens_per_second": tokens / 5, "seconds_rollout": 2.0, "seconds_update": 3.0,
     })

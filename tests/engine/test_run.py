@@ -23,7 +23,7 @@ from helpers import command, wait
 from safetensors.torch import load_file
 
 import memtrain
-from engine import checkpoints, models, parallel
+from engine import checkpoints, checks, models, parallel
 from engine.checkpoints import newest
 from engine.errors import UserError, run_script
 from engine.metrics import row
@@ -380,8 +380,8 @@ def test_what_cannot_be_trained_is_refused(out, monkeypatch, capsys):
     code 2."""
     assert wait(start([*SMALL, "--documents", 1, "--out", out], ranks=2)) == [2, 2] and not out.exists()
     assert "--documents 1: each of 2 processes needs at least one" in log_of(out).read_text()
-    real = models.logits_of
-    monkeypatch.setattr(models, "logits_of", lambda *more: 2 * real(*more))
+    real = checks.logits_of
+    monkeypatch.setattr(checks, "logits_of", lambda *more: 2 * real(*more))
     done = command(*SMALL, "--out", out)
     assert done.returncode == 2 and "Qwen3ForCausalLM scales or caps its logits" in done.stderr
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -406,8 +406,7 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
 
     def poisoned_forward(*arguments, **named):
         logprobs, entropy, mask = forward(*arguments, **named)
-        nothing = float("nan") if step[0] == 6 else 1.0
-        return logprobs * nothing, entropy * nothing, mask
+        return (logprobs * float("nan") if step[0] == 6 else logprobs), entropy, mask
 
     def poisoned(*arguments, **named):
         loss, stats = loss_of(*arguments, **named)
