@@ -326,13 +326,14 @@ class Corpus:
         first = max(0, bisect_left(edges, pivot_end) - most)
         if pivot_start < edges[first] or not masks:
             return [], [], False
-        chunks = chunks[first : first + most]
+        chunks, edges = chunks[first : first + most], edges[first : first + most + 1]
         mask_edges = {edge for span in masks for edge in span}
         apart = [span for span in others if mask_edges.isdisjoint(span)]  # not those that touch a [MASK]
+        read = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
+        unseen = GAP.join(text[start:end] for start, end in read)
         candidates = []
-        for start, end in pairwise(edges[first : first + len(chunks) + 1]):
+        for start, end in pairwise(edges):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
-            unseen = GAP.join(text[max(a, start) : min(b, end)] for a, b in heldout if split == "train")
             names = [name for name in self._names(text, inside, split) if not occurrences(unseen, name)]
             candidates.append([name for name in names if not may_be_same_entity(name, answer)])
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import io
 import json
+import math
 import re
 import tokenize
 from contextlib import suppress
@@ -52,6 +53,8 @@ def _records(path: str | Path) -> list[tuple[dict, str]]:
 
 
 def _question(record: dict, where: str, number: int) -> Question:
+    if isinstance(source := _written_out(record.get("metadata")), dict):  # FlashRAG's: what the source had beside it
+        record = source | record
     if {"input", "extra_info", "reward_model"} & record.keys():
         return _memagent(record, where, number)
     try:
@@ -60,12 +63,10 @@ def _question(record: dict, where: str, number: int) -> Question:
         raise UserError(f"{where}: field 'answerable' is {error}") from None
     if not answerable:
         raise UserError(f"{where}: is marked unanswerable; use the answerable questions (musique_ans)")
-    if isinstance(record.get("metadata"), dict):  # FlashRAG's: what its source had beside question and answers
-        record = record["metadata"] | record
-    read = _hotpotqa if "context" in record else _musique
+    read = _hotpotqa if record.get("context") else _musique
     try:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         fields = " ".join(", ".join(record).split())  # a name may hold a line break
         raise UserError(
             f"{where}: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or "
@@ -82,37 +83,44 @@ def _question(record: dict, where: str, number: int) -> Question:
 def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of context [[title, [sentence]]] and supporting_facts [[title, sentence number]].
 
-    The hub's has columns, {"title": [...], "sentences": [...]} and {"title": [...], "sent_id": [...]}. Where two
-    paragraphs have a gold title, both are gold: the facts don't tell which is meant.
+    Where two paragraphs have a gold title, both are gold: the facts don't tell which is meant.
     """
-    context, facts = (_pairs(record.get(name) or []) for name in ("context", "supporting_facts"))
-    paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in context]
+    paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in _pairs(record["context"])]
     gold = []
-    for fact, _ in facts:
+    for fact, _ in _pairs(record.get("supporting_facts")):
         fact = " ".join(fact.split())
         gold += [(title, text) for title, text in paragraphs if title == fact and text] or [(fact, "")]
     return gold, paragraphs
 
 
-def _pairs(table: list | dict) -> list[tuple]:
-    """The pairs of a list of pairs, or of a dict of two columns of which one is called title; also as JSON."""
-    table = json.loads(table) if isinstance(table, str) else table
-    if not isinstance(table, dict):
-        return table
-    titles, (others,) = table["title"], [column for name, column in table.items() if name != "title"]
-    return list(zip(titles, others, strict=True))
+def _pairs(table) -> list:
+    """The pairs of a list of pairs, of records of a title and something else, or, as the hub has it, of two columns."""
+    return [tuple(_title_first(row)) if isinstance(row, dict) else row for row in _rows(table)]
+
+
+def _title_first(row: dict) -> tuple:
+    (other,) = (value for name, value in row.items() if name != "title")
+    return row["title"], other
+
+
+def _rows(table) -> list:
+    """The rows of a list, or of a dict of columns; either may be written out in a text."""
+    table = _written_out(table) or []
+    if isinstance(table, dict):
+        return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    return table
 
 
 def _musique(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of paragraphs [{title, paragraph_text, is_supporting}]."""
-    given = record["paragraphs"]
+    given = _rows(record["paragraphs"])
     paragraphs = [(" ".join(one["title"].split()), one["paragraph_text"].strip()) for one in given]
     return [own for own, one in zip(paragraphs, given, strict=True) if _truth(one["is_supporting"])], paragraphs
 
 
-def _join(sentences: list[str]) -> str:
+def _join(sentences: list[str] | str) -> str:
     """One text; HotpotQA's sentences begin with their space, 2WikiMultihopQA's don't."""
-    text = ""
+    text, sentences = "", [sentences] if isinstance(sentences, str) else sentences
     for sentence in filter(None, sentences):
         text += sentence if not text or text[-1].isspace() or sentence[0].isspace() else f" {sentence}"
     return text.strip()
@@ -141,54 +149,68 @@ def _text(record: dict, field: str, where: str) -> str:
     return _unquote(value.strip())
 
 
-ANSWERS = ("golden_answers", "answers", "possible_answers", "answer")  # fields, in this order
+ANSWERS = ("golden_answers", "answers", "possible_answers", "answer", "Answer")  # fields, in this order
+PARTS = ("value", "Value", "aliases", "Aliases", "text", "target")  # of a record: TriviaQA's, SQuAD's, Search-R1's
 
 
 def _answers(record: dict, where: str) -> list[str]:
     """The gold answers, each once, of whichever field the set has them in."""
-    field = next((name for name in ANSWERS if name in record), "answer")
+    there = [name for name in ANSWERS if name in record] or ["answer"]
+    field = next((name for name in there if record.get(name) not in (None, [], "")), there[0])
     try:
-        found = [*_texts(record.get(field)), *_texts(record.get("answer_aliases"))]
+        found = [text for name in (field, "answer_aliases", "aliases") for text in _texts(record.get(name))]
     except ValueError as error:
         raise UserError(f"{where}: field {field!r} {error}") from None
-    answers = dict.fromkeys(_unquote(answer.strip()) for answer in found if answer.strip())
+    whole = (text.encode("utf-8", "replace").decode() for text in found)  # half a surrogate pair becomes "?"
+    answers = dict.fromkeys(_unquote(text.strip()) for text in whole if text.strip())
     if not answers:
         raise UserError(f"{where}: no answer in field {field!r}")
     return list(answers)
 
 
 def _texts(answer) -> list[str]:
-    """The texts of an answer: a text, a number, a list of them (also one written out), or TriviaQA's or SQuAD's record.
+    """The texts of an answer: a text, a number, a list of them, or a record with some of PARTS; ValueError otherwise.
 
-    ValueError, "holds ...", for anything else.
+    A list or a record may be written out in a text; "(0, 255, 0)" and "{x}" are answers.
     """
-    if answer is None:
-        return []
     if isinstance(answer, str):
-        return _texts(_listed(answer)) if LISTED.fullmatch(answer) else [answer]
+        found = _written_out(answer)
+        if isinstance(found, list) or isinstance(found, tuple | set) and any(isinstance(one, str) for one in found):
+            answer = list(found)
+        elif isinstance(found, dict) and found.keys() & set(PARTS):
+            answer = found
+        elif re.match(r"""\s*\[\s*['"]""", answer) and answer.rstrip().endswith("]"):
+            raise ValueError(f"holds {answer!r:.60}, which looks like a list, but can't be read as one")
+        else:
+            return [answer]
+    if answer is None or isinstance(answer, float) and math.isnan(answer):
+        return []
     if isinstance(answer, list):
         return [text for one in answer for text in _texts(one)]
-    if isinstance(answer, dict) and {"value", "aliases", "text"} & answer.keys():
-        return [text for name in ("value", "aliases", "text") for text in _texts(answer.get(name))]
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, dict) and answer.keys() & set(PARTS):
+        return [text for name in PARTS for text in _texts(answer.get(name))]
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return [str(answer)]
     raise ValueError(f"holds {answer!r:.60}, which is no text, number or list of them")
 
 
-# "['Ulm', 'U']", "['1879', 1880]", "[7]": lists that were saved as texts; "[MASK]" is none.
-LISTED = re.compile(r"(?s)\s*\[\s*(?:['\"].*|.*['\"]\s*|[\d.,\s]*)\]\s*")
+def _written_out(value):
+    """The list or record that a text holds, in JSON or Python; any other value as it is.
 
-
-def _listed(text: str) -> list:
-    """The list that `text` writes out, in Python or JSON. ValueError for one that can't be read."""
-    with suppress(ValueError):
-        return json.loads(text)
-    with suppress(ValueError, SyntaxError, tokenize.TokenError):
-        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
-        # Python joins strings without a comma between, which is how numpy prints an array.
-        if (tokenize.STRING, tokenize.STRING) not in pairwise(kinds):
-            return ast.literal_eval(text.strip())
-    raise ValueError(f"holds {text!r:.60}, which looks like a list, but can't be read as one")
+    "['Ulm' 'U']", as numpy prints it, stays a text: Python would join the two.
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{", "("):
+        return value
+    found = None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        tokens = tokenize.generate_tokens(io.StringIO(value.strip()).readline)
+        kinds = [token.type for token in tokens if token.type != tokenize.NL]
+        if found is None and (tokenize.STRING, tokenize.STRING) not in pairwise(kinds):
+            found = ast.literal_eval(value.strip())
+    # Not a number in brackets: "(7)" is a text.
+    return found if isinstance(found, list | tuple | set | dict) else value
 
 
 def _truth(value) -> bool:

@@ -244,7 +244,13 @@ ANSWERS = [  # (record without its question, answers)
     ({"answer": "[MASK]"}, ["[MASK]"]), ({"answer": "['Ulm' and more"}, ["['Ulm' and more"]),
     ({"answer": "[citation]"}, ["[citation]"]), ({"answer": "false"}, ["false"]),
     ({"answer": "{'a': 1}"}, ["{'a': 1}"]),
-    ({"answer": "[7, 8.5]"}, ["7", "8.5"]), ({"answer": "[7, eight]"}, ["[7, eight]"]),
+    ({"answer": "[['Ulm', 'U'], ['Ulma']]"}, ["Ulm", "U", "Ulma"]), ({"answer": "[1, 'a', null]"}, ["[1, 'a', null]"]),
+    ({"answer": '[1.5, null, "Ulm", -3]'}, ["1.5", "Ulm", "-3"]), ({"answer": "('Ulm', 'U')"}, ["Ulm", "U"]),
+    ({"answer": '{"aliases": ["U"], "value": "Ulm"}'}, ["Ulm", "U"]), ({"answer": "(0, 255, 0)"}, ["(0, 255, 0)"]),
+    ({"answer": "(7)"}, ["(7)"]), ({"golden_answers": [], "answer": "Ulm"}, ["Ulm"]),
+    ({"answer": float("nan"), "answers": "U"}, ["U"]),
+    ({"Answer": {"Value": "Ulm", "Aliases": ["U"]}}, ["Ulm", "U"]), ({"answer": "Ulm", "aliases": ["U"]}, ["Ulm", "U"]),
+    ({"answer": "['\\ud83d']"}, ["?"]), ({"answer": "[7, 8.5]"}, ["7", "8.5"]), ({"answer": "[7, eight]"}, ["[7, eight]"]),
 ]
 
 
@@ -256,7 +262,10 @@ def test_answers_are_read_as_they_are_published(tmp_path, record, answers):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"answer": "['Ulm' 'U']"}, "looks like a list"), ({"answer": "['Ulm\n', 'U' 'V']"}, "looks like a list"),
+    ({"answer": "['Ulm' 'U']"}, "looks like a list"), ({"answer": "['Ulm'\n 'U']"}, "looks like a list"),
+    ({"answer": "['a', " + "-" * 50_000 + "1]"}, "looks like a list"),
+    ({"answer": float("inf")}, "no text, number or list"),
+    ({"answer": "['Ulm\n', 'U' 'V']"}, "looks like a list"),
     ({"answer": "['Ulm', U, 'V']"}, "looks like a list"), ({"answer": "['Ulm'', 'V']"}, "looks like a list"),
     ({"answer": True}, "no text, number or list"), ({"answer": [["Ulm", False]]}, "no text, number or list"),
     ({"answer": {"name": "Ulm"}}, "no text, number or list"), ({"answer": []}, "no answer in field"),
@@ -288,8 +297,18 @@ def in_metadata(record: dict) -> dict:
     return rest | {"metadata": {name: columns[name] for name in names}}
 
 
-def as_json(record: dict) -> dict:
-    return record | {name: json.dumps(record[name]) for name in ("context", "supporting_facts")}
+def as_text(record: dict, write=json.dumps) -> dict:
+    return record | {name: write(record[name]) for name in ("context", "supporting_facts")}
+
+
+def as_records(record: dict) -> dict:
+    context = [{"sentences": sentences, "title": title} for title, sentences in record["context"]]
+    facts = [{"title": title, "sent_id": number} for title, number in record["supporting_facts"]]
+    return record | {"context": context, "supporting_facts": facts}
+
+
+def as_one_text(record: dict) -> dict:
+    return record | {"context": [[title, "".join(sentences)] for title, sentences in record["context"]]}
 
 
 def flags_as_text(record: dict) -> dict:
@@ -298,7 +317,11 @@ def flags_as_text(record: dict) -> dict:
 
 
 @pytest.mark.parametrize("record", [
-    as_columns(HOTPOT), as_columns(TWOWIKI), in_metadata(HOTPOT), as_json(HOTPOT), flags_as_text(MUSIQUE),
+    as_columns(HOTPOT), as_columns(TWOWIKI), in_metadata(HOTPOT), as_text(HOTPOT), as_text(HOTPOT, repr),
+    as_text(as_columns(HOTPOT)), as_records(HOTPOT), as_one_text(HOTPOT), flags_as_text(MUSIQUE),
+    MUSIQUE | {"context": None}, MUSIQUE | {"paragraphs": json.dumps(MUSIQUE["paragraphs"])},
+    MUSIQUE | {"paragraphs": {name: [one[name] for one in MUSIQUE["paragraphs"]] for name in MUSIQUE["paragraphs"][0]}},
+    {"question": ASKED, "metadata": json.dumps(HOTPOT)},
     MUSIQUE | {"paragraphs": [one | {"is_supporting": int(one["is_supporting"])} for one in MUSIQUE["paragraphs"]]},
 ])
 def test_the_layouts_of_the_hub_give_one_form(tmp_path, record):
@@ -313,6 +336,7 @@ def test_the_layouts_of_the_hub_give_one_form(tmp_path, record):
     (MUSIQUE | {"answerable": 0}, "is marked unanswerable"),
     (MUSIQUE | {"answerable": "maybe"}, "neither true nor false"),
     (HOTPOT | {"context": {"title": ["Emil"], "sentences": []}}, "lacks HotpotQA's"),
+    (HOTPOT | {"context": [[1, 2]]}, "lacks HotpotQA's"), (HOTPOT | {"context": "[" * 100_000}, "lacks HotpotQA's"),
     (HOTPOT | {"context": {"title": ["Emil"]}}, "lacks HotpotQA's"),
     (HOTPOT | {"context": "no JSON"}, "lacks HotpotQA's"),
     (MUSIQUE | {"paragraphs": [one | {"is_supporting": "false"} for one in MUSIQUE["paragraphs"]]}, "marks as gold"),
