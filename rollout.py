@@ -14,6 +14,7 @@ to the model.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -207,7 +208,18 @@ def until_end(ids: list[int], ends: list[int], hear, done) -> tuple[list[int], b
 def finished_turn(prompt: list[int], completion: list[int], ended: bool, hear) -> Turn:
     """The turn of a completion, with what it said; a character that the token limit cut in half is left out."""
     text, thought = hear(completion)
-    return Turn(prompt, completion, ended, text if ended else text.rstrip(HALF_CHARACTER), thought)
+    if not ended:
+        text = without_half_character(lambda ids: hear(ids)[0], completion)
+    return Turn(prompt, completion, ended, text, thought)
+
+
+def without_half_character(decode: Callable[[list[int]], str], ids: list[int]) -> str:
+    """The text of these ids without the character that they end inside of, which may take four tokens."""
+    for length in range(len(ids), max(len(ids) - 4, -1), -1):
+        text = decode(ids[:length])
+        if not text.endswith(HALF_CHARACTER):
+            return text
+    return decode(ids).rstrip(HALF_CHARACTER)
 
 
 @dataclass
@@ -229,10 +241,10 @@ class Sampler:
 
     def cut(self, text: str, max_tokens: int) -> str:
         """`text` shortened to its first `max_tokens` tokens."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) <= max_tokens:
             return text
-        return self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True).rstrip(HALF_CHARACTER)
+        return without_half_character(partial(self.tokenizer.decode, skip_special_tokens=True), ids[:max_tokens])
 
 
 def prompt_overhead(tokenizer, *prompts: str) -> int:

@@ -1,11 +1,14 @@
 """Prompts as the model's own chat template has them, token for token."""
 
+import re
+import string
 from datetime import date, datetime, time
+from functools import lru_cache
 
-from tokenizers.models import Unigram
+from tokenizers.models import Unigram, WordLevel
 
 from engine.errors import UserError, first_line
-from text.thoughts import opens_thought
+from text.thoughts import CHANNELS, opens_thought
 
 PROBE = "\0"  # no template changes it, and no prompt holds it
 
@@ -17,18 +20,23 @@ def apply_template(tokenizer, messages: list[dict], **more):
     """
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
-        template = day_macro(getattr(tokenizer, "day", None) or date.today().isoformat()) + template
+        first = re.sub(r"\A[ \t]+(?=\{[%#])", "", template)  # Jinja takes off the blanks before a line's block
+        template = day_macro(getattr(tokenizer, "day", None) or date.today().isoformat()) + first
     # A template without `enable_thinking` ignores it.
     return tokenizer.apply_chat_template(messages, chat_template=template, enable_thinking=False, **more)
 
 
 def day_macro(day: str) -> str:
     """A template's definition of strftime_now that tells a fixed day: each directive is replaced by its value."""
-    codes = [f"%{flag}{code}" for flag in ("", "-") for code in "AaBbcdeFHIjMmpSUuVWwxXYyZ"]
+    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters] + ["%%"]
     noon = datetime.combine(date.fromisoformat(day), time(12))
-    replaced = "".join(f".replace({code!r}, {noon.strftime(code)!r})" for code in codes)
-    # The empty expression keeps a line break at the template's start, which Jinja would take off behind a block.
-    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}{{ '' }}"
+    values = [(code, noon.strftime(code)) for code in codes]
+    return (
+        "{% macro strftime_now(format) %}{% set told = namespace(text=format) %}"
+        f"{{% for code, value in {values} %}}{{% set told.text = told.text.replace(code, value) %}}{{% endfor %}}"
+        # The last expression keeps a line break at the template's start, which Jinja would take off behind a block.
+        "{{ told.text }}{% endmacro %}{{ '' }}"
+    )
 
 
 def chat_parts(tokenizer) -> tuple[str, str]:
@@ -46,16 +54,17 @@ def begins_in_thought(tokenizer) -> bool:
 def check_template(tokenizer, name: str, given: str) -> None:
     """Raises UserError for a chat template that can't be rendered with one user message."""
     try:
-        chat_parts(tokenizer)
-    except ValueError:  # of the unpacking: the text is there twice, or not at all
-        raise UserError(
-            f"{given} {name}: its chat template doesn't show the text of a user message once, as those of models of "
-            "images may not; name a model of text"
-        ) from None
+        message = {"role": "user", "content": PROBE}
+        rendered = apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program of the model's authors; jinja2 may be missing, too
         raise UserError(
             f"{given} {name}: its chat template can't be rendered with one user message ({first_line(error)})"
         ) from None
+    if rendered.count(PROBE) != 1:
+        raise UserError(
+            f"{given} {name}: its chat template doesn't show the text of a user message once, as those of models of "
+            "images may not; name a model of text"
+        )
 
 
 def end_marker(tokenizer) -> int | None:
@@ -65,14 +74,18 @@ def end_marker(tokenizer) -> int | None:
     """
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    messages = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
     try:
-        closing = apply_template(tokenizer, messages, tokenize=False).rpartition(PROBE)[2].lstrip()
+        rendered = apply_template(tokenizer, messages[:2], tokenize=False)
+        closing = rendered.rpartition(PROBE)[2].lstrip()
+        if not closing:  # some close a message only where another follows
+            closing = apply_template(tokenizer, messages, tokenize=False).split(PROBE)[2].lstrip()
     except Exception:  # a template may refuse an assistant's message; then it can't tell
         return None
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"] if closing else []
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-    return ids[0] if token and closing.startswith(token.content) else None
+    # In channels a message is ended between the thought and the answer, too.
+    return ids[0] if token and closing.startswith(token.content) and CHANNELS[0] not in rendered else None
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
@@ -81,13 +94,22 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     A special token that is written out in the text, such as <|im_end|>, is encoded as plain text, so that only the
     template's special tokens open and close a message. All other ids are the template's own.
     """
-    if isinstance(tokenizer.backend_tokenizer.model, Unigram):  # its model finds special tokens in any text
-        for token in tokenizer.added_tokens_decoder.values():
-            text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}") if token.special else text
+    control = [token for token in control_tokens(tokenizer, tokenizer.chat_template) if token in text]
+    if control and isinstance(tokenizer.backend_tokenizer.model, Unigram | WordLevel):  # these find them in any text
+        for token in control:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        control = []
     if tokenizer.chat_template is None:
         ids = tokenizer(text + "\n", split_special_tokens=True)["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with one
     message = {"role": "user", "content": text}
     return apply_template(
-        tokenizer, [message], add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        tokenizer, [message], add_generation_prompt=True, return_dict=False, sanitize_control_tokens=bool(control)
     )
+
+
+@lru_cache(maxsize=4)
+def control_tokens(tokenizer, template) -> list[str]:
+    """The tokens that may not count in a text: special ones, and others that the template writes, such as <think>."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in added if t.special or t.content in str(template) and not t.content.isspace()]

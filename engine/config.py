@@ -222,7 +222,7 @@ def check(config: Config) -> None:
             "these, or leave --fast out"
         )
     try:
-        date.fromisoformat(config.date or "2000-01-01")
+        config.date = config.date and date.fromisoformat(config.date).isoformat()
     except ValueError:
         raise UserError(f"--date {config.date}: must be a day, as 2026-07-31") from None
     if config.g1 < 2 or (config.g2 < 2 and config.has_recall):

@@ -18,6 +18,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EMPTY = CHATML.replace("assistant\n", "assistant\n<think></think>")
 OPENED = CHATML.replace("assistant\n", "assistant\n<think>\n")
 TWINS = pytest.mark.parametrize("generate", [rollout.generate, sampling.generate], ids=["plain", "fast"])
 
@@ -73,7 +74,7 @@ WRITTEN = [
     (CHATML, r"<think>is it \boxed{Rome}? hm", "", True, False),
     (CHATML, r"\boxed{...} then \boxed{Ulm}", r"\boxed{...} then \boxed{Ulm}", False, True),
     (OPENED, r"is it \boxed{Rome}? No</think>\boxed{Ulm}", r"\boxed{Ulm}", True, True),
-    (OPENED, r"is it \boxed{Rome}?", "", True, False),
+    (OPENED, r"is it \boxed{Rome}?", "", True, False), (EMPTY, r"\boxed{Ulm}", r"\boxed{Ulm}", False, True),
     (CHATML, r"<|channel|>analysis<|message|>\boxed{Rome}<|start|>assistant<|channel|>final<|message|>\boxed{Ulm}",
      r"\boxed{Ulm}", True, True),
     (CHATML, r"<|channel|>analysis<|message|>is it \boxed{Rome}?", "", True, False),
@@ -134,6 +135,21 @@ def test_a_character_that_the_limit_cuts_in_half_is_lost(tokenizer, generate, te
     if tokens < len(ids):
         assert sample.cut(text, tokens) == turn.text
     assert text.startswith(turn.text) and (kept is None or turn.text.strip() == kept.strip())
+
+
+@pytest.mark.parametrize("text, tokens, kept", [
+    ("東京", 4, "東"), ("東京都", 9, "東京都"), ("東京都", 8, "東京"), ("é", 1, ""), ("a🌋b", 3, "a"), ("ab", 1, "a"),
+])
+def test_a_character_of_byte_tokens_is_lost_alone(text, tokens, kept):
+    """SentencePiece's bytes decode all or none: a run of them must not be lost for its last, half character."""
+    def decode(ids: list[int]) -> str:
+        whole = bytes(ids)
+        try:
+            return whole.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(whole)
+
+    assert rollout.without_half_character(decode, list(text.encode()[:tokens])) == kept
 
 
 @pytest.mark.parametrize("text, safe", [

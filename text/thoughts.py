@@ -9,17 +9,25 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
-_WORD = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
+# think, reasoning, chain_of_thought, seed:think, longcat_think, reasoning_content, ...
+_NAME = r"(?:\w+[:_])?(?:think(?:ing)?|reasoning|monologue)(?:_content)?"
+# Words that may be another tag's: they open a thought only where nothing is before them.
+_WORD = r"(?:\w+[:_])?(?:thoughts?|reason|reflection|scratch_?pad|analysis)"
+_BOTH = f"(?:{_NAME}|{_WORD})"
 OPENING = re.compile(
-    rf"(?i:<\s*(?:\w+:)?{_WORD}\s*>|<\|(?:(?:start|begin)_(?:of_)?)?{_WORD}(?:_start)?\|>)"
-    r"|\[THINK\]|◁think▷|<\|inner_prefix\|>|<\|channel>"
+    rf"(?i:<\s*{_NAME}\s*>|<\|(?:(?:start|begin)_(?:of_)?)?{_BOTH}(?:_start)?\|>)"
+    r"|\[(?:THINK|REASON)(?:ING)?\]|◁think▷|<\|inner_prefix\|>|<\|channel>thought|<unused94>"
 )
+FIRST = re.compile(rf"(?i:\s*<\s*{_WORD}\s*>)")
 CLOSING = re.compile(
-    rf"(?i:<\s*/\s*(?:\w+:)?{_WORD}\s*>|<\|(?:/|end_(?:of_)?){_WORD}\|>|<\|{_WORD}_end\|>)"
-    r"|\[/THINK\]|◁/think▷|<\|inner_suffix\|>|<channel\|>"
+    rf"(?i:<\s*/\s*{_BOTH}\s*>|<\|(?:/|end_(?:of_)?){_BOTH}\|>|<\|{_BOTH}_end\|>)"
+    r"|\[/(?:THINK|REASON)(?:ING)?\]|◁/think▷|<\|inner_suffix\|>|<channel\|>|<unused95>"
 )
-FINAL = re.compile(r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|start|return|channel|call)\|>|\Z)")
+# What some put around what they say.
+WRAPPED = re.compile(r"(?s)\s*<(answer|response|output)>((?:(?!</\1>).)*)(?:</\1>\s*)?")
 CHANNELS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+FINAL = re.compile(r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|start|return|channel|call)\|>|\Z)")
+OTHER_CHANNEL = re.compile(r"<\|channel\|>\s*(?!final\b)\w+[^<]*<\|message\|>\s*\Z")
 
 
 def said(text: str, opened: bool = False) -> tuple[str, bool]:
@@ -31,15 +39,24 @@ def said(text: str, opened: bool = False) -> tuple[str, bool]:
     if CHANNELS[0] in text:
         finals = FINAL.findall(text)
         return finals[-1] if finals else "", True
-    closed = max((mark.end() for mark in CLOSING.finditer(text)), default=0)
-    if OPENING.search(text, closed) or opened and not closed:
+    closed = _closed(text)
+    if OPENING.search(text, closed) or FIRST.match(text, closed) or opened and not closed:
         return "", True
-    return text[closed:], closed > 0
+    if not closed:
+        return text, False
+    wrapped = WRAPPED.fullmatch(text, closed)
+    return (wrapped[2] if wrapped else text[closed:]), True
 
 
 def opens_thought(text: str) -> bool:
-    """Whether `text`, what a template puts before a completion, leaves a thought open."""
-    return said(text) == ("", True) and CHANNELS[0] not in text
+    """Whether `text`, what a template puts before a completion, ends in a thought that it has opened."""
+    opening = list(OPENING.finditer(text, _closed(text)))
+    return bool(OTHER_CHANNEL.search(text) or opening and not text[opening[-1].end() :].strip())
+
+
+def _closed(text: str) -> int:
+    """Where the last thought that is closed in `text` ends; 0 without one."""
+    return max((mark.end() for mark in CLOSING.finditer(text)), default=0)
 
 
 @lru_cache(maxsize=4)
@@ -49,7 +66,8 @@ def special_marks(tokenizer) -> dict[int, str]:
     channels = CHANNELS if CHANNELS[0] in tokens.values() else ()
 
     def is_mark(token: str) -> bool:
-        return token in channels or bool(OPENING.fullmatch(token) or CLOSING.fullmatch(token))
+        forms = (OPENING.fullmatch, FIRST.fullmatch, CLOSING.fullmatch)
+        return token in channels or token == "<|channel>" or any(form(token) for form in forms)
 
     return {i: token for i, token in tokens.items() if is_mark(token)}
 

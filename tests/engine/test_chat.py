@@ -7,6 +7,7 @@ templates are of the kinds that public models have.
 import json
 import random
 import re
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from helpers import records, shared
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from engine.chat import begins_in_thought, check_template, encode_prompt, end_marker
+from engine.chat import begins_in_thought, check_template, day_macro, encode_prompt, end_marker
 from engine.errors import UserError
 from engine.models import end_ids
 from rollout import READ_PROMPT, fill
@@ -61,6 +62,19 @@ TEMPLATES = {
         "<|eot|>{% for m in messages %}<|start|>{{ m.role }}\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant\n\n{% endif %}"
     ),
+    "closed only where another message follows": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "an empty thought at the end": (
+        "   {% for m in messages %}<|user|>{{ m.content }}{{ '<|eot|>' if m.role == 'assistant' else '' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
+    ),
+    "channels": (
+        "{% for m in messages %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    ),
     "the end is text and an eos": (
         "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}\n"
         "{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
@@ -71,11 +85,12 @@ CLOSING = {  # the token that closes the assistant's turn in each
     "thinking that is always opened": "</s>", "instructions in brackets, stripped": "</s>",
     "words, no special tokens around": "</s>", "line breaks changed": None,
     "no system role, closed turns": "<end_of_turn>", "tools, a date and headers": "<|eot|>",
-    "the end is text and an eos": "</s>",
+    "the end is text and an eos": "</s>", "closed only where another message follows": "<|im_end|>",
+    "an empty thought at the end": "<|eot|>", "channels": None,
 }
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>", "<|start|>",
-    "<|eot|>",
+    "<|eot|>", "<|channel|>", "<|message|>",
 ]
 PLAIN = ["<think>", "</think>"]  # added tokens that decoding keeps
 MAKES = ("byte level", "byte level, eos appended", "sentencepiece", "sentencepiece, first only", "unigram")
@@ -190,7 +205,7 @@ def test_special_tokens_in_a_text_are_neutral_and_nothing_else_changes(tokenizer
         assert [i for i in ours if i in special] == template_own
         shown = tokenizer.decode(ours)
         if made_by(tokenizer) == "unigram":  # special tokens get a space inside: this kind finds them in any text
-            text = re.sub(r"<(?=[|/se])", "< ", text)
+            text = re.sub(r"<(?=[|s]|/s)" if "<think>" in neutral else r"<(?=[|st/])", "< ", text)
         assert text.strip() in shown or any(token in shown for token in neutral)
         if "byte level" in made_by(tokenizer):  # the others join a word to what is before it
             rest = iter(i for i in ours if i not in special)
@@ -249,6 +264,18 @@ def test_the_day_of_a_template_is_the_runs(tokenizer):
     assert ids != theirs(tokenizer, "x") and encode_prompt(tokenizer, "x") == ids
 
 
+@pytest.mark.parametrize("format, told", [
+    ("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26"), ("%A, %-d %B %y", "Friday, 26 July 24"),
+    ("%D", "07/26/24"), ("%H:%M", "12:00"), ("%j%%", "208%"), ("no code", "no code"), ("%e.%m.", "26.07."),
+])
+def test_a_day_in_any_format(format, told):
+    """The macro says what strftime says of that day."""
+    template = day_macro("2024-07-26") + "\n{{ strftime_now(" + repr(format) + ") }}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+    assert rendered == "\n" + told == "\n" + datetime(2024, 7, 26, 12).strftime(format)
+
+
 @pytest.mark.parametrize("tokenizer", ["byte level"], indirect=True)
 @pytest.mark.parametrize("template, why", [
     ("{% for c in messages[0].content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}",
@@ -256,6 +283,8 @@ def test_the_day_of_a_template_is_the_runs(tokenizer):
     ("{{ messages[0].content }} {{ messages[0].content }}", "doesn't show the text of a user message once"),
     ("hello", "doesn't show the text of a user message once"),
     ("{{ raise_exception('only images') }}", "can't be rendered with one user message (only images)"),
+    ({"tool_use": "{{ messages[0].content }}"}, "can't be rendered with one user message ("),
+    ("{{ messages[0].content | tojson }}", "doesn't show the text"),
     ("{% for m in messages %}", "can't be rendered with one user message ("),
 ])
 def test_a_template_that_shows_no_text_is_refused(tokenizer, template, why):

@@ -250,7 +250,8 @@ ANSWERS = [  # (record without its question, answers)
     ({"answer": "(7)"}, ["(7)"]), ({"golden_answers": [], "answer": "Ulm"}, ["Ulm"]),
     ({"answer": float("nan"), "answers": "U"}, ["U"]),
     ({"Answer": {"Value": "Ulm", "Aliases": ["U"]}}, ["Ulm", "U"]), ({"answer": "Ulm", "aliases": ["U"]}, ["Ulm", "U"]),
-    ({"answer": "['\\ud83d']"}, ["?"]), ({"answer": "[7, 8.5]"}, ["7", "8.5"]), ({"answer": "[7, eight]"}, ["[7, eight]"]),
+    ({"answer": "['\\ud83d']"}, ["?"]),
+    ({"answer": "[7, 8.5]"}, ["7", "8.5"]), ({"answer": "[7, eight]"}, ["[7, eight]"]),
 ]
 
 

@@ -17,7 +17,13 @@ CASES = [
     ("<think>a</think>b<think>c", "", True),
     ("Ulm <think> or not", "", True),
     ("<thinking>a</thinking>b", "b", True),
-    ("<thought>a</thought>\nb", "\nb", True),
+    ("<thought>a</thought>\nb", "\nb", True), ("\n<reflection>a</reflection>b", "b", True),
+    ("<analysis>Rome", "", True),
+    ("<longcat_think>a</longcat_think>b", "b", True), ("<chain_of_thought>a</chain_of_thought>b", "b", True),
+    ("<reasoning_content>a</reasoning_content>b", "b", True), ("<unused94>thought\na<unused95>b", "b", True),
+    ("[REASONING]a[/REASONING]b", "b", True), ("<inner_monologue>a</inner_monologue>b", "b", True),
+    ("<think>a</think><answer>\nUlm</answer>\n", "\nUlm", True), ("<think>a</think>\n<response>Ulm", "Ulm", True),
+    ("<think>a</think><think>b</think><output>Ulm</output> c", "<output>Ulm</output> c", True),
     ("<Reasoning> a </Reasoning> b", " b", True),
     ("<seed:think>a</seed:think>b", "b", True),
     ("< think >a</ think >b", "b", True),
@@ -39,6 +45,9 @@ CASES = [
     ("<thinker>Rodin</thinker>", "<thinker>Rodin</thinker>", False),
     ("a < think and b > think", "a < think and b > think", False),
     ("<search>who can think?</search>", "<search>who can think?</search>", False),
+    ("She wrote <reflection> in Ulm.", "She wrote <reflection> in Ulm.", False),
+    ("<answer>Ulm</answer>", "<answer>Ulm</answer>", False),
+    ("In <scratchpad> and <analysis>", "In <scratchpad> and <analysis>", False),
     ("analysis: the final channel is Ulm", "analysis: the final channel is Ulm", False),
     ("", "", False),
 ]
@@ -61,7 +70,13 @@ def test_a_template_that_opens_the_thought(text, spoken):
 @pytest.mark.parametrize("template, opened", [
     ("<|im_end|>\n<|im_start|>assistant\n", False), ("<|Assistant|><think>\n", True),
     ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False), ("[/INST][THINK]", True), ("", False),
-    ("<|start|>assistant", False), ("<|start|>assistant<|channel|>final<|message|>", False), (" Think: ", False),
+    ("<|assistant|>\n<think></think>", False), ("<|Assistant|></think>", False),
+    ("<|channel>thought\n<channel|>", False),
+    ("<|START_THINKING|><|END_THINKING|>", False), ("[THINK][/THINK]", False),
+    ("Begin with <think>. ASSISTANT:", False),
+    ("<|im_start|>assistant\n<|channel>thought\n", True), ("<|START_THINKING|>", True), ("a</think>\n<think>\n", True),
+    ("<|start|>assistant<|channel|>analysis<|message|>", True), ("<|start|>assistant", False),
+    ("<|start|>assistant<|channel|>final<|message|>", False), (" Think: ", False),
 ])
 def test_whether_a_template_opens_a_thought(template, opened):
     assert opens_thought(template) == opened
