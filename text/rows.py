@@ -1,8 +1,12 @@
-"""The records of a .json, .jsonl or .parquet file, one by one, each with the place where it stands."""
+"""The records of a .json, .jsonl or .parquet file or of a hub data set, one by one, each with its place."""
 
+import gc
 import json
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 
@@ -61,3 +65,33 @@ def _parsed(text: bytes, where: str, errors: str):
     if HALF.search(text):
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
+
+
+def hub_rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
+    """(row, `corpus`) of a data set of the hub, as they come. Raises UserError."""
+    from datasets import get_dataset_config_names, load_dataset  # here, as it is slow to import
+
+    try:
+        for row in load_dataset(corpus, config, split="train", streaming=True):
+            yield row, corpus
+    except Exception as error:  # the network, the name, the configuration: all the user's to fix
+        why = first_line(error)
+        if isinstance(error, ValueError) and "config" in why.lower():  # none is given, or one that isn't there
+            with suppress(Exception):
+                names = get_dataset_config_names(corpus)
+                some = ", ".join(get_close_matches(config or "en", names, 5, 0))
+                why = f"set --corpus-config to one of its configurations ({len(names)} in all), such as {some}"
+        raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
+    finally:
+        gc.collect()
+        time.sleep(0.5)  # pyarrow still reads ahead in a thread, and a process that ends meanwhile aborts or hangs
+
+
+def hub_revision(corpus: str) -> str | None:
+    """The commit of a data set on the hub, if it can be had."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(corpus).sha
+    except Exception:  # loading says what is wrong
+        return None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections import Counter
@@ -18,6 +19,7 @@ from helpers import records, shared
 from engine import files
 from engine.errors import UserError
 from text import corpus
+from text.articles import without_references
 from text.corpus import Passage, kept_by_passage, load_passages, split_paragraphs
 
 
@@ -96,16 +98,25 @@ def test_other_fields_and_missing_titles(tmp_path, capsys, monkeypatch):
     assert "2 empty, 2 with a literal [MASK] or [TARGET]" in capsys.readouterr().err
     (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {n} of a book." for n in range(5)))
     monkeypatch.setattr(corpus, "PASSAGE_WORDS", 10)
+    monkeypatch.setattr(corpus, "LEAST_WORDS", 1)
     passages = load_passages(str(tmp_path / "book.txt"))
     assert [p.text.count("Paragraph") for p in passages] == [2, 2, 1] and len({p.title for p in passages}) == 3
 
 
 def test_real_articles_become_passages():
-    """Whole Wikipedia articles: no word is lost, and only a long paragraph makes a long passage."""
-    passages, words = load_passages(str(shared("wiki/articles.jsonl"))), Counter()
+    """Whole articles: no word is lost before the references, and only a long paragraph makes a long passage."""
+    left_out, words, expected = Counter(), Counter(), {}
+    passages = load_passages(str(shared("wiki/articles.jsonl")), left_out=left_out)
     for p in passages:
         words[p.title] += len(p.text.split())
-    assert words == {row["title"]: len(row["text"].split()) for row in records("wiki/articles.jsonl")}
+    for row in records("wiki/articles.jsonl"):
+        ends = "See also|References|Notes|Sources|Bibliography|Further reading|External links"
+        text = re.split(rf"\nSection::::(?:{ends})\.(?=\n|$)", row["text"])[0]
+        expected[row["title"]] = len(text.split())
+    apart = expected.keys() - words.keys()
+    assert len(apart) == left_out["of a page that tells namesakes apart"] == 4
+    lost = [expected[title] - words[title] for title in words if words[title] != expected[title]]
+    assert all(0 < n < 15 for n in lost) and len(lost) == left_out["under 15 words"]
     for p in passages:
         assert len(p.text.split()) <= 225 or max(len(line.split()) for line in p.text.split("\n")) > 175
     assert 100 < np.median([len(p.text.split()) for p in passages]) <= 200
@@ -126,6 +137,69 @@ def test_long_articles_are_split_at_paragraph_ends_only():
         pieces = split_paragraphs("\n\n".join(paragraphs), 80)
         assert [p for piece in pieces for p in piece.split("\n")] == paragraphs
         assert all(len(piece.split()) <= 80 or "\n" not in piece for piece in pieces)
+
+
+LONG = "Ulm is a city on the Danube in the south of Germany, and has the tallest church of all."
+
+
+@pytest.mark.parametrize(
+    "heading, ends",
+    [
+        ("See also", True), ("== References ==", True), ("## Bibliography", True), ("FURTHER READING ", True),
+        ("Notes and references", True), ("7. External links", True), ("Sources, notes", True), ("Citations:", True),
+        ("Section::::Works cited.", True), ("See also: Neu-Ulm", False), ("References in popular culture", False),
+        ("Sources of the Danube", False), ("Notes", True), ("Notable people", False), ("Footnotes", True),
+        ("His notes", False), ("External links are few.", False), ("Seen also", False), ("Resources", False),
+    ],
+)
+def test_an_article_ends_where_its_text_ends(heading, ends):
+    """At a line that is such a heading, and no other; on a text's first line it is its title."""
+    kept = f"{LONG}\nIt is old."
+    assert without_references(f"{LONG}\n\nIt is old.\n\n{heading}\n\nMore.") == (
+        kept if ends else f"{kept}\n{heading.strip()}\nMore."
+    )
+    assert without_references(f"\n{heading}\n{LONG}") == f"{heading.strip()}\n{LONG}"
+
+
+@pytest.mark.parametrize(
+    "title, text, listed",
+    [
+        ("Ulm", "Ulm may refer to:\n\nUlm, a city", True), ("Ulm", "Ulm\nUlm can also refer to:\nA town", True),
+        ("Ulm", "Ulm is a city.\nUlm might refer to several places:\nA town", True),
+        ("Ulm (disambiguation)", LONG, True),
+        ("A", "a may\u00a0refer to the following people: ", True), ("A", "A, a or AA could commonly refer to:", True),
+        ("Ulm", "Ulm may refer to a city.", False), ("Ulm", f"{LONG} The name may refer to: elms.", False),
+        ("Ulm", f"{LONG}\n{LONG}\n{LONG}\nUlm may refer to:", False), ("Refer", "He had to refer to:", False),
+        ("Disambiguation", LONG, False), ("Ulm", "It refers to:", False),
+    ],
+)
+def test_a_page_that_tells_namesakes_apart_is_left_out(tmp_path, title, text, listed):
+    """It is a list of names, and no text; other uses of its words stay."""
+    file, left_out = tmp_path / "a.jsonl", Counter()
+    file.write_text("".join(json.dumps({"title": t, "text": x}) + "\n" for t, x in [(title, text), ("T", LONG)]))
+    assert [p.title for p in load_passages(str(file), left_out=left_out)] == ([] if listed else [title]) + ["T"]
+    assert left_out.total() == listed
+
+
+def test_short_pieces_are_left_out_of_longer_texts_only(tmp_path, capsys):
+    """Where an article was split or ended early; a short text that is whole is somebody's own passage."""
+    file, left_out = tmp_path / "a.jsonl", Counter()
+    long = " ".join(["word"] * 198) + "."
+    texts = ["A village.", "A village.\n\nReferences\n\nVillages", f"{long}\nThe end came soon.", f"{LONG}\nNotes\nOne"]
+    texts.append("乌尔姆是德国的一座城市。\nReferences\nOne")  # no word of it is short
+    file.write_text("".join(json.dumps({"title": "T", "text": text}) + "\n" for text in texts))
+    found = [p.text for p in load_passages(str(file), left_out=left_out)]
+    assert found == ["A village.", long, LONG, "乌尔姆是德国的一座城市。"] and left_out["under 15 words"] == 2
+    assert "2 under 15 words" in capsys.readouterr().err
+
+
+def test_a_heading_goes_with_its_section():
+    """Short lines that no full stop ends, at a piece's end; a sentence, in quotes too, and a long line stay."""
+    body, more = " ".join(["w"] * 60) + ".", " ".join(["v"] * 60) + "."
+    assert split_paragraphs(f"{body}\nHistory\nEarly years\n{more}", 80) == [body, f"History\nEarly years\n{more}"]
+    for last in ('He said "Ulm."', "Is it Ulm?", "这是乌尔姆。", " ".join(["long"] * 11)):
+        assert split_paragraphs(f"{body}\n{last}\n{more}", 80) == [f"{body}\n{last}", more]
+    assert split_paragraphs(f"{body}\nGallery", 80) == [f"{body}\nGallery"]  # nothing follows that it could go to
 
 
 def test_the_name_of_a_title():
