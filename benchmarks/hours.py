@@ -28,7 +28,7 @@ INSTRUCTIONS = 120  # tokens of a prompt beside its texts
 
 class Card(NamedTuple):
     name: str
-    flop: float  # a second, dense bfloat16
+    flop: float  # a second, dense, in the recipe's dtype
     bandwidth: float  # bytes a second
     euros: float  # an hour, rented: a guess
 
@@ -45,9 +45,14 @@ class Turns(NamedTuple):
         return prompts * self.prompt + self.count * self.limit * FILL
 
 
-CARDS = {"24gb": Card("RTX 4090", 165e12, 1.0e12, 0.4), "80gb": Card("H100", 989e12, 3.35e12, 2.5)}
-MODELS = [  # (one of benchmarks/step.py's SHAPES, card, what is given after the task's file)
+CARDS = {  # of the task's file, or of a file after it that is made for another card
+    "24gb": Card("RTX 4090", 165e12, 1.0e12, 0.4),
+    "80gb": Card("H100", 989e12, 3.35e12, 2.5),
+    "t4-16gb.args": Card("T4", 8.1e12, 0.32e12, 0.0),
+}
+MODELS = [  # (one of benchmarks/step.py's SHAPES, the task's file, what is given after it)
     ("qwen2.5-0.5b", "24gb", ""),
+    ("qwen2.5-0.5b", "24gb", "t4-16gb.args"),
     ("qwen2.5-1.5b", "24gb", "qwen2.5-1.5b.args"),
     ("qwen3-4b", "24gb", "qwen3-4b-lora.args"),
     ("qwen3-4b", "80gb", ""),
@@ -66,9 +71,20 @@ def parameters(shape: str, rank: int = 0) -> int:
     return sum(p.numel() for p in model.parameters() if p.dim() == 2)
 
 
-def cache_bytes(model: PretrainedConfig) -> int:
+def width(config: Config) -> int:
+    """Bytes of a number."""
+    return 4 if config.dtype == "float32" else 2
+
+
+def cache_bytes(config: Config, model: PretrainedConfig) -> int:
     """Bytes of keys and values, a token."""
-    return model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * 2
+    return model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * width(config)
+
+
+def layer_bytes(config: Config, model: PretrainedConfig) -> int:
+    """Bytes that the backward of one layer needs, a token, within a tenth of what autograd keeps."""
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    return width(config) * (4 * model.hidden_size + 5 * heads + 4 * model.intermediate_size)
 
 
 def step_turns(config: Config, documents: int) -> list[Turns]:
@@ -97,7 +113,8 @@ def seconds(config: Config, shape: str, card: Card, step: list[Turns]) -> tuple[
         backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
         training += forward * (1 + config.gradient_checkpointing + bool(config.kl) + several) + backward
         batches = ceil((kind.prompts * kind.prompt + kind.count * kind.limit) / config.rollout_tokens)
-        read = 2 * size + kind.count / batches * kind.prompt * cache_bytes(model)  # bytes, a token of each row
+        read = width(config) * size  # bytes, a token of each row
+        read += kind.count / batches * kind.prompt * cache_bytes(config, model)
         a_token = max(LAUNCH * layers, read / (card.bandwidth * OF_BANDWIDTH))
         sampling += forward + batches * kind.limit * a_token
     return sampling, training
@@ -106,15 +123,16 @@ def seconds(config: Config, shape: str, card: Card, step: list[Turns]) -> tuple[
 def gpu_bytes(config: Config, shape: str, gpus: int) -> float:
     """Bytes on a GPU at most: weights, what is trained, and the larger of sampling and training."""
     size, trained, model = parameters(shape), parameters(shape, config.lora), model_config(shape)
-    fixed = 2 * size * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
+    fixed = width(config) * size * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
     if not config.offload_optimizer:
         fixed += 12 * trained / (gpus if config.shard_optimizer else 1)  # master weights and two moments
-    tokens = config.train_tokens
-    kept = model.num_hidden_layers * (1 if config.gradient_checkpointing else 12)  # hidden states, each
-    layer = 2 * tokens * (8 * model.hidden_size + 4 * model.intermediate_size)
+    layer, layers = layer_bytes(config, model), model.num_hidden_layers
+    kept = layers * layer
+    if config.gradient_checkpointing:  # what went into each layer, and all of one
+        kept = layers * width(config) * model.hidden_size + layer
     logits = HEAD_TOKENS * model.vocab_size * 4 * 3
-    training = 4 * trained + 2 * tokens * model.hidden_size * kept + layer + logits  # float32 sums of the gradients
-    sampling = config.rollout_tokens * cache_bytes(model)
+    training = 4 * trained + config.train_tokens * kept + logits  # float32 sums of the gradients
+    sampling = config.rollout_tokens * cache_bytes(config, model) * 9 / 8  # an eighth: prompts while they are computed
     # The largest matrix, summed and gathered.
     whole = 4 * model.vocab_size * model.hidden_size if config.shard_optimizer else 0
     return fixed + max(training, sampling) + whole
@@ -143,7 +161,7 @@ def main() -> None:
     for task in ("wiki", "longqa", "searchqa"):
         for shape, card, more in MODELS:
             words = [f"{task}-{card}.args", *more.split()]
-            print(line(words, shape, CARDS[card], given=sys.argv[1:]))
+            print(line(words, shape, CARDS.get(more, CARDS[card]), given=sys.argv[1:]))
 
 
 if __name__ == "__main__":

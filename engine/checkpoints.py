@@ -93,7 +93,8 @@ def load(folder: Path, model, optimizer, rank: int, processes: int) -> dict:
         lora.load_weights(model, folder)
     else:
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())
-    tensors = load_file(folder / "training.safetensors")
+    # Not mapped: an optimizer in CPU memory keeps the very tensors, and with them would keep the file.
+    tensors = load_file(folder / "training.safetensors", backend="pread")
     optimizer.load({name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")})
     if state.pop("processes") == processes:
         torch.set_rng_state(tensors[f"random/{rank}/cpu"])

@@ -1,6 +1,7 @@
 """The settings of a run, read from flags and files."""
 
 import math
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
@@ -8,10 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import HfArgumentParser
 from transformers import __version__ as installed
 
-from engine import errors
+from engine import errors, parallel
 from engine.errors import UserError
 from text.rules import check_ner
 
@@ -221,6 +223,7 @@ def check(config: Config) -> None:
             f"--fast True: tested with transformers {' and '.join(TESTED)}, {installed} is installed; install one of "
             "these, or leave --fast out"
         )
+    check_bfloat16(config.dtype)
     try:
         config.date = config.date and date.fromisoformat(config.date).isoformat()
     except ValueError:
@@ -238,3 +241,30 @@ def check(config: Config) -> None:
             file = getattr(config, name)
             if file and not Path(file).is_file():
                 raise UserError(f"{flag(name)} {file}: no such file")
+    if config.task == "searchqa" and config.retriever == "bm25" and not Path(config.corpus_name).is_file():
+        raise UserError(
+            f"--corpus {config.corpus_name}: no such file; searchqa takes one file of lines {{title, text}} or "
+            "{contents}, no folder and no hub data set"
+        )
+
+
+def check_bfloat16(dtype: str) -> None:
+    """Raises UserError where bfloat16 would run on a CPU since the GPU isn't found, or on a GPU that can't compute it.
+
+    torch itself calls it supported on every GPU. A GPU that is hidden by CUDA_VISIBLE_DEVICES="" isn't missed.
+    """
+    gpu = parallel.has_gpu()
+    if dtype != "bfloat16":
+        return
+    if gpu and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        raise UserError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name()} can't compute in it (compute capability "
+            f"{capability[0]}.{capability[1]}, needed: 8.0); use --dtype float32 with --lora, as "
+            "`--config recipes/t4-16gb.args` does after a recipe of 24 GB"
+        )
+    if not gpu and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise UserError(
+            f"--dtype bfloat16: torch is built for CUDA {torch.version.cuda} but finds no GPU: install or update its "
+            "driver until `nvidia-smi` lists it, let the container or job have it, or give --dtype float32 to run on "
+            "the CPU"
+        )

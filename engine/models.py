@@ -30,7 +30,10 @@ def load_model(name: str, device: str, dtype: str = "float32", given: str = "--m
         lora.attach_saved(model, Path(name), ["default"])
         return model.requires_grad_(False), tokenizer
     # Config, weights, tokenizer, a package that it needs: each fails in its own ways.
-    with one_line(f"{given} {name}: not a causal language model with its tokenizer"):
+    why = "not a causal language model with its tokenizer"
+    if not Path(name).is_dir():
+        why = "hub down, no access, no such model, not a causal model"
+    with one_line(f"{given} {name}: can't be loaded ({why})"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer, name, given)  # before the weights, which may take minutes
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -56,7 +59,7 @@ def one_line(what: str):
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def is_adapter(name: str) -> bool:
@@ -169,8 +172,13 @@ def as_reference(model, config, device: str):
 
         with lora.as_it_began(model):
             yield
+    elif config.offload_reference:
+        held = {parameter: parameter.data for parameter in model.parameters()}  # in CPU memory
+        try:
+            model.to(device)
+            yield
+        finally:
+            for parameter, data in held.items():
+                parameter.data = data  # it didn't change, so it needn't be copied back
     else:
-        model.to(device)
         yield
-        if config.offload_reference:
-            model.to("cpu")

@@ -15,9 +15,21 @@ import torch.distributed as dist
 from engine.errors import UserError
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU, for which torch is then set up. To be asked before anything else asks for one."""
+    # torch reads this when CUDA starts. Batches of ever other sizes leave less memory between them this way.
+    if os.environ.keys().isdisjoint(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if not torch.cuda.is_available():
+        return False
+    # Newer cards try it first, and it makes a plan for each new shape: so for each token that is sampled.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return True
+
+
 def start() -> str:
     """Join this process to the others if torchrun started it -> its device. Raises UserError."""
-    cuda = torch.cuda.is_available()
+    cuda = has_gpu()
     if "LOCAL_RANK" not in os.environ:
         return "cuda" if cuda else "cpu"
     number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -26,8 +38,10 @@ def start() -> str:
     if cuda:
         torch.cuda.set_device(number)
     # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
-    return f"cuda:{number}" if cuda else "cpu"
+    wait, device = timedelta(hours=4), f"cuda:{number}" if cuda else "cpu"
+    own = torch.device(device) if cuda else None  # or a barrier guesses which GPU is this process's
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, device_id=own)
+    return device
 
 
 def rank() -> int:

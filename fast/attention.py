@@ -1,7 +1,9 @@
 """Attention to prompts that several completions share: while sampling, and in training.
 
     SharedPrompts     sampling: the samples of a prompt attend to it where it lies in the cache, not to copies of it
+    attend            the attention to one part of what a row sees, as SharedPrompts mixes it; attend_on_gpu on a GPU
     packed_sdpa       training: completions that are packed behind their prompt, each blind to the others
+    causal_sdpa       the part of it without a mask: fast and small on every card
     enable_packing    switches a model to packed_sdpa; importing this file changes nothing
 
 A model that can't share prompts computes every row by itself. can_share_prompts, takes_shared_prompts and packs tell
@@ -10,9 +12,11 @@ which can.
 
 import inspect
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -82,8 +86,13 @@ class SharedPrompts:
     def __init__(self, cache: DynamicCache, prompt_of: Tensor, mask: Tensor):
         """prompt_of (rows,): each row's prompt. mask (prompts, tokens): 0 where a prompt is padded."""
         self.cache = cache
-        # The lowest number and not minus infinity: a prompt of padding alone then weighs nothing, and is not nan.
-        self.hidden = (mask == 0)[:, None, None] * torch.finfo(torch.float32).min  # (prompts, 1, 1, tokens)
+        self.attend, dtype = attend, torch.float32
+        if mask.is_cuda:
+            self.attend, dtype = attend_on_gpu, cache.layers[0].prompt_keys.dtype
+        # A very low number and not minus infinity: a prompt of padding alone then weighs nothing, and is not nan. Half
+        # of the lowest, as torch's kernel multiplies it by 1.44; it also wants rows that start at multiples of 16.
+        hidden = (mask == 0).to(dtype) * (torch.finfo(dtype).min / 2)
+        self.hidden = pad(hidden, (0, -mask.shape[1] % 16))[:, None, None]  # (prompts, 1, 1, tokens and room)
         self.arrange(prompt_of)
 
     def arrange(self, prompt_of: Tensor) -> None:
@@ -114,19 +123,11 @@ class SharedPrompts:
         query = query.view(rows, groups, heads // groups, size)
         # (prompts, key heads, most rows * heads a group, size)
         together = query[self.members].transpose(1, 2).flatten(2, 3)
-        shared, shared_sum = self.attend(together, layer.prompt_keys, layer.prompt_values, scaling, self.hidden)
+        hidden = self.hidden[..., : layer.prompt_keys.shape[2]]  # (prompts, 1, 1, tokens)
+        shared, shared_sum = self.attend(together, layer.prompt_keys, layer.prompt_values, scaling, hidden)
         own, own_sum = self.attend(query, key, value, scaling)  # (rows, key heads, heads a group, size), (..., 1)
         share = torch.sigmoid(self.by_row(shared_sum) - own_sum)
         return torch.lerp(own, self.by_row(shared), share).to(value.dtype).view(rows, 1, heads, size), None
-
-    @staticmethod
-    def attend(query, keys, values, scaling, hidden=0.0) -> tuple[Tensor, Tensor]:
-        """The attended values, and the log of the softmax's sum, in float32 as in torch's own kernels."""
-        scores = (query.float() * scaling) @ keys.float().mT + hidden
-        top = scores.amax(-1, keepdim=True)
-        weights = (scores - top).exp_()  # torch's softmax and logsumexp would each take all the exponentials
-        total = weights.sum(-1, keepdim=True)
-        return weights @ values.float() / total, top + total.log()
 
     def by_row(self, together: Tensor) -> Tensor:
         """(prompts, key heads, most rows * heads a group, n) -> (rows, key heads, heads a group, n)."""
@@ -146,6 +147,31 @@ class SharedPrompts:
             ALL_ATTENTION_FUNCTIONS.register("shared_prompts", None)  # or it would keep the whole cache alive
 
 
+def attend(query, keys, values, scaling: float, hidden=None) -> tuple[Tensor, Tensor]:
+    """The attended values, and the log of the softmax's sum, in float32 as in torch's own kernels.
+
+    query (rows, heads, queries, size), keys and values (rows, heads, tokens, size), hidden (rows, 1, 1, tokens): what
+    is added to scores -> (rows, heads, queries, size), (rows, heads, queries, 1).
+    """
+    scores = (query.float() * scaling) @ keys.float().mT
+    if hidden is not None:
+        scores += hidden
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()  # torch's softmax and logsumexp would each take all the exponentials
+    total = weights.sum(-1, keepdim=True)
+    return weights @ values.float() / total, top + total.log()
+
+
+def attend_on_gpu(query, keys, values, scaling: float, hidden=None) -> tuple[Tensor, Tensor]:
+    """`attend` by torch's memory-efficient kernel: no score is written to memory, and no key or value widened."""
+    queries = query.shape[2]
+    if hidden is not None:
+        hidden = hidden.expand(-1, query.shape[1], queries, -1)  # (rows, heads, queries, tokens), all one in memory
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    found, log_sum, *_ = kernel(query, keys, values, hidden, compute_log_sumexp=True, scale=scaling)
+    return found.float(), log_sum[..., :queries, None]  # the sums have room for a multiple of 32 queries
+
+
 def packed_mask(segments: Tensor, first: int) -> Tensor:
     """Where the positions from `first` on may look: (rows, 1, longest - first, longest) bool, for `packed_sdpa`.
 
@@ -155,16 +181,37 @@ def packed_mask(segments: Tensor, first: int) -> Tensor:
     return visible.tril(first)[:, None]
 
 
+def flash_runs(query) -> bool:
+    """Whether torch has flash attention for this query. A CPU has, for every type and card."""
+    narrow = query.dtype in (torch.float16, torch.bfloat16)
+    return not query.is_cuda or narrow and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def causal_sdpa(module, query, key, value, **more):
+    """transformers' sdpa without a mask. Where flash attention can't run, each query head gets keys of its own.
+
+    The memory-efficient kernel knows no groups, and the kernel of last resort holds all scores at once
+    (https://github.com/huggingface/transformers/issues/48633).
+    """
+    heads_a_group = query.shape[1] // key.shape[1]
+    if heads_a_group > 1 and not flash_runs(query):
+        key, value = (x.repeat_interleave(heads_a_group, 1) for x in (key, value))
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # one that knows no groups
+    return sdpa_attention_forward(module, query, key, value, None, **more)
+
+
 def packed_sdpa(module, query, key, value, attention_mask, **more):
     """transformers' sdpa, which also takes a mask of the last queries alone: those before are causal.
 
     The causal part keeps its fast kernel, which takes no mask.
     """
+    if attention_mask is None:
+        return causal_sdpa(module, query, key, value, **more)
     # A mask of one row is one for all queries, as encoders have.
-    first = query.shape[2] - attention_mask.shape[2] if attention_mask is not None and attention_mask.ndim == 4 else 0
+    first = query.shape[2] - attention_mask.shape[2] if attention_mask.ndim == 4 else 0
     if first <= 0 or attention_mask.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    causal, _ = sdpa_attention_forward(module, *(x[:, :, :first] for x in (query, key, value)), None, **more)
+    causal, _ = causal_sdpa(module, *(x[:, :, :first] for x in (query, key, value)), **more)
     masked, _ = sdpa_attention_forward(module, query[:, :, first:], key, value, attention_mask, **more)
     return torch.cat([causal, masked], 1), None  # (rows, queries, heads, size)
 

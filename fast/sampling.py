@@ -3,7 +3,7 @@
     generate          prompts to completions, in batches of a token budget that shrinks after running out of memory
     generate_batch    one batch: prompts computed first, then written together, ended rows left out
     prefill           prompts computed in batches of similar length, each once, and laid side by side in one cache
-    Draw              takes each token from its distribution
+    Draw              takes each token from its distribution; exponential_race does on a GPU
     Stop              ends a row
 
 Temperature is 1, without top-p, top-k or penalties, so that the log-probs of training are those of the sampler.
@@ -21,22 +21,33 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from engine.chat import begins_in_thought
 from engine.errors import UserError
 from engine.models import end_ids
-from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, takes_shared_prompts
+from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, enable_packing, takes_shared_prompts
 from fast.packing import by_length, by_prompt
 from rollout import Budget, Turn, finished_turn, left_padded, pad_id
 from text.thoughts import listener
 
 
 @lru_cache(maxsize=4)
-def closing_tokens(tokenizer) -> list[int]:
-    """Ids of the tokens that hold the end of a box or a tag: `done` is asked only after these."""
+def closing_tokens(tokenizer, words: int) -> torch.Tensor:
+    """Which of the vocabulary's words hold the end of a box or a tag -> (words,) bool. After these `done` is asked."""
     special = set(tokenizer.all_special_ids)  # some look like <|this|>, and come in every padded row
     closing = {i for token, i in tokenizer.get_vocab().items() if "}" in token or ">" in token}
-    return sorted(closing - special)
+    table = torch.zeros(words, dtype=torch.bool)
+    table[[i for i in closing - special if i < words]] = True
+    return table
+
+
+def exponential_race(scores):
+    """What is highest, in each row of scores (rows, vocabulary), with the probabilities of the softmax -> same shape.
+
+    Of independent exponential times of rates p the first is i's with probability p_i. On a GPU noise for each word is
+    cheaper than a running sum. Words far below 1e-7 come too seldom, as in torch.multinomial: float32 times end there.
+    """
+    return scores.softmax(-1).div_(torch.empty_like(scores).exponential_())
 
 
 class Draw(LogitsProcessor):
-    """Draws one token a row from its scores (rows, vocabulary) and leaves that one alone, for an argmax to find.
+    """Draws one token a row from its scores (rows, vocabulary), for an argmax to find.
 
     torch.multinomial takes a random number for every word of the vocabulary, one after the other on a CPU. This takes
     one a row. Sums in float64, since tokens of 1e-7 count too. A greedy Draw leaves all to the argmax.
@@ -48,6 +59,8 @@ class Draw(LogitsProcessor):
     def __call__(self, ids, scores):
         if self.greedy:
             return scores
+        if scores.is_cuda:
+            return exponential_race(scores)
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
         at = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # (rows, 1)
         above = torch.searchsorted(cumulative, at, right=True)  # (rows, 1): the first above `at`
@@ -59,12 +72,12 @@ class Stop(StoppingCriteria):
     """Ends each row where `done` first holds for what it said: nobody reads what a model says after its answer.
 
     `lengths` (rows,) are the new tokens up to there or up to an end token, 0 where neither came; behind them generate
-    only pads. Once no more than `few` rows go on, all are ended, and generate_batch goes on with those few.
+    only pads. Once no more than `few` rows go on, all are ended, and generate_batch goes on with those few. `closing`
+    is that of closing_tokens: a look into a table is nothing beside thousands of comparisons a row.
     """
 
-    def __init__(self, done, hear, tokenizer, ends: list[int], rows: int, width: int, few: int, device):
-        self.done, self.hear, self.width, self.few = done, hear, width, few
-        self.closing = torch.tensor(closing_tokens(tokenizer) if done else [], dtype=torch.long, device=device)
+    def __init__(self, done, hear, closing, ends: list[int], rows: int, width: int, few: int, device):
+        self.done, self.hear, self.closing, self.width, self.few = done, hear, closing, width, few
         self.ends = torch.tensor(ends, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
@@ -72,7 +85,7 @@ class Stop(StoppingCriteria):
         going = self.lengths == 0  # (rows,)
         self.lengths[going & torch.isin(ids[:, -1], self.ends)] = ids.shape[1] - self.width
         if self.done:
-            closed = going & torch.isin(ids[:, -1], self.closing)  # (rows,)
+            closed = going & self.closing[ids[:, -1]]  # (rows,)
             for row in closed.nonzero().flatten().tolist():
                 new = ids[row, self.width :]
                 if self.done(self.hear(new.tolist())[0]):
@@ -88,25 +101,29 @@ def generate(
 ) -> list[Turn]:
     """The fast twin of rollout.generate: one completion for each prompt, in the order of `prompts`.
 
-    `done` is asked after tokens that hold } or > only. Running out of memory halves `budget`. UserError where a single
-    prompt doesn't fit.
+    `done` is asked after tokens that hold } or > only. Running out of memory twice halves `budget`. UserError where a
+    single prompt doesn't fit.
     """
     turns: list = [None] * len(prompts)
     batches = cut_batches(model, prompts, range(len(prompts)), new_tokens, budget.tokens)
+    failures = 0  # of the first batch
     while batches:
-        batch, found = batches.pop(0), None
-        some = [prompts[i] for i in batch]
+        some, found = [prompts[i] for i in batches[0]], None
         try:
             found = generate_batch(model, tokenizer, some, new_tokens, done, greedy, budget.tokens // 8)
         except torch.OutOfMemoryError:
-            pass  # while an exception is handled, it keeps alive all that its frames hold
-        if found is None:
+            failures += 1  # and no more here: while an exception is handled, it keeps alive all that its frames hold
+        if found is not None:
+            for i, turn in zip(batches.pop(0), found, strict=True):
+                turns[i] = turn
+            failures = 0
+            continue
+        torch.cuda.empty_cache()  # the first time that may be enough: there was room, but in pieces
+        if failures == 2:
             shrink(budget, some, held_tokens(model, some, new_tokens))
             waiting = [i for i, turn in enumerate(turns) if turn is None]
             batches = cut_batches(model, prompts, waiting, new_tokens, budget.tokens)
-            continue
-        for i, turn in zip(batch, found, strict=True):
-            turns[i] = turn
+            failures = 0
     return turns
 
 
@@ -153,7 +170,6 @@ def shrink(budget: Budget, prompts: list[list[int]], held: int) -> None:
             f"out of memory for a single prompt of {len(prompts[0])} tokens: make --chunk-tokens smaller, leave out "
             "--controls full, or see docs/performance.md on what can be held in CPU memory"
         )
-    torch.cuda.empty_cache()
     budget.tokens = min(budget.tokens, held) // 2  # the batch may have been far smaller than the budget
     print(f"out of memory in rollout: going on with --rollout-tokens {budget.tokens}", flush=True)
 
@@ -171,8 +187,11 @@ def generate_batch(
     hear = listener(tokenizer, ends, begins_in_thought(tokenizer))
     ids, mask = left_padded(prompts, pad, model.device)  # (rows, width)
     width = ids.shape[1]
-    cache, shared = None, None
+    cache, shared, closing = None, None, None
+    if done:
+        closing = closing_tokens(tokenizer, model.get_output_embeddings().weight.shape[0]).to(ids.device)
     if can_share_prompts(model):
+        enable_packing(model)  # for prompts, too, its attention is the better one on cards without flash attention
         cache, shared = prefill(model, prompts, prefill_tokens, new_tokens)
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad, max_length=width + new_tokens)
     turns: list = [None] * len(prompts)
@@ -184,7 +203,7 @@ def generate_batch(
             for layer in cache.layers if cache is not None else []:
                 layer.room = config.max_length - ids.shape[1] + 1  # so that it is allocated once
             few = len(going) // 2 if cache is not None and len(going) > 8 else 0
-            stop = Stop(done, hear, tokenizer, ends, len(going), width, few, ids.device)
+            stop = Stop(done, hear, closing, ends, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,

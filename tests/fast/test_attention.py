@@ -31,12 +31,51 @@ from fast.attention import (
     PACKED,
     PromptLayer,
     SharedPrompts,
+    attend,
+    attend_on_gpu,
     can_share_prompts,
     enable_packing,
+    flash_runs,
     packed_mask,
     packed_sdpa,
     packs,
 )
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def kernel():
+    """torch's memory-efficient kernel on a CPU, by its rules -> the arguments of every call."""
+    calls = []
+
+    def efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+        calls.append((query, key, value, attn_bias))
+        rows, heads, queries, _ = query.shape
+        assert query.dtype == key.dtype == value.dtype and key.shape[:2] == value.shape[:2] == (rows, heads)
+        assert compute_log_sumexp and not dropout_p and not is_causal
+        scores = scale * query.float() @ key.float().mT
+        if attn_bias is not None:
+            assert attn_bias.dtype == query.dtype and attn_bias.shape == scores.shape and attn_bias.stride(3) == 1
+            assert all(stride * attn_bias.element_size() % 16 == 0 for stride in attn_bias.stride()[:3])
+            scores = scores + attn_bias.float()
+            assert (1.4427 * scores).isfinite().all()  # it counts in powers of two
+        sums = torch.full((rows, heads, -(-queries // 32) * 32), torch.nan)  # what is beyond the queries is anything
+        sums[..., :queries] = scores.logsumexp(-1)
+        found = (scores.softmax(-1) @ value.float()).to(query.dtype), sums, torch.tensor(0), torch.tensor(0)
+        meta = [None if x is None else x.to("meta") for x in (query, key, value, attn_bias)]
+        own = torch.ops.aten._scaled_dot_product_efficient_attention(*meta, compute_log_sumexp, scale=scale)
+        assert [(x.shape, x.dtype) for x in own[:2]] == [(x.shape, x.dtype) for x in found[:2]]  # torch's own shapes
+        return found
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_efficient_attention", efficient, "CPU")
+    yield calls
+    library._destroy()
 
 
 def tiny_qwen3() -> Qwen3ForCausalLM:
@@ -110,6 +149,75 @@ def test_attention_over_shared_prompts_equals_attention_over_copies(heads, group
             assert got.dtype == dtype
             torch.testing.assert_close(got.float(), wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
             assert layer.get_seq_length() == tokens + n + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 21])
+def test_the_kernel_of_a_gpu_gives_what_the_cpu_computes(dtype, tokens, kernel):
+    """The mix of both parts, after rows have been left out, too; and the cache's keys and values go in as they lie."""
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    prompt_of = torch.tensor([0, 1, 1, 2, 2, 2, 3])
+    mask = torch.arange(tokens) >= torch.tensor([[0], [tokens // 2], [tokens - 1], [tokens]])  # the last: padding alone
+    held, written = torch.randn(2, 4, 2, tokens, 8).to(dtype), torch.randn(2, 7, 2, 3, 8).to(dtype)
+    query, module = torch.randn(7, 6, 1, 8).to(dtype), SimpleNamespace(layer_idx=0)
+    found = []
+    for on_gpu in (False, True):
+        layer = PromptLayer()
+        layer.update(*held)
+        layer.set_prompts_aside()
+        cache = DynamicCache()
+        cache.layers = [layer]
+        shared = SharedPrompts(cache, prompt_of, mask.as_subclass(OnGpu) if on_gpu else mask)
+        assert shared.attend is (attend_on_gpu if on_gpu else attend)
+        own = layer.update(*written)
+        whole, _ = shared(module, query, *own, None, scaling=0.3)
+        assert not on_gpu or kernel[0][1] is layer.prompt_keys and kernel[0][2] is layer.prompt_values
+        shared.keep(rows := torch.tensor([1, 3, 4, 6]))
+        some, _ = shared(module, query[rows], layer.keys, layer.values, None, scaling=0.3)
+        found.append((whole, some))
+    assert len(kernel) == 4 and found[1][0].dtype == dtype  # a call for prompts and one for the rows' own, each time
+    rounding = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu.as_subclass(torch.Tensor), cpu, atol=rounding, rtol=rounding)
+
+
+FLASH = [  # on a GPU, dtype, compute capability
+    (True, "bfloat16", (8, 0), True), (True, "float16", (8, 9), True), (True, "bfloat16", (9, 0), True),
+    (True, "bfloat16", (12, 0), True), (True, "float16", (7, 5), False), (True, "float16", (7, 0), False),
+    (True, "float32", (7, 5), False), (True, "float32", (9, 0), False), (True, "float64", (10, 0), False),
+    (False, "float32", None, True), (False, "bfloat16", None, True),
+]
+
+
+@pytest.mark.parametrize("on_gpu, dtype, capability, flash", FLASH)
+@pytest.mark.parametrize("heads, groups", [(6, 2), (4, 4)])
+def test_keys_are_repeated_where_flash_attention_cannot_run(
+    on_gpu, dtype, capability, flash, heads, groups, monkeypatch
+):
+    """Grouped heads reach torch's attention only on cards and in types that have flash attention; the result stays."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, 8, 16).to(getattr(torch, dtype)) for n in (heads, groups, groups)]
+    module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    wanted = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]] * 2)
+    packed, _ = packed_sdpa(module, *inputs, packed_mask(segments, 2), scaling=0.3)
+    seen = []
+
+    def seeing(query, key, value, **more):
+        seen.append((query.shape[1], key.shape[1], value.shape[1], more.get("enable_gqa", False)))
+        return scaled_dot_product_attention(query, key, value, **more)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seeing)
+    given = [x.as_subclass(OnGpu) for x in inputs] if on_gpu else inputs
+    assert flash_runs(given[0]) == flash
+    got, _ = packed_sdpa(module, *given, None, scaling=0.3)
+    assert seen == [(heads, groups, groups, heads > groups) if flash else (heads, heads, heads, False)]
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted)
+    again, _ = packed_sdpa(module, *given, packed_mask(segments, 2), scaling=0.3)  # its causal part
+    assert seen[1] == seen[0] and len(seen) == 3
+    torch.testing.assert_close(again.as_subclass(torch.Tensor), packed)
 
 
 def test_rows_can_be_left_out_while_they_write():

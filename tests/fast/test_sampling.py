@@ -23,8 +23,8 @@ from transformers import (
 
 from engine.errors import UserError
 from fast import sampling
-from fast.attention import PromptLayer, SharedPrompts, can_share_prompts
-from fast.sampling import Draw, Stop, closing_tokens
+from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, packs
+from fast.sampling import Draw, Stop, closing_tokens, exponential_race
 from rollout import Budget, answered
 from text.thoughts import listener
 
@@ -180,19 +180,22 @@ def test_prompts_are_computed_with_others_of_their_length():
     assert all(rows * width <= 300 for rows, width in computed)
 
 
-def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
+class OnGpu(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("draw", [Draw(greedy=False), exponential_race], ids=["running sum", "race"])
+def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary(draw):
     """Half of the mass on one word, a little on each of many, none on the last: as often as a binomial lets them."""
     torch.manual_seed(0)
     words, rows, calls = 20_001, 400, 10
     scores = torch.full((rows, words), -float(np.log(19_999)))
     scores[:, 7] = 0.0
     scores[:, -1] = -torch.inf
-    draw, drawn = Draw(greedy=False), []
-    for _ in range(calls):
-        left = draw(None, scores.clone())
-        assert (left.isfinite().sum(1) == 1).all()
-        drawn.append(left.argmax(1))
-    drawn = torch.cat(drawn)
+    more = (None,) if isinstance(draw, Draw) else ()
+    drawn = torch.cat([draw(*more, scores.clone()).argmax(1) for _ in range(calls)])
     n = len(drawn)
     assert abs((drawn == 7).float().mean() - 0.5) < 5 * (0.25 / n) ** 0.5
     rest = drawn[drawn != 7].double() / 20_000  # even over 0 to 1
@@ -200,6 +203,26 @@ def test_draws_follow_the_probabilities_to_the_end_of_a_large_vocabulary():
     tenths = torch.tensor([0.1, 0.9]).double()
     assert torch.allclose(torch.quantile(rest, tenths), tenths, atol=0.03)
     assert len(drawn.unique()) > 0.4 * n  # rows are drawn apart
+
+
+def test_the_race_gives_each_word_its_probability():
+    """Ten words from 0.3 to 1e-4, 200,000 draws: each as often as a binomial lets it."""
+    torch.manual_seed(0)
+    wanted = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.05, 0.03, 0.0149, 0.004, 0.001, 0.0001])
+    n = 200_000
+    seen = exponential_race(wanted.log().expand(n, -1)).argmax(1).bincount(minlength=10) / n
+    assert ((seen - wanted).abs() < 4 * (wanted * (1 - wanted) / n).sqrt()).all()
+
+
+def test_a_running_sum_is_for_a_cpu_and_the_race_for_a_gpu(monkeypatch):
+    """Each where it is the cheaper one; a greedy draw is neither."""
+    raced, scores = [], torch.randn(3, 50)
+    monkeypatch.setattr(sampling, "exponential_race", lambda given: raced.append(given.shape) or given)
+    left = Draw(greedy=False)(None, scores.clone())
+    assert (left.isfinite().sum(1) == 1).all() and not raced
+    on_gpu = scores.clone().as_subclass(OnGpu)
+    assert Draw(greedy=True)(None, on_gpu).equal(scores) and not raced
+    assert Draw(greedy=False)(None, on_gpu).equal(scores) and raced == [(3, 50)]
 
 
 def test_a_greedy_draw_takes_forbidden_words():
@@ -256,7 +279,9 @@ def test_an_answer_ends_where_its_box_closes():
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    assert closing_tokens(tokenizer) == [i for i in range(len(tokenizer)) if set("}>") & set(decode([i]))]
+    wanted = [bool(set("}>") & set(decode([i]))) for i in range(len(tokenizer))]
+    for words in (len(tokenizer), len(tokenizer) + 5, brace + 1):  # a model may know more words, or fewer
+        assert closing_tokens(tokenizer, words).tolist() == (wanted + [False] * 5)[:words]
     for done in (answered, brace_on_third_token):
         free = generate(model, tokenizer, prompts, 20, greedy=True)
         held = generate(model, tokenizer, prompts, 20, greedy=True, done=done)
@@ -275,7 +300,7 @@ def test_an_answer_ends_where_its_box_closes():
     rows = [box + [20, brace, 21], [20, brace, 20, 20, 20][: len(box) + 3], box + [20, 21, brace]]
     width = max(map(len, rows))
     hear, ended = listener(tokenizer, [7], opened=False), []
-    criterion = Stop(answered, hear, tokenizer, [7], len(rows), 2, 0, "cpu")
+    criterion = Stop(answered, hear, closing_tokens(tokenizer, len(tokenizer)), [7], len(rows), 2, 0, "cpu")
     grid = torch.tensor([[5, 6, *row, *[0] * (width - len(row))] for row in rows])
     for n in range(3, grid.shape[1] + 1):
         ended.append(criterion(grid[:, :n], None).tolist())
@@ -360,7 +385,8 @@ def test_values_narrower_than_keys():
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
-    """The same completions, in smaller batches, and a line that says so; one prompt that doesn't fit is an error."""
+    """The same completions, in smaller batches, and a line that says so; one prompt that doesn't fit is an error. Each
+    batch is tried twice."""
     model, sizes, room = random_model("qwen3"), [], 4
     real = model.generate
 
@@ -375,9 +401,48 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
     monkeypatch.setattr(model, "generate", full)
     budget = Budget(1000)
     assert generate(model, Plain, prompts, 5, greedy=True, budget=budget) == expected
-    assert sizes == [16, 8, 4, 4, 4, 4] and budget.tokens == 32  # half of the batch that met the end, not of the budget
+    assert sizes == [16, 16, 8, 8, 4, 4, 4, 4]
+    assert budget.tokens == 32  # half of the batch that met the end, not of the budget
     told = [line for line in capsys.readouterr().out.splitlines() if "out of memory in rollout" in line]
     assert [line.split()[-1] for line in told] == ["64", "32"] and "--rollout-tokens" in told[0]
     room = 0
     with pytest.raises(UserError, match="out of memory for a single prompt of 3 tokens"):
         generate(model, Plain, prompts, 5, greedy=True)
+
+
+@pytest.mark.parametrize(
+    "failing, sizes",
+    [
+        ([1], [6, 6, 6]), ([2], [6, 6, 6]), ([1, 3], [6, 6, 6, 6]), ([], [6, 6]),  # never twice in a row
+        ([1, 2], [6, 6, 3, 3, 3, 3]), ([2, 3], [6, 6, 6, 3, 3]), ([1, 3, 4], [6, 6, 6, 6, 3, 3]),
+        ([1, 2, 3], [6, 6, 3, 3, 3, 3, 3]), ([1, 2, 3, 4], [6, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_batch_that_ran_out_of_memory_is_tried_once_more(failing, sizes, monkeypatch):
+    """Memory in pieces comes together when it is given back: only a second failure of one batch halves the budget."""
+    model, calls, emptied, real = random_model("qwen3"), [], [], sampling.generate_batch
+
+    def sometimes(model, tokenizer, prompts, *more):
+        calls.append(len(prompts))
+        if len(calls) in failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, prompts, *more)
+
+    prompts = [[12 + n, 13, 14] for n in range(12)]
+    expected, budget = generate(model, Plain, prompts, 5, greedy=True), Budget(6 * 8)
+    monkeypatch.setattr(sampling, "generate_batch", sometimes)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(calls)))
+    assert generate(model, Plain, prompts, 5, greedy=True, budget=budget) == expected
+    assert calls == sizes and emptied == failing
+    assert budget.tokens == 8 * {6: 6, 3: 3, 1: 1.5}[sizes[-1]]
+
+
+def test_prompts_are_computed_by_the_attention_for_every_card():
+    """Also where nobody has switched the model over for training, as in an evaluation."""
+    model = random_model("qwen2")
+    generate(model, Plain, [[9, 20, 33]], 2, greedy=True)
+    assert packs(model)
+    other = random_model("qwen2")
+    other.set_attn_implementation("eager")
+    generate(other, Plain, [[9, 20, 33]], 2, greedy=True)
+    assert other.config._attn_implementation == "eager"
