@@ -26,7 +26,7 @@ import numpy as np
 import spacy
 from spacy.lang.en.stop_words import STOP_WORDS
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, reason_of
 from rewards import normalize
 from text.bm25 import BM25
 from text.chunking import cut_chunks
@@ -113,7 +113,7 @@ def load_pipeline(ner: str, names: frozenset[str] = frozenset()) -> spacy.Langua
     try:
         return rules_pipeline(names) if ner == "rules" else spacy.load(ner, exclude=["parser", "lemmatizer"])
     except (OSError, ValueError) as error:
-        raise UserError(f"--ner {ner}: can't be loaded ({first_line(error)}); use --ner rules") from None
+        raise UserError(f"--ner {ner}: can't be loaded ({reason_of(error)}); use --ner rules") from None
 
 
 def common_words(texts) -> set[str]:

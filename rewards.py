@@ -40,32 +40,42 @@ def answer_reward(prediction: str | None, answers: list) -> float:
     """
     if not answers or isinstance(answers[0], str):
         return float(exact_match(prediction, answers))
-    given = unwrap(prediction or "").split(";", len(answers) - 1)
+    given = unwrap(prediction or "").translate(SEMICOLONS).split(";", len(answers) - 1)
     right = [matches_any(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
     return sum(right) / len(answers)
 
 
 # ---- answers out of text -------------------------------------------------------------------------------
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or anything behind a backslash: \{ opens nothing
+SEMICOLONS = str.maketrans("；؛\u037e", ";;;")
+# A box that opens, another brace, or anything behind a backslash: \{ opens nothing.
+BRACE = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox|framebox)\s*\{)|\\.|(?P<opens>\{)|(?P<closes>\})", re.DOTALL)
 
 
 def boxed(text: str) -> str | None:
     """The content of the last \\boxed{} in `text` that is closed and says something, braces in it balanced; or None.
 
     `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{...} \\boxed{un")` is `"f{x}"`. A box that normalises to
-    nothing doesn't count: models repeat the instruction to use one. \\fbox{} is a box, too.
+    nothing doesn't count: models repeat the instruction to use one. \\fbox{} and \\framebox{} are boxes, too.
+    Sampling asks at every token, so each brace is looked at once.
     """
-    for box in reversed(list(BOX.finditer(text))):
-        depth = 0
-        for brace in BRACE.finditer(text, box.end() - 1):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                content = text[box.end() : brace.start()]
-                if normalize(unwrap(content)):
-                    return content
-                break
+    opened, boxes = [], []
+    for brace in BRACE.finditer(text):
+        if brace.lastgroup in ("box", "opens"):
+            opened.append(brace)
+        elif brace.lastgroup == "closes" and opened:
+            opening = opened.pop()
+            if opening.lastgroup == "box":
+                boxes.append((opening.start(), opening.end(), brace.start()))
+    empty = []  # the spans of boxes that say nothing, those inside another left out of it
+    for start, inside, end in sorted(boxes, reverse=True):
+        parts, place = [], inside
+        while empty and empty[-1][0] < end:
+            parts.append(text[place : empty[-1][0]])
+            place = empty.pop()[1]
+        if normalize(unwrap(" ".join([*parts, text[place:end]]))):
+            return text[inside:end]
+        empty.append((start, end + 1))
     return None
 
 
@@ -85,17 +95,19 @@ def matches_any(text: str, answers: list[str]) -> bool:
 
 # ---- the normal form -----------------------------------------------------------------------------------
 
-# No-break, figure, thin and narrow spaces before three digits: they group thousands as commas do.
-THIN = re.compile("(?<=\\d)[\u00a0\u2007\u2009\u202f](?=\\d{3}(?!\\d))")
-# Plain spaces may group a number only where it is the first word, and the only number: 1 500 km.
-SPACED = re.compile(r"(\W*[1-9]\d{0,2}(?: \d{3})+)((?:\.\d+)?(?!\d)\D*)")
+# No-break, figure, thin and narrow spaces and apostrophes before three digits: they group thousands as commas do.
+GROUPS = re.compile("(?<=\\d)[\u00a0\u2007\u2009\u202f'’](?=\\d{3}(?!\\d))")
+# Plain spaces may group a number, or the ends of a range, only at the beginning and with no other number: 1 500 km^2.
+SPACED = re.compile(
+    r"(\W*(?:\d{1,3}(?: \d{3})* ?- ?)?[1-9]\d{0,2}(?: \d{3})+)((?:\.\d+)?(?!\d)(?:[^\W\d_]\d+|\^-?\d+|\D)*)"
+)
 NUMBER = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![.,]?\d)|(?<![\w.,])(\.\d+)(?!\.?\d)")
 MARKS = re.compile(
     r"""(?P<kept>
         [^\W\d_]\d*[+\#]+(?!\w)      # C++, C#, Google+, Ca2+
       | \b[^\W\d_]{1,2}\d*-(?!\w)    # O-, AB-; of longer words it is a hyphen or a dash
       | ^[+\#]+$
-      | \^-?(?=\d)                   # 10^2
+      | (?<=[\w)\]}])\^-?(?=\d)       # 10^2, but ^14C is 14C
       | (?<!\w)-(?=\d)               # -5, but U-235 has a hyphen
       | (?<=\d)\.(?=\d)
     ) | (?<=\d)(?P<joint>(?:[^\w\s]|_)+)(?=\d) | [^\w\s] | _""",
@@ -114,7 +126,7 @@ def normalize(text: str) -> str:
     1500, and Web 2.0 isn't Web 2. Signs that end a word with a letter stay: C++ isn't C. An article with no word behind
     it is none, as in Hepatitis A, unless the name is turned round: "Kinks, The".
     """
-    text = fold(THIN.sub(",", text))[0].strip()
+    text = fold(GROUPS.sub(",", text))[0].strip()
     if not text.replace(" ", "").isalpha():
         text = INVERTED.sub("", _plain_numbers(text))
         text = MARKS.sub(_without_punctuation, text)
@@ -123,12 +135,11 @@ def normalize(text: str) -> str:
 
 
 def _plain_numbers(text: str) -> str:
-    """Folded text with each number in one form, and powers as 10^12; the 2 of ca^2+ is no power."""
+    """Folded text with each number in one form; the signs of ca^2+, so_4 and f^# stand at no height."""
     if spaced := SPACED.fullmatch(text):
-        text = spaced[1].replace(" ", ",") + spaced[2]
+        text = re.sub(r"(?<=\d) (?=\d)", ",", spaced[1]) + spaced[2]
     text = NUMBER.sub(_plain_number, text)
-    text = re.sub(r"(?<=\^[\d+-])\^", "", text)
-    return re.sub(r"\^(?=\d*[+-](?!\w))", "", text)
+    return re.sub(r"\^(?=\d*[+#-]+(?!\w))|(?<=[^\W\d_])_(?=\d)", "", text)
 
 
 def _plain_number(number: re.Match) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from tokenizers.models import Unigram, WordLevel
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, reason_of
 from text.thoughts import CHANNELS, opens_thought
 
 PROBE = "\0"  # no template changes it, and no prompt holds it
@@ -58,7 +58,7 @@ def check_template(tokenizer, name: str, given: str) -> None:
         rendered = apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program of the model's authors; jinja2 may be missing, too
         raise UserError(
-            f"{given} {name}: its chat template can't be rendered with one user message ({first_line(error)})"
+            f"{given} {name}: its chat template can't be rendered with one user message ({reason_of(error)})"
         ) from None
     if rendered.count(PROBE) != 1:
         raise UserError(

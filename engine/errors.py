@@ -14,7 +14,7 @@ class UserError(Exception):
     """A mistake of the user's, as that one line; `run_script` prints it."""
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The reason in `error`: its first two lines that say something, as one of at most 300 characters.
 
     Its type's name where there are none. A hub's errors have an id of the request, often on the first line. Where the
@@ -44,7 +44,7 @@ def run_script(main, help: str = "") -> None:
         message = f"{error}" + (f" (process {rank})" if rank else "")
     except torch.OutOfMemoryError as error:
         message = (
-            f"out of GPU memory ({first_line(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
+            f"out of GPU memory ({reason_of(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
             "smaller --train-tokens, --gradient-checkpointing True, --offload-optimizer True, --offload-reference True"
         )
     except OSError as error:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, reason_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
 ALPHA = 32  # updates count ALPHA / rank times, so that one learning rate does for every rank
@@ -35,7 +35,7 @@ def base_of(name: str, given: str) -> str:
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{file}: names no base model ({first_line(error)})") from None
+        raise UserError(f"{file}: names no base model ({reason_of(error)})") from None
     if not base or Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"{given} {name}: is an adapter of {base}, which is not there; restore it, or correct {file}")
     return base
@@ -147,7 +147,7 @@ def load_weights(model, folder: Path, name: str = "default") -> None:
     try:
         result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=name)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{folder / WEIGHTS}: can't be loaded ({first_line(error)})") from None
+        raise UserError(f"{folder / WEIGHTS}: can't be loaded ({reason_of(error)})") from None
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         raise UserError(f"{folder / WEIGHTS}: does not fit the model; {[*missing, *result.unexpected_keys][0]} differs")

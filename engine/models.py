@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.chat import check_template, end_marker
-from engine.errors import UserError, first_line
+from engine.errors import UserError, reason_of
 
 ADAPTER = "adapter_config.json"  # peft's: a folder with this file holds an adapter, and no whole model
 
@@ -59,7 +59,7 @@ def one_line(what: str):
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"{what}: {type(error).__name__}: {reason_of(error)}") from None
 
 
 def is_adapter(name: str) -> bool:

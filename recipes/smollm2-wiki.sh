@@ -40,6 +40,7 @@ text="--ner $ner --corpus ${corpus:-$pool}"
 
 size="--dtype bfloat16 --chunks 3 --related 2 --fast True"
 if [ "$smoke" ]; then
+    export CUDA_VISIBLE_DEVICES= # bfloat16 on a CPU is meant
     size+=" --chunk-tokens 96 --memory-tokens 48 --answer-tokens 16"
     step="--steps 2 --documents 2 --g1 4 --g2 2 --lr 1e-5 --eval-documents 0"
     cold="--steps 2 --documents 2 --eval-documents 8 --lr 2e-4" memtrain=$step task=$step measured=4

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from engine.errors import UserError, first_line, run_script
+from engine.errors import UserError, reason_of, run_script
 from engine.models import end_ids
 from recipes.folders import check_new, save_new
 
@@ -35,7 +35,7 @@ def load():
             return read_gguf(file)
         return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB)
     except (ImportError, OSError) as error:  # no gguf, no accelerate; no network, no such model, half a download
-        raise UserError(f"{file or HUB}: can't be loaded ({first_line(error)}); run {INSTALL}") from None
+        raise UserError(f"{file or HUB}: can't be loaded ({reason_of(error)}); run {INSTALL}") from None
 
 
 def read_gguf(file: Path):

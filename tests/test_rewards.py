@@ -4,6 +4,7 @@ import html
 import random
 import re
 import string
+import time
 import unicodedata
 from functools import cache
 from itertools import combinations, islice
@@ -133,11 +134,43 @@ def test_exact_match(prediction, gold, match):
         (r"\boxed{\U0001f40d}".replace(r"\U0001f40d", "\U0001f40d"), "\U0001f40d"),
         (r"\mybox{Paris}", None),
         (r"\boxed{open \}", None),
+        (r"\boxed{\sqrt{}}", None),
+        (r"\boxed{\rule{1cm}{0.4pt}}", None),
+        (r"\boxed{\hskip 1em}", None),
+        (r"\boxed{\mkern18mu}", None),
+        (r"\boxed{\begin{array}{c}\end{array}}", None),
+        (r"\boxed{\fontsize{12}{14}\selectfont}", None),
+        (r"\boxed{\tag{1}}", None),
+        (r"\boxed{<br>}", None),
+        ("\\boxed{\u3164}", None),
+        ("\\boxed{\u2800\u115f}", None),
+        (r"\boxed{Ulm} \boxed{\boxed{} \text{\fbox{ }}}", "Ulm"),
+        (r"\boxed{x \boxed{}}", r"x \boxed{}"),
+        (r"\boxed{\boxed{a} b}", "a"),
+        (r"\framebox{Ulm}", "Ulm"),
+        (r"\\boxed{Ulm}", "Ulm"),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{2}"),
+        (r"\boxed{<}; \boxed{x<y}", "x<y"),
     ],
 )
 def test_a_placeholder_is_no_answer(text, content):
     """What normalises to nothing ends nothing; articles, signs and symbols are answers. \\boxed has other spellings."""
     assert boxed(text) == content and answered(text) is (content is not None)
+
+
+def test_boxes_that_loop_or_nest_cost_little(monkeypatch):
+    """A row may repeat \\boxed{ to its end: the characters that are looked at grow as the text does."""
+    looked_at = []
+    monkeypatch.setattr("rewards.unwrap", lambda text: looked_at.append(len(text)) or unwrap(text))
+    for text in ("\\boxed{" * 1000 + "}" * 1000, r"\boxed{ }" * 1000, r"\boxed{\boxed{}" * 500 + "}" * 500):
+        looked_at.clear()
+        assert boxed(text) is None and boxed(rf"\boxed{{Ulm}} {text}") == "Ulm"
+        assert 0 < sum(looked_at) < 2 * len(text)
+    start = time.process_time()
+    assert boxed("\\boxed{" * 20000) is None and boxed(r"\fbox{Ulm" * 9000 + "}") == "Ulm"
+    assert unwrap(r"\text{" * 3000 + "Ulm" + "}" * 3000) == "Ulm"
+    assert unwrap(r"\v" + " " * 20000 + "!") == "!"
+    assert time.process_time() - start < 3  # a second try at each brace would take minutes
 
 
 @pytest.mark.parametrize(
@@ -196,11 +229,100 @@ def test_a_placeholder_is_no_answer(text, content):
         ("AT&amp;T", "AT amp T", False),
         (r"$\alpha$-synuclein", "\u03b1-synuclein", True),
         (r"5\times 3", "53", False),
+        # Commands without an argument, before one that has one.
+        (r"\displaystyle\text{Ulm}", "Ulm", True),
+        (r"{\bf\Large\text{Ulm}}", "Ulm", True),
+        (r"\mathbf\mathrm{Ulm}", "Ulm", True),
+        (r"\therefore\textbf{Ulm}", "Ulm", True),
+        (r"\left\{\text{Ulm}\right\}", "Ulm", True),
+        (r"\rm{Ulm}", "Ulm", True),
+        (r"5\,\mu\text{m}", "5 \u03bcm", True),
+        (r"5\,\mu\text{m}", "5", False),
+        (r"2\pi\mathrm{r}", "2\u03c0r", True),
+        (r"2\pi\mathrm{r}", "2\u03c0 r", False),
+        (r"\alpha\text{ Centauri}", "\u03b1 Centauri", True),
+        (r"\alpha\ Centauri", "\u03b1 Centauri", True),
+        (r"F\sharp\text{ minor}", "F# minor", True),
+        (r"\beta{}-carotene", "\u03b2-carotene", True),
+        (r"\Omega{m}", "\u03a9m", True),
+        (r"\beta{}-carotene", "carotene", False),
+        (r"\text{New}\text{ }\text{York}", "New York", True),
+        # Spaces with a length; arguments that are no text.
+        (r"New\hspace{1cm}York", "New York", True),
+        (r"New\hskip1em York", "New York", True),
+        (r"New\kern-0.5pt{York}", "New York", True),
+        (r"New\hspace{1cm}York", "NewYork", False),
+        (r"\begin{array}{c}Ulm\end{array}", "Ulm", True),
+        (r"\begin{tabular}[t]{|l|}New\\York\end{tabular}", "New York", True),
+        (r"\begin{aligned}{C}\end{aligned}", "C", True),
+        (r"\fcolorbox{red}{white}{Ulm}", "Ulm", True),
+        (r"\parbox{3cm}{Ulm}", "Ulm", True),
+        (r"\raisebox{2pt}{\scalebox{2}{\rotatebox{90}{Ulm}}}", "Ulm", True),
+        (r"\fontsize{12}{14}\selectfont Ulm", "Ulm", True),
+        (r"Ulm\footnote{a town}~\cite{b}, \ref{c} \tag{1}", "Ulm", True),
+        (r"\makebox[2cm]{Ulm}", "Ulm", True),
+        (r"\overset{Neu}{Ulm}", "Ulm", False),
+        # Fractions, characters, heights.
+        (r"\nicefrac{1}{2}", "1/2", True),
+        (r"2\sfrac12", "2\u00bd", True),
+        (r"\nicefrac{1}{2}", "12", False),
+        (r"3 \times 10^8", "3 \u00d7 10\u2078", True),
+        (r"3\times10^8", "3\u00d710^8", True),
+        (r"\neq", "\u2260", True),
+        (r"A \to B", "A \u2192 B", True),
+        (r"Ulm\textregistered \copyright{}", "Ulm\u00ae\u00a9", True),
+        (r"\textsterling 5", "\u00a35", True),
+        (r"\textsterling 5", "5", False),
+        (r"C^\#", "C#", True),
+        (r"F^\sharp", "F\u266f", True),
+        (r"C^{\#}", "C", False),
+        (r"SO_4^{2-}", "SO42-", True),
+        ("SO\u2084^2-", "SO\u2084\u00b2\u207b", True),
+        (r"SO_4^{2-}", "SO42", False),
+        # HTML.
+        ("<b>Ulm</b>", "Ulm", True),
+        ('<span class="x"><EM>Ulm</EM></span>', "Ulm", True),
+        ("H<sub>2</sub>O", "H2O", True),
+        ("x<sup>2</sup>", "x\u00b2", True),
+        ("x<sup>2</sup>", "x2", False),
+        ("20<sup>th</sup> century", "20th century", True),
+        ("New<br/>York", "New York", True),
+        ("a<b and c>d", "ad", False),
+        ("&lt;b&gt;", "b", True),
     ],
 )
 def test_latex_goes(prediction, gold, match):
     """Commands leave their content, accents their letter, spaces a space, escapes their sign; HTML's as well."""
     assert exact_match(prediction, [gold]) is match
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        (r"Schindler\'s List", "Schindler's List"),
+        (r"Don\'t, we\'re, I\'m, you\'ll, they\'ve", "Don't, we're, I'm, you'll, they've"),
+        (r"O\'Brien and O\'Neill", "O'Brien and O'Neill"),
+        (r"Jeanne d\'Arc", "Jeanne d'Arc"),
+        (r"\"Emma\"", '"Emma"'),
+        (r"\"The Raven\", \"Zo\"e\"", '"The Raven", "Zo\u00eb"'),
+        (r"\text{\"Yesterday\"}", '"Yesterday"'),
+        (r"rock \'n\' roll", "rock 'n' roll"),
+        (r"5\'10\"", "5'10\""),
+        (r"\text{Emma}\'s", "Emma's"),
+        # Accents stay:
+        (r"Gda\'nsk, Przemy\'sl", "Gda\u0144sk, Przemy\u015bl"),
+        (r"Zamo\'s\'c", "Zamo\u015b\u0107"),
+        (r"\'Etienne, Saint-\'Etienne", "\u00c9tienne, Saint-\u00c9tienne"),
+        (r"Garc\'ia, caf\'e", "Garc\u00eda, caf\u00e9"),
+        (r"\"Uber M\"unchen", "\u00dcber M\u00fcnchen"),
+        (r"\"Osterreich, Bront\"e", "\u00d6sterreich, Bront\u00eb"),
+        (r"No\"el", "No\u00ebl"),
+        (r"Ru\'{s}", "Ru\u015b"),
+    ],
+)
+def test_escaped_quotes_are_no_accents(text, plain):
+    """In pairs around words, before 's and its like, before a capital in a word, and where no letter has the accent."""
+    assert unwrap(text) == plain
 
 
 def test_text_without_its_latex():
@@ -245,6 +367,19 @@ def test_text_without_its_latex():
         ("10-5-1990", "10/5/1990", True),
         ("9/11", "911", False),
         ("\u0661\u0668\u0667\u0669", "1879", True),
+        ("1'500", "1500", True),
+        ("1\u2019500\u2019000 francs", "1,500,000 francs", True),
+        ("1\u066c500", "1500", True),
+        ("5'10", "510", False),
+        ("1'5000", "15000", False),
+        ("1 500 km\u00b2", "1500 km\u00b2", True),
+        ("1 500 km2", "1,500 km2", True),
+        ("12 500 m^-3", "12500 m^-3", True),
+        ("7 000\u20138 000", "7000\u20138000", True),
+        ("500-1 000 m", "500-1000 m", True),
+        ("1 500 m 2", "1500 m 2", False),
+        ("7 000 or 8 000", "7000 or 8000", False),
+        ("1914-1 500", "1914-1500", False),
     ],
 )
 def test_numbers(prediction, gold, match):
@@ -313,6 +448,23 @@ FOLDED = [
     ("5\u1d57\u02b0", "5th", True),
     ("\u0967\u0968", "12", True),
     ("\u0645", "\u0645\u06cc", False),
+    ("Na\u207a", "Na+", True),
+    ("Ca\u00b2\u207a", "Ca2+", True),
+    ("O\u207b", "O-", True),
+    ("SO\u2084\u00b2\u207b", "SO42-", True),
+    ("\u00b9\u2074C", "14C", True),
+    ("\u00b2\u00b3\u2075U", "235U", True),
+    ("\u33a1", "m\u00b2", True),
+    ("m\u207b\u00b9", "m^-1", True),
+    ("10\u00b9\u00b2", "10^12", True),
+    ("\u845b\U000e0100\u57ce", "\u845b\u57ce", True),
+    ("\u182e\u180b\u1823", "\u182e\u1823", True),
+    ("Pa\u034fris\u3164", "Paris", True),
+    ("\u33a1", "m2", False),
+    ("10\u207b\u00b3", "10-3", False),
+    ("U\u00b2\u00b3\u2075", "U235", False),
+    ("Na\u207a", "Na", False),
+    ("A\u2800B", "AB", False),
 ]
 
 
@@ -608,6 +760,10 @@ def test_two_objectives(prediction, score):
         (r"\text{Ulm; AT&amp;T; Bern}", 0.5),
         (r"Ulm &amp; AT&amp;T", 0.0),
         (r"\text{;} AT&amp;T", 0.5),
+        ("Ulm\uff1bAT&T", 1.0),
+        ("Ulm\u061b AT&T", 1.0),
+        ("Ulm\u037e AT&T", 1.0),
+        ("Ulm\uff0cAT&T", 0.0),
     ],
 )
 def test_objectives_in_latex_and_html(prediction, score):
@@ -618,6 +774,7 @@ def test_objectives_in_latex_and_html(prediction, score):
 def test_one_objective_is_exact_match():
     """One question's answer is not split, and of four right answers each is worth a quarter."""
     assert answer_reward("Rock; Paper", [["rock paper"]]) == 1.0
+    assert answer_reward("Rock\uff1bPaper\uff1b Scissors", [["Rock"], ["paper scissors"]]) == 1.0
     assert answer_reward("Rock", [["Rock"], *[["x"]] * 3]) == 0.25
 
 

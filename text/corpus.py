@@ -198,7 +198,9 @@ def _find_all(find: Callable, texts: list[str], bar: tqdm) -> list:
     """find(texts), a block at a time; if there are many, by all cores. Raises UserError."""
     blocks, found = [texts[n : n + BLOCK] for n in range(0, len(texts), BLOCK)], []
     try:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # it starts no process before it has work
+        # Linux tells which cores are ours; macOS only how many there are.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with ProcessPoolExecutor(cores) as pool:  # it starts no process before it has work
             for some in pool.map(find, blocks) if len(blocks) > FEW else map(find, blocks):
                 found += some
                 bar.update(len(some))

@@ -13,62 +13,106 @@ ACCENTS = {
     "b": "\u0331", "grave": "\u0300", "acute": "\u0301", "hat": "\u0302", "tilde": "\u0303", "bar": "\u0304",
     "breve": "\u0306", "dot": "\u0307", "ddot": "\u0308", "mathring": "\u030a", "check": "\u030c",
 }
-# Commands that stand for a character. Others have the name that HTML gives the character, as \alpha, or are dropped.
-CHARACTERS = {
+# Commands that stand for a character, Greek letters first. Others without an argument have the name that HTML gives the
+# character, as \times, or are dropped.
+CHARACTERS = {name[:-1]: letter for name, letter in html5.items() if name[-1] == ";" and "Α" <= letter[0] <= "ϵ"}
+CHARACTERS |= {
     "ss": "ß", "SS": "SS", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ",
     "l": "ł", "L": "Ł", "i": "ı", "j": "ȷ", "dh": "ð", "DH": "Ð", "th": "þ", "TH": "Þ", "dj": "đ", "DJ": "Đ",
     "ng": "ŋ", "NG": "Ŋ", "circ": "°", "degree": "°", "textdegree": "°", "cdot": "·", "infty": "∞", "euro": "€",
-    "texteuro": "€", "pounds": "£", "textendash": "–", "textemdash": "—", "sc": "", "it": "",
-    "thinspace": THIN_SPACE,
+    "texteuro": "€", "pounds": "£", "textsterling": "£", "copyright": "©", "textcopyright": "©", "textregistered": "®",
+    "texttrademark": "™", "to": "→", "neq": "≠", "sim": "~", "textendash": "–", "textemdash": "—",
+    "thinspace": THIN_SPACE, "sc": "", "it": "", "therefore": "",
 } | dict.fromkeys(
-    "quad qquad enspace enskip space nobreakspace medspace thickspace newline linebreak par hfill hskip".split(), " "
+    "quad qquad enspace enskip space nobreakspace medspace thickspace newline linebreak par hfill".split(), " "
 )
 # What a backslash and a sign stand for; nothing where they aren't listed: \! \( \] \- \{.
 SIGNS = {"~": " ", "\\,": THIN_SPACE}
 SIGNS |= {f"\\{sign}": " " for sign in "\\:;> \n\t"} | {f"\\{sign}": sign for sign in "%$&#_"}
-# Commands whose first argument is not text.
-NO_TEXT = set("color textcolor colorbox href hspace vspace phantom hphantom vphantom label begin end".split())
-
-SIGN = re.compile(r"""\\[^a-zA-Z`'^"~=.]|(?<!\\)[$~]""")
-CHARACTER = re.compile(rf"\\({'|'.join(CHARACTERS)})(?![a-zA-Z])(?:\{{\}}|\s+)?")
-ACCENT = re.compile(
-    rf"""\\([`'^"~=.]|(?:{'|'.join(name for name in ACCENTS if name.isalpha())})(?![a-zA-Z]))"""
-    r"\s*(?:\{\s*(\w)\s*\}|(\w))"
+# Commands whose first argument is not text; of some, and where a table begins, neither is the second.
+NO_TEXT = set(
+    "color textcolor colorbox pagecolor href hyperlink hypertarget phantom hphantom vphantom label begin end parbox "
+    "raisebox scalebox rotatebox tag ref eqref pageref cite citep citet footnote includegraphics index".split()
 )
-FRACTION = re.compile(r"(?<=(\d))?\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-GROUP = re.compile(r"\\(?![dtc]?frac)([a-zA-Z]+)\*?\s*(?:\[[^\[\]{}]*\])?\s*\{([^{}]*)\}|(?<![a-zA-Z}\]])\{([^{}]*)\}")
+TWICE_NO_TEXT = {"fcolorbox", "rule", "fontsize", "resizebox"}
+TABLES = {"array", "tabular", "longtable", "minipage"}
+DEEPEST = 50  # rounds: what is nested deeper loses its braces, but nothing else
+
+# Quotes escaped as in a string: \"Emma\", \'Emma\'; apostrophes of Emma\'s, don\'t, O\'Neill.
+QUOTED = re.compile(r"""\\(?<!\w\\)(['"])((?:(?!\\\1).)*)\\\1(?![\w\\{])""", re.DOTALL)
+APOSTROPHE = re.compile(r"\\'(?<=[\w}]..)(?=(?:[sdmt]|re|ll|ve)(?![\w\\{])|[A-Z][a-z])")
+TOKEN = re.compile(
+    r"""\\(?: (?P<space>[hvm]space\*?\s*\{[^{}]*\}|(?:[hvm]skip|m?kern)\s*-?[\d.]+\s*[a-z]{2})
+            | (?P<name>[a-zA-Z]+)\*?(?:\{\}|\s*)
+            | [^a-zA-Z`'^"~=.] )
+      | [$~](?<!\\.)""",
+    re.VERBOSE,
+)
+ACCENT = re.compile(
+    rf"""\\(?:([`'^"~=.])|({'|'.join(name for name in ACCENTS if name.isalpha())})(?![a-zA-Z])\s*)"""
+    r"(?:\s*\{\s*([^\W\d_])\s*\}|([^\W\d_]))"
+)
+FRACTION = re.compile(r"\\(?:[dtcs]|nice)?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+GROUP = re.compile(
+    r"\\(?!(?:[dtcs]|nice)?frac)([a-zA-Z]+)\*?\s*(?:\[[^\[\]{}]*\]\s*)?\{([^{}]*)\}|\{(?<![a-zA-Z}\]].)([^{}]*)\}"
+)
 COMMAND = re.compile(r"\\([a-zA-Z]+)\*?\s*|\\.|[{}]", re.DOTALL)
+TAG = re.compile(
+    r"<(/?)(br|p|div|li|sup|sub|b|i|u|em|strong|span|small|font|code)(?:\s[^<>=]*=[^<>]*)?\s*/?>", re.IGNORECASE
+)
 
 
 def unwrap(text: str) -> str:
-    r"""`text` without its LaTeX, then without HTML's escapes.
+    r"""`text` without its LaTeX, then without HTML's tags and escapes.
 
     A command gives way to its content, an accent to the letter that has it, a spacing command to a space:
     `unwrap(r"$\text{Z\"urich}$,~1{,}500 \& \frac{1}{2}")` is "Zürich, 1,500 & 1/2".
     """
     if any(sign in text for sign in "\\$~{}"):
-        text = SIGN.sub(lambda found: SIGNS.get(found[0], ""), text)
-        text = CHARACTER.sub(lambda found: CHARACTERS[found[1]], text)
-        before = None
-        while before != text:  # from the inside out
+        text = QUOTED.sub(r"\1\2\1", text)
+        text = APOSTROPHE.sub("'", text)
+        text = TOKEN.sub(_token, text)
+        for _ in range(DEEPEST):  # from the inside out
             before = text
             text = ACCENT.sub(_accented, text)
             text = FRACTION.sub(_fraction, text)
             text = GROUP.sub(_content, text)
-        text = COMMAND.sub(lambda found: html5.get(f"{found[1]};", ""), text)
+            if text == before or "\\" not in text:
+                break
+        text = COMMAND.sub(_left_over, text)
+    if "<" in text:
+        text = TAG.sub(_tag, text)
     return html.unescape(text)
 
 
+def _token(found: re.Match) -> str:
+    """What stands for a sign, a space or a command without an argument; a command that has one stays as it is."""
+    whole, name = found[0], found["name"]
+    if found["space"]:
+        return " "
+    if name is None:
+        return SIGNS.get(whole, "")
+    before, after = found.string[found.start() - 1 : found.start()], found.string[found.end() : found.end() + 1]
+    has_argument = after in ("{", "[") and name not in CHARACTERS and not whole.endswith("{}")
+    if has_argument or name in ACCENTS or name.endswith("frac"):
+        return whole
+    character = CHARACTERS.get(name, html5.get(f"{name};", ""))
+    between_spaces = before.isspace() and whole[-1].isspace()
+    return character + " " * (between_spaces and unicodedata.category(character[:1] or " ") == "Sm")  # 3 \times 5
+
+
 def _accented(found: re.Match) -> str:
-    letter = found[2] or found[3]
-    return unicodedata.normalize("NFC", {"ı": "i", "ȷ": "j"}.get(letter, letter) + ACCENTS[found[1]])
+    """The letter with its accent; \\'B, without a letter of that kind, is an escaped quote."""
+    accent, letter = found[1] or found[2], found[3] or found[4]
+    accented = unicodedata.normalize("NFC", {"ı": "i", "ȷ": "j"}.get(letter, letter) + ACCENTS[accent])
+    return accent + letter if len(accented) > 1 and found[4] and accent in "'\"" else accented
 
 
 def _fraction(found: re.Match) -> str:
     """1/2; behind a digit with a space before it, since a whole number and a half are not eleven halves."""
-    digit_before, *parts = found.groups()
-    above, below = (part for part in parts if part is not None)
-    return f"{' ' if digit_before else ''}{above}/{below}"
+    above, below = (part for part in found.groups() if part is not None)
+    before = found.string[found.start() - 1 : found.start()]
+    return f"{' ' if before.isdecimal() else ''}{above}/{below}"
 
 
 def _content(found: re.Match) -> str:
@@ -76,6 +120,20 @@ def _content(found: re.Match) -> str:
     command, argument, group = found.groups()
     if command is None:
         return group
-    if command in NO_TEXT:
+    if command in TWICE_NO_TEXT or command == "begin" and argument in TABLES:
+        return "\\color "  # which drops the next
+    if command in NO_TEXT or not argument.strip() and command == "sqrt":
         return ""
     return {"sqrt": "√", "textsuperscript": "^"}.get(command, "") + argument
+
+
+def _left_over(found: re.Match) -> str:
+    sign = found[0][1:]
+    return sign if sign in ("'", '"') else html5.get(f"{found[1]};", "")
+
+
+def _tag(found: re.Match) -> str:
+    closing, name = found[1], found[2].lower()
+    if name == "sup" and not closing:
+        return "^"
+    return " " if name in ("br", "p", "div", "li") else ""

@@ -10,19 +10,22 @@ from itertools import groupby
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 Span = tuple[int, int]  # character positions, the end excluded
-SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+# Superscripts that make a power: 10², m⁻¹; not the charge of Ca²⁺, nor the 14 of ¹⁴C.
+POWER = re.compile(r"(?<=[\w)\]}\u0300-\u036f])(?<![⁰¹²³⁴-⁹⁺⁻])⁻?[⁰¹²³⁴-⁹]+(?![⁰¹²³⁴-⁹⁺⁻])")
+# What isn't seen besides Unicode's category Cf: what chooses between two shapes of a character, and fillers.
+IGNORED = re.compile("[\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 class _Alike(dict):
     """A table for str.translate that grows by what it meets.
 
-    Dashes and digits of every script become ASCII; zero-width characters, soft hyphens, marks of direction, and what
-    chooses between two shapes of a character become nothing. All else stays.
+    Dashes and digits of every script become ASCII; zero-width characters, soft hyphens, marks of direction and all that
+    is IGNORED become nothing. All else stays.
     """
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
-        if unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
+        if unicodedata.category(character) == "Cf" or IGNORED.match(character):
             character = ""
         elif unicodedata.category(character) == "Pd":
             character = "-"
@@ -32,8 +35,8 @@ class _Alike(dict):
         return character
 
 
-# Signs that make no other name.
-ALIKE = _Alike(str.maketrans("−⁄∕♯", "-//#"))
+# Signs that make no other name; the last two are an Arabic comma of thousands and a blank of Braille.
+ALIKE = _Alike(str.maketrans("−⁄∕♯٬\u2800", "-//#, "))
 ALIKE |= str.maketrans(dict.fromkeys("’‘‚‛′´ʹʻʼʽʾʿꞌ", "'") | dict.fromkeys("“”„‟″«»‹›", '"'))
 
 INVISIBLE = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"  # those that one meets, to be used in a pattern
@@ -43,15 +46,22 @@ BARE = re.compile(
     "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 # Of their letters those that begin no word (small kana, n, vowels written behind), and those that end none.
-NEVER_FIRST = "ぁぃぅぇぉっゃゅょゎんァィゥェォッャュョヮンะาำๅະາຳ"
+NEVER_FIRST = "ぁぃぅぇぉっゃゅょゎんァィゥェォッャュョヮンヵヶะาำๅະາຳ"
 NEVER_LAST = "เแโใไເແໂໃໄ\u1039\u17d2"
-# 1,500.0, .763, 10^2, and 1 500 000 (folding makes every such space plain): groups of three digits after one to three.
-NUMBER = re.compile(r"(?:(?<!\w)\d{1,3}(?: \d{3})+(?!\d)|\d+|(?<![\w.])\.\d+)(?:[.,]\d+)*(?:\^-?\d+)?")
-# What makes another name of the letters before it: C++, Disney+; of a single one (or ab) also C#, O-.
-SIGN = re.compile(r"(?<=[^\W\d_])\+(?:\+|(?!\w))|(?<=\+)\+|(?:(?<=\b[^\W\d_])|(?<=\bab))(?:-(?![\w-])|#(?!\w))")
+# 1,500.0, .763, 10^2, 1'500, 1 1/2, and 1 500 000 (folding makes every such space plain): groups of three digits.
+NUMBER = re.compile(
+    r"(?=[\d.^])(?:(?<!\w)\d{1,3}(?:(?: \d{3})+(?!\d)| \d\d?/\d\d?(?![\w/]))|(?:\^-?)?\d+|(?<![\w.])\.\d+)"
+    r"(?:[.,]\d+|'\d{3}(?!\d))*(?:\^-?\d+)?"
+)
+# What makes another name of the letters before it: C++, Disney+; of a single one (or ab) also C#, O-; of two m^2, km^2.
+SIGN = re.compile(
+    r"(?<=[^\W\d_])\+(?:\+|(?!\w))|(?<=\+)\+|(?:(?<=\b[^\W\d_])|(?<=\bab))(?:-(?![\w-])|#(?!\w))"
+    r"|(?:(?<=\b[^\W\d_])|(?<=\b[^\W\d_]{2}))\^(?=-?\d)"
+)
 PARTICLES = re.compile(
     "(?:은|는|이|가|을|를|의|에|에서|에게|에게서|께|께서|한테|와|과|하고|이랑|도|만|로|으로|로서|으로서|로써|으로써|부터|까지|처럼|보다|"
-    r"마다|조차|마저|밖에|이나|이다|입니다|이며|이고|이었다|였다){1,2}(?!\w)"
+    "마다|조차|마저|밖에|이나|이다|입니다|이며|이고|이었다|였다|이었던|였던|이라는|라는|이라고|라고|뿐만|들|씨"
+    r"){1,2}(?!\w)"
 )
 
 
@@ -59,7 +69,7 @@ def fold(text: str) -> tuple[str, range | list[int]]:
     """(`text` in NFKC and caseless; the place in `text` of each folded character, and of the end).
 
     `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`. Invisible characters are nothing.
-    CO₂ becomes co2, but 10² becomes 10^2, and 1½ becomes 1 1/2: neither is another number.
+    CO₂ becomes co2 and Na⁺ na+, but 10² becomes 10^2, and 1½ becomes 1 1/2: neither is another number.
     """
     return _fold_cached(text) if len(text) < 100_000 else _fold(text)
 
@@ -85,10 +95,13 @@ def _fold(text: str) -> tuple[str, range | list[int]]:
             if end < run.end() and merges(text[start:end], text[end]):
                 continue
             piece = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text[start:end]).casefold())
-            if text[start] in SUPERSCRIPTS:
+            spelling = unicodedata.decomposition(text[start])
+            if spelling.startswith("<super>") and POWER.match(text, start):
                 piece = "^" + piece
-            elif unicodedata.decomposition(text[start]).startswith("<fraction>"):
+            elif spelling.startswith("<fraction>"):
                 piece = " " + piece
+            elif spelling.startswith("<square>") and spelling.endswith(("00B2", "00B3")):  # one character for m²
+                piece = f"{piece[:-1]}^{piece[-1]}"
             pieces.append(piece)
             origin += [start] * len(piece)
             start = end
@@ -154,7 +167,8 @@ def joined(before: str, after: str, short: bool = False) -> bool:
 @lru_cache(maxsize=4096)
 def _script(character: str) -> str:
     """The first word of a letter's Unicode name: LATIN, HANGUL, CJK; "" for what belongs to no script or to many."""
-    script = re.match(r"\w*", unicodedata.name(character, ""))[0].replace("IDEOGRAPHIC", "CJK")
+    name = "CJK" if character in "ヵヶ" else unicodedata.name(character, "")  # written among han, as in 関ヶ原
+    script = re.match(r"\w*", name)[0].replace("IDEOGRAPHIC", "CJK")
     return script if unicodedata.category(character)[0] in "LM" and script not in ("COMBINING", "MODIFIER") else ""
 
 
@@ -176,7 +190,7 @@ def occurrences(text: str, entity: str) -> list[Span]:
     while _form(entity).pattern and (match := _form(entity).search(folded, place)):
         start, end = match.span()
         place = start + 1
-        if is_whole(folded, start, end):
+        if is_whole(folded, start, end) and not text.startswith(("⁺", "⁻"), origin[end]):
             place = end
             while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
                 end += 1
@@ -195,7 +209,7 @@ def name_words(entity: str) -> list[str]:
     Words of four letters or more, with a capital or in a script without case; katakana of two or more; and of a word in
     han or hangul the first two and the last two characters: "東京大学" gives 東京 and 大学.
     """
-    name = "".join(c for c in unicodedata.normalize("NFKC", entity) if unicodedata.category(c) != "Cf")
+    name = "".join(c for c in unicodedata.normalize("NFKC", entity) if ALIKE[ord(c)])
     found = []
     for script, run in groupby(name, _script):
         word = "".join(run)

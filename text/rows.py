@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, reason_of
 
 BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are a mark that some programs begin a file with
 HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
@@ -51,7 +51,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[dict, str]]:
         for number, row in enumerate(chain.from_iterable(batches), 1):
             yield row, f"{file}: row {number}"
     except Exception as error:  # each kind of damage has its own
-        raise UserError(f"{file}: is no readable .parquet file ({first_line(error)})") from None
+        raise UserError(f"{file}: is no readable .parquet file ({reason_of(error)})") from None
 
 
 def _parsed(text: bytes, where: str, errors: str):
@@ -75,7 +75,7 @@ def hub_rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
         for row in load_dataset(corpus, config, split="train", streaming=True):
             yield row, corpus
     except Exception as error:  # the network, the name, the configuration: all the user's to fix
-        why = first_line(error)
+        why = reason_of(error)
         if isinstance(error, ValueError) and "config" in why.lower():  # none is given, or one that isn't there
             with suppress(Exception):
                 names = get_dataset_config_names(corpus)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.errors import first_line
+from engine.errors import reason_of
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from engine.errors import first_line
 )
 def test_the_reason_of_an_error(text, reason):
     """Its first two lines with words, without the id of a request, short."""
-    assert first_line(ValueError(text)) == reason
+    assert reason_of(ValueError(text)) == reason
 
 
 STATUSES = [(403, True), (429, True), (503, True), (404, False), (401, False), (None, False)]
@@ -34,4 +34,4 @@ def test_what_the_hub_refused_is_the_reason(status, told):
     inner.response = SimpleNamespace(status_code=status) if status else None
     middle, outer = KeyError("cache"), OSError("No such file")
     middle.__context__, outer.__cause__ = inner, middle
-    assert first_line(outer) == (f"{status} from the hub" if told else "No such file")
+    assert reason_of(outer) == (f"{status} from the hub" if told else "No such file")

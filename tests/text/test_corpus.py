@@ -232,6 +232,13 @@ def numbers(texts: list[str], log: Path, stop: int = -1) -> list[list[int]]:
     return [[n] for n in found]
 
 
+def test_without_a_list_of_cores(passages, tmp_path, monkeypatch):
+    """macOS has no os.sched_getaffinity."""
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert kept(passages, tmp_path, partial(numbers, log=tmp_path / "log")) == NUMBERS
+
+
 def kept(passages, folder, find, settings=("a", 1)) -> list:
     return list(kept_by_passage("numbers", passages, settings, folder, lambda: find))
 
