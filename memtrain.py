@@ -26,7 +26,8 @@ Where this differs from the paper:
     docs/decisions.md lists what was chosen.
   - An answer is stopped where its box closes, and then has no EOS. The EOS of a memory is trained.
   - 20 % of the titles are held out, by a hash: in training their passages are never the pivot, the passage that y is
-    taken from, and such a title is never y nor recalled. Other documents may contain their text.
+    taken from, and such a title is never y nor recalled. Other documents may contain their text; recall asks for nothing
+    in it.
 
 `--fast True` replaces three functions, rollout.generate, grpo.micro_batches and grpo.token_logprobs, by their twins in
 fast/, which give the same results and run several times as fast.
