@@ -21,6 +21,7 @@ from engine import metrics, models, parallel
 from engine.config import Config, check, flag, option, run_with_flags
 from engine.errors import UserError
 from engine.files import check_writable
+from engine.saved import run_of
 from masking import Document, draw_recall, load_corpus
 from rewards import answer_reward, recall_reward
 from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, prompt_overhead, read, recall
@@ -145,6 +146,12 @@ class Evaluation(Config):
     against: list[str] = option([], "further models, on the same questions: differences with a paired bootstrap")
     report: str | None = option(None, "folder of a run: write a page to look at, report.html, and evaluate nothing")
     plot: str | None = option(None, "where to write a plot of accuracy by length (needs matplotlib)")
+
+    @property
+    def cache(self) -> Path:
+        """Where the run that wrote the model kept its entities and its text; for other models in runs/."""
+        folder, _ = run_of(self.model)
+        return (folder.parent if folder else Path("runs")) / ".entities"
 
 
 def main(evaluation: Evaluation) -> None:

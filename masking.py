@@ -330,12 +330,12 @@ class Corpus:
         mask_edges = {edge for span in masks for edge in span}
         apart = [span for span in others if mask_edges.isdisjoint(span)]  # not those that touch a [MASK]
         read = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
-        unseen = GAP.join(text[start:end] for start, end in read)
+        unseen = [text[start:end] for start, end in read]
         candidates = []
         for start, end in pairwise(edges):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
-            names = [name for name in self._names(text, inside, split) if not occurrences(unseen, name)]
-            candidates.append([name for name in names if not may_be_same_entity(name, answer)])
+            names = [name for name in self._names(text, inside, split) if not may_be_same_entity(name, answer)]
+            candidates.append([name for name in names if not any(occurrences(piece, name) for piece in unseen)])
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:

@@ -26,8 +26,8 @@ Where this differs from the paper:
     docs/decisions.md lists what was chosen.
   - An answer is stopped where its box closes, and then has no EOS. The EOS of a memory is trained.
   - 20 % of the titles are held out, by a hash: in training their passages are never the pivot, the passage that y is
-    taken from, and such a title is never y nor recalled. Other documents may contain their text; recall asks for nothing
-    in it.
+    taken from, and such a title is never y nor recalled. Other documents may contain their text, but recall asks for
+    nothing in it.
 
 `--fast True` replaces three functions, rollout.generate, grpo.micro_batches and grpo.token_logprobs, by their twins in
 fast/, which give the same results and run several times as fast.
@@ -63,16 +63,17 @@ def main(config: Config) -> None:
     generate, micro_batches, token_logprobs = twins(config, policy, reference)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     check_sampler(sample, token_logprobs, config.model)  # training must see what the sampler draws from
+    optimizer = make_optimizer(policy, config)
+    if run:
+        run.open(policy, tokenizer, optimizer, sample.budget)
     left_out = Counter()  # passages that can't be used, by reason
     source, agent = load_task(config, policy, tokenizer, left_out)  # by default a masking.Corpus, and rollout.read
-    optimizer = make_optimizer(policy, config)
     if config.explain:
         from look.explain import explain
 
         lr = learning_rate(config, step=0)
         return explain(policy, reference, optimizer, sample, source, agent, config, lr, (micro_batches, token_logprobs))
 
-    run.open(policy, tokenizer, optimizer, sample.budget)
     # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded.
     run.evaluate("before", lambda when: evaluate(sample, agent, source, config, when))
     run.resume()

@@ -57,6 +57,8 @@ GPU = SimpleNamespace(
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        raise UserError(f"{sys.argv[1]}: benchmarks.gpu takes no argument")
     device = parallel.start()
     kind = "a CPU, so tiny shapes" if device == "cpu" else "real shapes"
     print(f"`python -m benchmarks.gpu`: {kind}, {machine(device)}")
@@ -71,7 +73,7 @@ def machine(device: str) -> str:
     if device == "cpu":
         return f"{torch.get_num_threads()} threads, {versions}"
     asked = "nvidia-smi --query-gpu=driver_version --format=csv,noheader || echo unknown"
-    driver = subprocess.run(asked, shell=True, capture_output=True, text=True).stdout.split()[0]
+    driver = subprocess.run(asked, shell=True, capture_output=True, text=True).stdout.split()[-1]
     card = torch.cuda.get_device_properties(device)
     size = f"compute capability {card.major}.{card.minor}, {card.total_memory / 1e9:.0f} GB"
     return f"{card.name}, {size}, driver {driver}, CUDA {torch.version.cuda}, {versions}"
@@ -225,7 +227,7 @@ class Bench:
         own = self.size.smollm2  # on a CPU the cold start takes too long
         commands = [
             f"-m recipes.smollm2 {model}", f"-m recipes.cold_start --model {model} --out {cold} {BOTH} {COLD} {own}",
-            f"memtrain.py --model {cold if self.cuda else model} --out {out} {BOTH} {RL} {own} --steps 3",
+            f"memtrain.py --model {cold if self.cuda else model} --out {out} {BOTH} {RL} {own}",
         ]
         for command in commands if self.cuda else commands[::2]:
             done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)

@@ -15,6 +15,7 @@ from transformers import __version__ as installed
 
 from engine import errors, parallel
 from engine.errors import UserError
+from text.corpus import is_of_hub
 from text.rules import check_ner
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +235,8 @@ def check(config: Config) -> None:
         from engine.lora import check_peft
 
         check_peft(f"--lora {config.lora}:")
+    if config.task != "searchqa":
+        is_of_hub(config.corpus_name)  # or else there must be such a file or folder
     if config.task == "memtrain":
         check_ner(config.ner)
     else:

@@ -6,12 +6,20 @@ from pathlib import Path
 
 def saved_settings(model: str) -> dict:
     """The settings of the run that wrote `model`, runs/NAME/checkpoint or .../checkpoints/step-N; {} for others."""
+    folder, written = run_of(model)
+    if not folder:
+        return {}
+    print(f"settings are those of {folder / 'config.json'}, but for the command line's")
+    return {name: value for name, value in written.items() if name not in ("model", "out")}
+
+
+def run_of(model: str) -> tuple[Path | None, dict]:
+    """(folder, settings) of the run that wrote `model`; (None, {}) for other models."""
     for folder in Path(model).parents[:2]:
         try:
             written = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
             continue
         if isinstance(written, dict) and "chunk_tokens" in written:  # or it is another program's
-            print(f"settings are those of {folder / 'config.json'}, but for the command line's")
-            return {name: value for name, value in written.items() if name not in ("model", "out")}
-    return {}
+            return folder, written
+    return None, {}

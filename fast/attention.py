@@ -223,7 +223,7 @@ def can_share_prompts(model) -> bool:
     without a cache (OpenAI GPT) has nothing to copy.
     """
     layers = DynamicCache(config=model.config).layers
-    takes = {"position_ids", "past_key_values"} <= inspect.signature(model.get_decoder().forward).parameters.keys()
+    takes = {"position_ids", "use_cache"} <= inspect.signature(model.get_decoder().forward).parameters.keys()
     return takes and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 

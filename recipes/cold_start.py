@@ -158,10 +158,10 @@ def main(config: ColdStart) -> None:
     generate, micro_batches, token_logprobs = twins(config, policy)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
     check_sampler(sample, token_logprobs, config.model)
+    optimizer = make_optimizer(policy, config)
     corpus = load_corpus(config, tokenizer)
     heldout = [corpus.document(i, "heldout") for i in range(config.eval_documents)]
     before, _ = sampled_success(sample, heldout, config, "before")
-    optimizer = make_optimizer(policy, config)
     counts, tokens, began = Counter(), 0, time.perf_counter()
     bar = tqdm(range(config.steps), desc="cold start")
     for step in bar:

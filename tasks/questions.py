@@ -176,7 +176,7 @@ def _texts(answer) -> list[str]:
     if isinstance(answer, str):
         found = _written_out(answer)
         if isinstance(found, list) or isinstance(found, tuple | set) and any(isinstance(one, str) for one in found):
-            answer = list(found)
+            answer = sorted(found, key=str) if isinstance(found, set) else list(found)
         elif isinstance(found, dict) and found.keys() & set(PARTS):
             answer = found
         elif re.match(r"""\s*\[\s*['"]""", answer) and answer.rstrip().endswith("]"):

@@ -220,6 +220,7 @@ def test_fast_puts_the_twins_in_their_place(tmp_path, monkeypatch, every_group_c
     assert first == second and any(row["accuracy"] for row in first)
 
 
+@pytest.mark.slow
 def test_a_run_that_an_exception_ended_resumes(tmp_path, monkeypatch):
     """A user's error is its line, a bug its traceback; the same command resumes after the last checkpoint.
 

@@ -46,9 +46,9 @@ def split_paragraphs(text: str, words: int) -> list[str]:
 
 
 def take_headings(piece: list[str], few: int) -> list[str]:
-    """Remove the last lines of `piece` that no full stop ends, `few` words at most; it has more in all."""
+    """Remove the last lines of `piece` that no full stop ends, `few` words at most."""
     n = len(piece)
-    while count_words(piece[n - 1 :]) <= few and not piece[n - 1].rstrip(CLOSING).endswith(SENTENCE_ENDS):
+    while n and count_words(piece[n - 1 :]) <= few and not piece[n - 1].rstrip(CLOSING).endswith(SENTENCE_ENDS):
         n -= 1
     headings = piece[n:]
     del piece[n:]

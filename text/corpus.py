@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.files import digest, must_write, replace_lines, replace_text
+from engine.files import check_writable, digest, must_write, replace_lines, replace_text
 from text.articles import count_words, is_disambiguation, split_paragraphs, without_references
 from text.matching import MASK, TARGET, Span, without_spaces
 from text.rows import hub_revision, hub_rows, read_rows
@@ -48,15 +48,17 @@ def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     """The passages of --corpus, as the settings beside it say.
 
     Those of a hub data set are kept beside the entities: other processes, a resumed run and the runs beside it read the
-    same text, with no hub, and whatever became of the data set. So the file's name can't depend on the revision.
+    same text, with no hub, and whatever became of the data set. That is why the file's name leaves the revision out.
     """
     spaced = config.task == "memtrain" and config.ner == "rules"  # which finds no names in other scripts
     left_out = Counter() if left_out is None else left_out
     settings = config.corpus_name, config.corpus_config, config.text_field, config.max_passages
-    if not _is_of_hub(config.corpus_name):
+    if not is_of_hub(config.corpus_name):
         return load_passages(*settings, left_out, spaced)
-    file = config.cache.with_name(".passages") / f"{digest((PASSAGES_FORMAT, 'train', spaced, *settings), ())}.jsonl"
+    file = config.cache.with_name(".passages") / f"{digest((PASSAGES_FORMAT, spaced, *settings), ())}.jsonl"
     if must_write(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)  # streaming takes hours
         revision, passages = hub_revision(config.corpus_name), load_passages(*settings, left_out, spaced)
         about = {"corpus": config.corpus_name, "revision": revision, "left_out": left_out}
         lines = chain([about], ([passage.title, passage.text] for passage in passages))
@@ -82,7 +84,7 @@ def load_passages(
     UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
-    with closing(hub_rows(corpus, config) if _is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
+    with closing(hub_rows(corpus, config) if is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
         for row, where in rows:
             text = _text_of(row, where, text_field)
             body = without_references(text)
@@ -120,7 +122,7 @@ def _tell_left_out(corpus: str, left_out: Counter) -> None:
 # ---- rows --------------------------------------------------------------------------------------------------
 
 
-def _is_of_hub(corpus: str) -> bool:
+def is_of_hub(corpus: str) -> bool:
     """Whether this is a hub data set. Raises UserError where it is neither that nor a file or folder that exists."""
     path = Path(corpus)
     if not path.exists() and (path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):

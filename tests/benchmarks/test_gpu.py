@@ -18,8 +18,10 @@ def bench(tmp_path):
     return gpu.Bench(gpu.CPU, "cpu", tmp_path)
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu(capsys, monkeypatch):
     """A first line that says so, five whole tables, and at the end only what isn't here: SmolLM2's package."""
+    monkeypatch.setattr("sys.argv", ["gpu"])
     monkeypatch.setattr(gpu.smollm2, "packaged", lambda: None)
     small = vars(gpu.CPU) | {"prompt": 16, "new": 4, "micro_batches": (1024,)}
     monkeypatch.setattr(gpu, "CPU", SimpleNamespace(**small))

@@ -176,9 +176,6 @@ def test_a_signal_finishes_the_step_and_the_run_resumes(out, whole, name):
     assert_same_run(whole, out)
 
 
-slow = [pytest.param(task, marks=pytest.mark.slow) for task in ("longqa", "searchqa")]
-
-
 def give_out(arguments: list, log: Path) -> None:
     """helpers.run, where the second of two processes meets a user's error in its second step."""
     real, calls = memtrain.recall, []
@@ -195,7 +192,8 @@ def give_out(arguments: list, log: Path) -> None:
     helpers.run(arguments, log)
 
 
-@pytest.mark.parametrize("task", ["fast", *slow])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["fast", "longqa", "searchqa"])
 def test_two_processes_stop_together_and_resume(out, tmp_path, task):
     """After a signal to one of them both stop after the same step; an error of one ends both. Each resumes with its own
     random numbers."""

@@ -23,7 +23,9 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("flags", [
+    pytest.param(flags, id=name, marks=[] if name == "kl" else pytest.mark.slow) for name, flags in FLAGS.items()
+])
 def test_the_loss_by_hand_is_the_loss_by_code(tmp_path, monkeypatch, flags):
     """Before the update and after it, by both twins, with a KL, with a clip that bites; the update lowers the loss."""
     given = []

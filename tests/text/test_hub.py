@@ -41,6 +41,7 @@ def hub():
     return served
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_the_hub_bit_for_bit(hub, tmp_path):
     """Stopped after one of two steps, the hub's text changed and then away, it ends like a run in one go."""
     with serving(hub) as url:
@@ -121,6 +122,7 @@ def test_a_stream_has_ended_when_the_text_is_there(monkeypatch):
     assert len(load_passages("owner/name", max_passages=3)) == 3 and done == ["read"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [403, 451])
 def test_a_refusal_is_told_with_its_reason(hub, tmp_path, status):
     """Of a data set and of a model: one line, with more in it than an id."""
@@ -136,6 +138,7 @@ def test_a_refusal_is_told_with_its_reason(hub, tmp_path, status):
     assert "can't be loaded (hub down, no access, no such model, not a causal model): OSError: " in model.stderr
 
 
+@pytest.mark.slow
 def test_a_forgotten_configuration_and_field_are_named(hub, tmp_path):
     """With the flag, and some of what can be given."""
     hub.configs = ("2023.de", "2023.en", "2023.fr")
