@@ -144,7 +144,7 @@ def test_the_recipe_that_a_t4_is_told_to_take_runs_there(task, monkeypatch):
     with pytest.raises(UserError, match="recipes/t4-16gb.args"):
         check(parse(Config, arguments=words[:2]))
     config = parse(Config, arguments=[*words, "--ner", "rules", "--questions", str(ROOT / "tiny/questions.jsonl")])
-    config.eval_questions = None  # a file of the user's
+    config.eval_questions = config.corpus = None  # files of the user's
     assert config.lora and config.dtype == "float32" and not (config.offload_optimizer or config.offload_reference)
     config.lora = 0  # peft may be missing here
     check(config)

@@ -396,6 +396,7 @@ def test_what_cannot_be_trained_is_refused(out, monkeypatch, capsys):
     assert "--train-tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
     """One is skipped and counted; three in a row stop the run, and the checkpoint holds the weights from before them.
     The sixth is bad from the forward pass on."""
@@ -431,6 +432,7 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
     assert done.returncode == 2 and "up to step 8" in done.stderr  # resumed, it stops at the next one
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_day_on_which_it_began(out, monkeypatch):
     """Templates that name the day then give a resumed run the same prompts; another --date is another run."""
     told = []

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--documents", 2, "--g1", 2]
 
 
+@pytest.mark.slow
 def test_long_text_task_trains_and_is_evaluated(tmp_path):
     """Two steps of task training on the tiny questions: no recall, rows for each control, a model to go on from."""
     run = ["--task", "longqa", *SMALL, "--steps", 2, "--chunks", 2, "--memory_tokens", 12, "--eval_documents", 2]

@@ -114,6 +114,7 @@ def test_numbers_of_documents(qwen, hotpot):
         assert abs(sum(tokens("".join(d.chunks), qwen) for d in made) / sample - about) < 0.1 * about
 
 
+@pytest.mark.slow
 def test_places_are_uniform_and_each_questions_own(pool):
     """Over many questions the gold stands at the front, in the middle and at the end equally often."""
     made = [(q, long_document(q, n, pool, documents=12)) for n, q in enumerate(TINY[:600])]
