@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -331,11 +331,16 @@ class Corpus:
         apart = [span for span in others if mask_edges.isdisjoint(span)]  # not those that touch a [MASK]
         read = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
         unseen = [text[start:end] for start, end in read]
+
+        @cache
+        def stands_in_unseen(name: str) -> bool:
+            return any(occurrences(piece, name) for piece in unseen)
+
         candidates = []
         for start, end in pairwise(edges):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
             names = [name for name in self._names(text, inside, split) if not may_be_same_entity(name, answer)]
-            candidates.append([name for name in names if not any(occurrences(piece, name) for piece in unseen)])
+            candidates.append([name for name in names if not stands_in_unseen(name)])
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
