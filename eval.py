@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import rollout
 from engine import metrics, models, parallel
@@ -189,7 +188,7 @@ def main(evaluation: Evaluation) -> None:
 
 def load_sampler(name: str, config: Config, given: str = "--model") -> Sampler:
     """A model folder or hub name, `given` by this flag, ready to sample. Raises UserError."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if parallel.has_gpu() else "cpu"
     model, tokenizer = models.load_model(name, device, config.dtype, given)
     tokenizer.day = config.date  # for engine/chat.py
     generate = rollout.generate

@@ -208,7 +208,7 @@ def until_end(ids: list[int], ends: list[int], hear, done) -> tuple[list[int], b
 def finished_turn(prompt: list[int], completion: list[int], ended: bool, hear) -> Turn:
     """The turn of a completion, with what it said; a character that the token limit cut in half is left out."""
     text, thought = hear(completion)
-    if not ended:
+    if not ended and text.endswith(HALF_CHARACTER):
         text = without_half_character(lambda ids: hear(ids)[0], completion)
     return Turn(prompt, completion, ended, text, thought)
 

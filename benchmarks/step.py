@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from engine import parallel
 from engine.config import Config, check, option, run_with_flags
 from engine.models import as_reference, load_policy, load_reference
 from grpo import batch_loss, fixed_logprobs, group_advantages, set_weights, turn_tokens
@@ -54,7 +55,7 @@ class Step(Config):
 
 def main(config: Step) -> None:
     check(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if parallel.has_gpu() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(config.shape, config.dtype, folder)
         rows = measure(replace(config, model=folder), device)

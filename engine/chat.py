@@ -39,23 +39,21 @@ def day_macro(day: str) -> str:
     )
 
 
-def chat_parts(tokenizer) -> tuple[str, str]:
-    """What the template puts before and after the text of a single user message. ValueError where it drops the text."""
+def render_probe(tokenizer) -> str:
+    """The template's text of a prompt whose message is PROBE."""
     message = {"role": "user", "content": PROBE}
-    before, after = apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False).split(PROBE)
-    return before, after
+    return apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False)
 
 
 def begins_in_thought(tokenizer) -> bool:
     """Whether the template opens a thought, so that a completion begins inside it."""
-    return tokenizer.chat_template is not None and opens_thought(chat_parts(tokenizer)[1])
+    return tokenizer.chat_template is not None and opens_thought(render_probe(tokenizer).rpartition(PROBE)[2])
 
 
 def check_template(tokenizer, name: str, given: str) -> None:
     """Raises UserError for a chat template that can't be rendered with one user message."""
     try:
-        message = {"role": "user", "content": PROBE}
-        rendered = apply_template(tokenizer, [message], add_generation_prompt=True, tokenize=False)
+        rendered = render_probe(tokenizer)
     except Exception as error:  # a template is a program of the model's authors; jinja2 may be missing, too
         raise UserError(
             f"{given} {name}: its chat template can't be rendered with one user message ({reason_of(error)})"
