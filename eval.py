@@ -1,10 +1,10 @@
-"""How good a memory is: end-to-end and recall accuracy by document length, on pivots held out of training.
+"""How good a memory is: end-to-end and recall accuracy by document length, on pivots held out from training.
 
     python eval.py --model runs/tiny/checkpoint
-    python eval.py --report runs/tiny          # a run as a page, report.html; evaluates nothing
+    python eval.py --report runs/tiny          # writes a run's page, report.html; evaluates nothing
 
-prints a table and writes the same rows as JSON. Each number stands beside a control: the same question with an empty
-memory. The control measures how much can be answered without a memory.
+The first prints a table and writes its rows as JSON. Next to each number is a control: the same question with an empty
+memory, which shows how much can be answered without one.
 """
 
 import json
@@ -25,14 +25,14 @@ from masking import Document, draw_recall, load_corpus
 from rewards import answer_reward, recall_reward
 from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, prompt_overhead, read, recall
 
-# ---- what training evaluates, too ------------------------------------------------------------------------
+# ---- also used by training -------------------------------------------------------------------------------
 
 
 def load_task(config: Config, model, tokenizer, left_out: Counter | None = None) -> tuple:
     """(source, agent) of --task: source.document(i, split, chunks) -> Document, agent(sample, documents, config, ...).
 
-    For memtrain: masked documents, and the agent that reads them. `left_out` counts passages that can't be used, by
-    reason. Raises UserError.
+    For --task memtrain: masking.Corpus, and rollout.read. `left_out` counts unusable passages by reason. Raises
+    UserError.
     """
     if config.task == "memtrain":
         source, agent = load_corpus(config, tokenizer, left_out), read
@@ -45,13 +45,13 @@ def load_task(config: Config, model, tokenizer, left_out: Counter | None = None)
 
 
 def check_fits(config: Config, model, tokenizer, source) -> None:
-    """Raises UserError where a turn about the task's longest question can't fit the model's window."""
+    """Raises UserError if a turn about the task's longest question may not fit the model's context window."""
     memory, answer = config.memory_tokens, config.answer_tokens
     if config.task == "searchqa":
         from tasks.search import SEARCH_PROMPT
 
         prompts, setting = [SEARCH_PROMPT], "result_tokens"
-        shown = memory + memory + config.result_tokens  # the notes; the last search, which may be as long; its result
+        shown = memory + memory + config.result_tokens  # the notes; the last search, as long at most; its result
         written = memory + answer  # the new notes, and a search or an answer
     else:
         prompts, setting = [READ_PROMPT, ANSWER_PROMPT, RECALL_PROMPT], "chunk_tokens"
@@ -63,7 +63,7 @@ def check_fits(config: Config, model, tokenizer, source) -> None:
     if tokens > window:
         raise UserError(
             f"{flag(setting)} {getattr(config, setting)}, --memory-tokens {memory} and --answer-tokens {answer} need a "
-            f"window of {tokens} tokens, {model.config.name_or_path} has {window}; make them smaller"
+            f"window of {tokens} tokens, but {model.config.name_or_path} has {window}; make them smaller"
         )
 
 
@@ -73,7 +73,7 @@ def evaluate(
 ) -> list[dict]:
     """Greedy accuracy on the task's held-out documents by length in chunks -> rows of engine/metrics.py.
 
-    Each process reads its share, and all get all rows, labelled `when`. Default lengths: trained x 1/2, 1, 2, 4, 8.
+    Each process reads its share; all get all rows, labelled `when`. Default lengths: --chunks x 1/2, 1, 2, 4, 8.
     """
     greedy = replace(sample, greedy=True)
     n = config.chunks
@@ -86,9 +86,9 @@ def evaluate(
 
 
 def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths: list[int]) -> list[dict]:
-    """A row per task (end_to_end, recall), length and memory (kept, or the control: empty).
+    """A row per task (end_to_end, recall), length and memory (kept, or empty as a control).
 
-    Scores are by document. Recall has them for documents in which something can be asked.
+    One score per document; for recall only if the document has a name to ask for.
     """
     documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
     progress = f"evaluation {when}" if parallel.rank() == 0 else None
@@ -116,7 +116,7 @@ def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths:
 
 
 def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
-    """This process's documents of one length; an empty list on all processes if any of them can't build its own."""
+    """This process's documents of one length; an empty list on all processes if one of them can't build its own."""
     documents, reason = [], None
     try:
         for i in range(parallel.rank(), config.eval_documents, parallel.count()):
@@ -125,7 +125,7 @@ def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
         reason = str(error)
     reasons = [told for told in parallel.gather(reason) if told]
     if reasons and parallel.rank() == 0:
-        print(f"evaluation at {chunks} chunks is left out: {reasons[0]}")
+        print(f"evaluation at {chunks} chunks is skipped: {reasons[0]}")
     return [] if reasons else documents
 
 
@@ -134,21 +134,23 @@ def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:
 
 @dataclass
 class Evaluation(Config):
-    """The settings of a run, and what an evaluation adds to them."""
+    """The settings of a run, and those of an evaluation."""
 
-    out: str | None = option(None, "where the rows go as JSON (default: eval.json in a local model's folder)")
-    lengths: list[int] | None = option(None, "chunks of a document (default: trained x 1/2, 1, 2, 4, 8)")
+    out: str | None = option(
+        None, "JSON file for the rows (default: eval.json in the model's folder; for a hub model, in the current one)"
+    )
+    lengths: list[int] | None = option(None, "document lengths in chunks (default: --chunks x 1/2, 1, 2, 4, 8)")
     controls: list[str] = option(
-        ["empty"], "in the memory's place: empty; in longqa also full (text) and oracle (gold paragraphs)",
+        ["empty"], "what replaces the memory in a control: empty; in longqa also full (text), oracle (gold paragraphs)",
         choices=["empty", "full", "oracle"],
     )
-    against: list[str] = option([], "further models, on the same questions: differences with a paired bootstrap")
-    report: str | None = option(None, "folder of a run: write a page to look at, report.html, and evaluate nothing")
-    plot: str | None = option(None, "where to write a plot of accuracy by length (needs matplotlib)")
+    against: list[str] = option([], "further models, compared on the same questions by a paired bootstrap")
+    report: str | None = option(None, "a run's folder: only write its page, report.html, and evaluate nothing")
+    plot: str | None = option(None, "file for a plot of accuracy by length: .png, .svg or .pdf (needs matplotlib)")
 
     @property
     def cache(self) -> Path:
-        """Where the run that wrote the model kept its entities and its text; for other models in runs/."""
+        """The folder of cached entities of the run that wrote the model; for other models, the one in runs/."""
         folder, _ = run_of(self.model)
         return (folder.parent if folder else Path("runs")) / ".entities"
 
@@ -163,7 +165,7 @@ def main(evaluation: Evaluation) -> None:
         raise UserError("--eval-documents 0: nothing to evaluate; ask for at least one")
     task, controls = evaluation.task, evaluation.controls
     if task != "longqa" and set(controls) != {"empty"}:
-        raise UserError(f"--controls {' '.join(controls)}: --task {task} has the control empty only")
+        raise UserError(f"--controls {' '.join(controls)}: --task {task} supports only the control empty")
     for name in evaluation.against:
         models.check_model(name, "--against")
     folder = Path(evaluation.model)
@@ -180,14 +182,14 @@ def main(evaluation: Evaluation) -> None:
             source, agent = load_task(evaluation, sample.model, sample.tokenizer)
         when = name if evaluation.against else "now"
         rows += evaluate(sample, agent, source, evaluation, when, evaluation.lengths, tuple(controls))
-        out.write_text(json.dumps(rows, indent=1))  # after each model: a large one takes hours
+        out.write_text(json.dumps(rows, indent=1))  # after each model, as a large one takes hours
     print(metrics.table(rows), *compare.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:
         compare.plot(rows, evaluation.plot)
 
 
 def load_sampler(name: str, config: Config, given: str = "--model") -> Sampler:
-    """A model folder or hub name, `given` by this flag, ready to sample. Raises UserError."""
+    """A sampler for a model folder or hub name, which the user gave by the flag `given`. Raises UserError."""
     device = "cuda" if parallel.has_gpu() else "cpu"
     model, tokenizer = models.load_model(name, device, config.dtype, given)
     tokenizer.day = config.date  # for engine/chat.py

@@ -1,15 +1,15 @@
-"""Masked documents out of plain passages (paper 3.2), and the questions of the recall task (3.3), step by step:
+"""Masked documents from plain passages (paper 3.2), and the questions of the recall task (3.3), step by step:
 
     find_entities    spaCy finds the named entities of every passage
     Corpus.document  draw a passage, the pivot, and one of its entities: y, the answer
                      add passages related to the pivot, and random ones, in random order
-                     replace every form of y by [MASK], in all of them
-                     cut the text into chunks; draw again where it still gives y away, or where the pivot doesn't fit
+                     replace every form of y with [MASK], in all of them
+                     cut the text into chunks; draw again if it still gives y away, or if the pivot doesn't fit
                      list the other entities of each chunk: recall may ask for them
-    draw_recall      draw one of these and replace it by [TARGET] in its chunk; a later memory must supply it
+    draw_recall      draw one of these and replace it with [TARGET] in its chunk; a later memory must supply it
 
-A form of an entity is its whole words in any case; a name's long words are its capitalised ones of four letters or
-more (text/matching.py). What is random follows from [seed, ...]; each list of numbers is a stream of its own.
+A form of an entity is its whole words in any case. A name's giveaway words are its capitalised words of four letters
+or more (text/matching.py: name_words). What is random follows from [seed, ...]: each such list is a stream of its own.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ from text.rules import check_ner, rules_pipeline
 
 QUESTION = "Judging from the whole text, what does [MASK] stand for?"
 GAP = "\n\n"  # between the passages of a document
-SMALLEST_CHUNK = 16  # tokens: less may not hold a [MASK], nor an emoji
+SMALLEST_CHUNK = 16  # tokens: fewer may not fit a [MASK] or an emoji
 MAX_DRAWS = 200  # of a pivot and y, in one attempt at a document
 MAX_REPLACEMENTS = 4  # further attempts at a training document, with other draws
-OVERSHOOT = 1.05  # passages may fill so many times the chunks asked for; the rest is cut off
-# What _mask_and_cut makes: chunks; in their joined text the spans of the pivot, of each [MASK], of all other entities,
-# of the held-out passages.
+OVERSHOOT = 1.05  # passages may fill up to this multiple of the chunks asked for; the rest is cut off
+# What _mask_and_cut returns: the chunks; then spans in their joined text: the pivot, each [MASK], the other entities,
+# the held-out passages.
 Draft = tuple[list[str], Span, list[Span], list[Span], list[Span]]
 
 
@@ -50,14 +50,14 @@ class Document:
     """A long text in chunks, a question about it, and the entities of each chunk that recall may ask for."""
 
     index: int  # in its split
-    title: str  # the pivot's; a reader never sees it
+    title: str  # the pivot's; the model never sees it
     question: str
     answers: list[str]  # y
     chunks: list[str]  # joined, they are the document
-    recall_candidates: list[list[str]]  # of each chunk, the names that recall may ask for
-    leaks: int = 0  # draws, the kept one included, that gave y away
-    redraws: int = 0  # draws thrown away, for a leak, or because the pivot didn't fit
-    place: int = 0  # 0..documents-1 in its step, over all processes; set where a step's documents are drawn
+    recall_candidates: list[list[str]]  # for each chunk, the names that recall may ask for
+    leaks: int = 0  # draws that gave y away, the kept one included
+    redraws: int = 0  # draws rejected for a leak, or because the pivot didn't fit
+    place: int = 0  # 0..documents-1 in its step, over all processes; set by rollout.draw_documents
 
 
 @dataclass
@@ -67,21 +67,21 @@ class RecallTarget:
     memory_turn: int  # k, counted from 1
     chunk: int  # l < k
     entity: str
-    masked_chunk: str  # chunk l, with the entity as [TARGET]
-    leaky: bool = False  # one of the entity's long words is still in masked_chunk
+    masked_chunk: str  # chunk l, with the entity replaced by [TARGET]
+    leaky: bool = False  # whether one of the entity's giveaway words is still in masked_chunk
 
 
 # ---- entities ----------------------------------------------------------------------------------------
 
-ENTITIES_FORMAT = 6  # raise when find_entities finds something else than before: it is part of the cache's name
+ENTITIES_FORMAT = 6  # raise it when find_entities changes its results: it is part of the cache's name
 AROUND = rf"\s\"'“”‘’{INVISIBLE}"
 TRIM = re.compile(rf"(?s)[{AROUND}]*(?:(?:the|an?)\s+)?(.*?)[{INVISIBLE}]*(?:['’]s)?[{AROUND},;:]*")
 
 
 def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
-    """Set the entities of every passage, by a spaCy pipeline; they are kept in the folder `cache` for the next time.
+    """Set the entities of every passage, by a spaCy pipeline, and cache them in the folder `cache`.
 
-    Raises UserError if the pipeline is missing or finds nothing at all.
+    Raises UserError if the pipeline is missing or finds no entity in any passage.
     """
 
     def prepare():
@@ -100,15 +100,15 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
 
 
 def entities_of(texts: list[str], ner: str, names: frozenset[str], common: set[str]) -> list[list[Span]]:
-    """The spans of the entities worth masking, of each text."""
+    """For each text, the spans of the entities worth masking."""
     nlp = load_pipeline(ner, names)
     nlp.max_length = max(nlp.max_length, *(len(text) + 1 for text in texts))  # a line may be a whole book
     return [[(start, end) for start, end, _ in worth_masking(doc, common)] for doc in nlp.pipe(texts, batch_size=64)]
 
 
-@lru_cache(maxsize=1)  # entities_of is called for one block of texts after another
+@lru_cache(maxsize=1)  # entities_of is called once for each block of texts
 def load_pipeline(ner: str, names: frozenset[str] = frozenset()) -> spacy.Language:
-    """The spaCy pipeline `ner`, which sets doc.ents; `rules` also know `names`. Raises UserError."""
+    """The spaCy pipeline `ner`, which sets doc.ents; `rules` also finds `names`. Raises UserError if it can't load."""
     check_ner(ner)
     try:
         return rules_pipeline(names) if ner == "rules" else spacy.load(ner, exclude=["parser", "lemmatizer"])
@@ -117,7 +117,7 @@ def load_pipeline(ner: str, names: frozenset[str] = frozenset()) -> spacy.Langua
 
 
 def common_words(texts) -> set[str]:
-    """Words of which a tenth or more are written in lower case in `texts`: hardly names, even with a capital."""
+    """Words with at least a tenth of their occurrences in lower case: hardly names, even when capitalised."""
     total, small = Counter(), Counter()
     for text in texts:
         words = re.findall(r"[^\W\d_]+", text)
@@ -129,10 +129,10 @@ def common_words(texts) -> set[str]:
 def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
     """(start, end, label) of the entities of a spaCy doc, trimmed of a lower-case article, quotes and a final 's.
 
-    Left out: a span that masking would not find again (no word edge), and one that would mask ordinary words: stop
-    words, a single word of `common`, names with neither a capital nor a digit (in scripts that have capitals).
+    Left out: spans that masking would not find again (not at word boundaries), and spans that would mask ordinary
+    words: stop words, a single word of `common`, names with neither capital nor digit (in scripts with capitals).
     """
-    found, text = [], doc.text  # spaCy builds it anew at each access
+    found, text = [], doc.text  # spaCy rebuilds it at each access
     for entity in doc.ents:
         core = TRIM.fullmatch(entity.text)
         name, start, end = core[1], entity.start_char + core.start(1), entity.start_char + core.end(1)
@@ -140,7 +140,7 @@ def worth_masking(doc, common: set[str]) -> list[tuple[int, int, str]]:
         ordinary = name.lower() in common or all(word in STOP_WORDS for word in name.lower().split())
         if not 0 < len(name) <= 80 or plain or ordinary:
             continue
-        # Masking matches NFKC text, where Ulm\u2122 becomes UlmTM: with the text around, a word edge can vanish.
+        # Masking matches NFKC text, where Ulm\u2122 becomes UlmTM: in context, a word boundary can vanish.
         first = max(0, start - 8)
         if (start - first, end - first) in occurrences(text[first : end + 8], name):
             found.append((start, end, entity.label_))
@@ -156,16 +156,16 @@ def mask(text: str, entity: str, token: str = MASK) -> str:
 
 
 def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> tuple[str, list[Span], list[Span]]:
-    """Replace every form of `entity` -> masked text, the given spans moved along, the spans of the new tokens.
+    """Replace every form of `entity` -> (masked text, `spans` shifted to it, the spans of the new tokens).
 
-    Given spans that overlap a form of the entity are left out. Ada masked in "Ada met Bob.", with the spans of both:
+    Spans that overlap a form of the entity are left out. Masking Ada in "Ada met Bob.", given the spans of both names:
 
         mask_spans("Ada met Bob.", [(0, 3), (8, 11)], "Ada") == ("[MASK] met Bob.", [(11, 14)], [(0, 6)])
     """
     forms = occurrences(text, entity)
     starts, ends = [start for start, _ in forms], [end for _, end in forms]
     masked = token.join(text[start:end] for start, end in zip([0, *ends], [*starts, len(text)], strict=True))
-    # shifts[n] is added to the positions behind the first n forms.
+    # shifts[n] is added to the positions after the first n forms.
     shifts = [0, *accumulate(len(token) - (end - start) for start, end in forms)]
     tokens = [(start + shift, start + shift + len(token)) for start, shift in zip(starts, shifts[:-1], strict=True)]
     moved = []
@@ -177,7 +177,7 @@ def mask_spans(text: str, spans: list[Span], entity: str, token: str = MASK) -> 
 
 
 def gives_away(text: str, name: str) -> bool:
-    """Whether `text` holds a long word of a name, so that the rest of it can be guessed."""
+    """Whether `text` contains a giveaway word of a name, so that the rest of the name can be guessed."""
     return any(occurrences(text, word) for word in name_words(name))
 
 
@@ -195,7 +195,7 @@ class Corpus:
 
     A document gets as many passages as fill `n_chunks` chunks; or `n_passages` passages, of which at most `n_chunks`
     chunks are kept. In the split "train" a passage with a held-out title is never the pivot, its title is never masked,
-    and recall asks for nothing in it; in "heldout" such a passage is the pivot. Raises UserError for too few passages.
+    and recall asks for nothing in it; in "heldout" the pivot is such a passage. Raises UserError for too few passages.
     """
 
     longest_question = QUESTION
@@ -207,7 +207,7 @@ class Corpus:
         self.passages, self.tokenizer, self.seed, self.chunk_tokens = passages, tokenizer, seed, chunk_tokens
         self.n_chunks, self.n_passages, self.n_related, self.keep_leaky = n_chunks, n_passages, n_related, keep_leaky
         if chunk_tokens < SMALLEST_CHUNK:
-            raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK}")
+            raise UserError(f"--chunk-tokens {chunk_tokens}: a chunk needs at least {SMALLEST_CHUNK} tokens")
         if (n_passages or 0) > len(passages):
             raise self._too_few(f"--passages {n_passages}")
         if n_related >= len(passages):
@@ -217,7 +217,7 @@ class Corpus:
             self.same_title.setdefault(passage.title, []).append(n)
         self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
         self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
-        # Keys: the split, and whether a name has several words. Values: the passages with such names; the names.
+        # Keys: the split, and whether a name has several words. Values: passages with such names; number of such names.
         self.pivots: dict[tuple[str, bool], list[int]] = defaultdict(list)
         self.name_counts: dict[tuple[str, bool], int] = Counter()
         for n, passage in enumerate(passages):
@@ -229,14 +229,14 @@ class Corpus:
         if not self.pivots:
             raise UserError("the corpus has no passage with an entity to mask: use another corpus, or another --ner")
         self.index = BM25([f"{passage.title} {passage.text}" for passage in passages])
-        self.passage_tokens: dict[int, int] = {}  # passage -> its tokens, of those counted so far
+        self.passage_tokens: dict[int, int] = {}  # passage -> its number of tokens, filled as needed
 
     def document(self, i: int, split: str = "train", chunks: int | None = None) -> Document:
-        """Document number i of a split, of `chunks` chunks or of the corpus' own size.
+        """Document number i of a split, with `chunks` chunks (default: the corpus's own size).
 
         The first draws don't depend on `chunks`, so most pivots and answers are the same at every length. Raises
-        UserError if the document can't be built; in training after MAX_REPLACEMENTS more attempts, whose random streams
-        no other document uses.
+        UserError if the document can't be built; in training only after MAX_REPLACEMENTS more attempts, with random
+        streams that no other document uses.
         """
         n_chunks = chunks or (None if self.n_passages else self.n_chunks)
         replacements = MAX_REPLACEMENTS if split == "train" else 0
@@ -248,8 +248,8 @@ class Corpus:
     def _draw(self, i: int, split: str, n_chunks: int | None, attempt: int) -> Document:
         """Draw a pivot and try its names as y, in random order; then another pivot.
 
-        Names of several words are given away, and so rejected, more often. So the kind of y, one word or several, is
-        drawn first, as frequent as in the corpus.
+        Names of several words leak, and so are rejected, more often. So whether y has one word or several is drawn
+        first, with the frequencies of the corpus.
         """
         rng = np.random.default_rng([self.seed, split == "heldout", i, *([attempt] if attempt else [])])
         several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
@@ -261,7 +261,7 @@ class Corpus:
         draws = leaks = 0
         while draws < MAX_DRAWS:
             several = drawn_kind
-            if draws > MAX_DRAWS / 2 and self.pivots[split, not drawn_kind]:  # the drawn kind can't be had
+            if draws > MAX_DRAWS / 2 and self.pivots[split, not drawn_kind]:  # the drawn kind doesn't work out
                 several = not drawn_kind
             pivot = int(rng.choice(self.pivots[split, several]))
             pool, keys = self._pool(pivot, rng)
@@ -279,19 +279,19 @@ class Corpus:
         )
 
     def _names(self, text: str, spans: list[Span], split: str) -> list[str]:
-        """The names at these spans, each once, that may be masked.
+        """The names at these spans that may be masked, each once.
 
-        Left out: those that normalise to nothing and, in training, those that are held out.
+        Left out: names that normalise to nothing and, in training, held-out names.
         """
         names = [text[start:end] for start, end in spans]
         named = {normalize(name): " ".join(name.split()) for name in names}
         return [name for key, name in named.items() if key and (split == "heldout" or key not in self.never_in_train)]
 
     def _pool(self, pivot: int, rng) -> tuple[np.ndarray, np.ndarray]:
-        """All passages that a document may take -> (passages,) the pivot, related ones, random ones; (passages,) keys.
+        """The passages a document may use -> (passages,) pivot, related, then random ones; (passages,) sort keys.
 
-        A document takes the first of them and sorts them by these random keys, so a longer one keeps the order of a
-        shorter. Other passages of the pivot's own title are left out: they would all but repeat it.
+        A document takes the first of them and sorts them by these random keys, so a longer document keeps the order
+        of a shorter one. Other passages with the pivot's title are left out: they would largely repeat it.
         """
         own = self.same_title[self.passages[pivot].title]
         related = []
@@ -307,20 +307,20 @@ class Corpus:
     def _build(
         self, split: str, pool: np.ndarray, keys: np.ndarray, n_chunks: int | None, answer: str
     ) -> tuple[list[str], list[list[str]], bool]:
-        """The chunks with `answer` masked, the recall candidates of each, and whether a chunk gives the answer away.
+        """(chunks with `answer` masked, recall candidates of each chunk, whether a chunk gives the answer away).
 
-        No chunks where they can't hold the whole pivot, and where a passage alone gives the answer away.
+        No chunks if they can't hold the whole pivot, or if a single passage gives the answer away.
         """
         size = self._estimate(pool, n_chunks) if n_chunks else self.n_passages
-        # One passage that leaks tells as much as the whole document, and sooner. (It may reject a little too much: the
-        # document may take fewer passages than estimated.) Not where many chunks will be cut off.
+        # Checking single passages finds leaks before anything is cut. (It may reject slightly too much: the document
+        # may take fewer passages than estimated.) Not done if many chunks will be cut off.
         check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
         if check_passages and self._leaks(pool[:size], answer):
             return [], [], True
         chunks, (pivot_start, pivot_end), masks, others, heldout = self._fill(pool, keys, size, n_chunks, answer)
         text = "".join(chunks)
         edges = [0, *accumulate(map(len, chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
-        # Keep a window of at most so many chunks: the first ones, or shifted to end with the pivot's last chunk.
+        # Keep a window of at most `most` chunks: the first ones, or shifted to end with the pivot's last chunk.
         # (A pivot that ends at an edge belongs to the chunk before it.)
         most = n_chunks or self.n_chunks or len(chunks)
         first = max(0, bisect_left(edges, pivot_end) - most)
@@ -328,7 +328,7 @@ class Corpus:
             return [], [], False
         chunks, edges = chunks[first : first + most], edges[first : first + most + 1]
         mask_edges = {edge for span in masks for edge in span}
-        apart = [span for span in others if mask_edges.isdisjoint(span)]  # not those that touch a [MASK]
+        apart = [span for span in others if mask_edges.isdisjoint(span)]  # without those that touch a [MASK]
         read = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
         unseen = [text[start:end] for start, end in read]
 
@@ -344,7 +344,7 @@ class Corpus:
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
-        """How many passages of the pool should fill the chunks, by their tokens."""
+        """How many passages of the pool should fill the chunks, judging by their tokens."""
         used = 0
         for size, n in enumerate(pool):
             if used >= n_chunks * self.chunk_tokens:
@@ -356,16 +356,16 @@ class Corpus:
         return len(pool)
 
     def _leaks(self, passages: np.ndarray, name: str) -> bool:
-        """Whether one of these passages gives `name` away when it is masked."""
+        """Whether one of these passages still gives `name` away after masking."""
         holding = (n for word in name_words(name) for n in np.intersect1d(self.index.holding(word), passages))
         return any(gives_away(mask(self.passages[n].text, name), name) for n in holding)
 
     def _fill(self, pool: np.ndarray, keys: np.ndarray, size: int, n_chunks: int | None, answer: str) -> Draft:
-        """The draft of about as few passages as fill `n_chunks` chunks; without these, of `size` passages.
+        """The draft of about as few passages as fill `n_chunks` chunks; if that is None, of `size` passages.
 
-        It may have a few chunks too many, which _build cuts off.
+        It may have a few chunks too many, which _build cuts off. Raises UserError if the pool is too small.
         """
-        low, high = 1, len(pool)  # fewer than `low` passages are too few, `high + 1` are more than enough
+        low, high = 1, len(pool)  # fewer than `low` passages are too few, `high + 1` are more than needed
         while size <= len(pool):
             made = self._mask_and_cut(pool[np.argsort(keys[:size])], pool[0], answer)
             filled = len(made[0])
@@ -377,12 +377,12 @@ class Corpus:
                 return made
             else:
                 high = size - 1
-            # Each try cuts the whole text, so aim by the chunks that a passage made in this one.
+            # Each try cuts the whole text, so estimate the next size from the chunks per passage in this one.
             size = max(low, min(int(size * (n_chunks + 0.5) / filled), high))
         raise self._too_few(f"{n_chunks} chunks of {self.chunk_tokens} tokens" if n_chunks else f"--passages {size}")
 
     def _mask_and_cut(self, passages: np.ndarray, pivot: int, answer: str) -> Draft:
-        """These passages with `answer` masked, in this order, joined and cut."""
+        """These passages in this order, with `answer` masked, joined and cut into chunks."""
         texts, masks, others, heldout, offset = [], [], [], [], 0
         for n in passages:
             text, entities, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
@@ -398,13 +398,13 @@ class Corpus:
 
     def _too_few(self, asked: str) -> UserError:
         return UserError(
-            f"the corpus has {len(self.passages)} passages, too few for {asked} (a document takes one passage of the "
-            "pivot's title): use a larger corpus, or ask for less"
+            f"the corpus has {len(self.passages)} passages, too few for {asked} (a document uses only one passage with "
+            "the pivot's title): use a larger corpus, or ask for less"
         )
 
 
 def load_corpus(config, tokenizer, left_out: Counter | None = None) -> Corpus:
-    """The masked documents of the settings; `left_out` counts passages that can't be used. Raises UserError."""
+    """The Corpus of the settings; `left_out` counts unusable passages by reason. Raises UserError."""
     passages = load_text(config, left_out)
     find_entities(passages, config.ner, config.cache)
     return Corpus(
@@ -417,10 +417,10 @@ def load_corpus(config, tokenizer, left_out: Counter | None = None) -> Corpus:
 
 
 def draw_recall(document: Document, rng) -> RecallTarget | None:
-    """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk but the last has any.
+    """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk except the last has names.
 
-    k is drawn from those that have such a chunk before them, l from the chunks that have names, and the name from those
-    that masking takes out of the chunk with all their long words, where there are any.
+    k is drawn from the turns with such a chunk before them, l from the chunks with names, and the name, if possible,
+    from those that leave no giveaway word in the masked chunk.
     """
     sources = [number for number, names in enumerate(document.recall_candidates[:-1], 1) if names]
     if not sources:

@@ -5,12 +5,12 @@
     python memtrain.py --task longqa --model runs/X/checkpoint --out runs/Y    # then, from there: training on a task
     torchrun --nproc_per_node 8 memtrain.py --config ...                       # a process per GPU, a share of documents
 
-One step, in the paper's letters; in brackets the flag and its default:
+One step, in the paper's notation, with each flag and its default in brackets:
   - D documents [--documents 8] of T - 1 chunks [--chunks 4]. In each, every occurrence of one entity, y, reads [MASK].
   - The model reads each document G1 times [--g1 8]: G1 trajectories of T turns. After chunk k it writes the memory m_k,
-    which is all that it sees of chunks 1..k from then on. The last turn names y from m_{T-1} alone.
-  - For each trajectory, recall asks: an entity of an earlier chunk l < k reads [TARGET]; name it from m_k. G2 answers
-    [--g2 4]. So a step samples D G1 (T + G2) completions.
+    which is all it keeps of chunks 1..k. The last turn names y from m_{T-1} alone.
+  - Recall shows each trajectory m_k and an earlier chunk l < k in which an entity reads [TARGET], and asks for it: G2
+    answers [--g2 4]. So a step samples D G1 (T + G2) completions.
   - Rewards: R^I of a recall answer, right or wrong (Eq. 1); R^E of a trajectory, EM of y plus lambda [--recall-weight
     0.5] times its mean R^I (Eq. 2). Since R^E includes recall's reward, recall also trains the turns that wrote the
     memory. Advantages compare the G1 trajectories of a document, and the G2 answers of a trajectory (Eq. 3).
@@ -20,17 +20,17 @@ Where this differs from the paper:
   - The defaults are `--advantage group_norm --kl 0`: advantages divided by the group's standard deviation (GRPO as
     DeepSeekMath wrote it), and no KL. The paper's are `--advantage mean --kl 1e-3`; the recipes/*.args set them. With
     group_norm, lambda changes nothing in a group whose EMs are all equal.
-  - The paper drops groups whose rewards are all 0 or all 1. R^E takes other values, too, so here every group of equal
+  - The paper drops groups whose rewards are all 0 or all 1. R^E has other values too, so here every group of equal
     rewards is dropped, before the means of Eq. 4 are taken.
   - The paper doesn't give the clip range, how k and l are drawn, or when a string counts as the entity.
     docs/decisions.md lists what was chosen.
-  - An answer is stopped where its box closes, and then has no EOS. The EOS of a memory is trained.
-  - 20 % of the titles are held out, by a hash: in training their passages are never the pivot, the passage that y is
-    taken from, and such a title is never y nor recalled. Other documents may contain their text, but recall asks for
+  - An answer stops where its box closes, and then has no EOS. The EOS of a memory is trained.
+  - 20 % of the titles are held out, by a hash. In training their passages are never the pivot (the passage that y is
+    taken from), and no such title is y or a recall target. Documents may contain their text, but recall asks for
     nothing in it.
 
-`--fast True` replaces three functions, rollout.generate, grpo.micro_batches and grpo.token_logprobs, by their twins in
-fast/, which give the same results and run several times as fast.
+`--fast True` replaces three functions, rollout.generate, grpo.micro_batches and grpo.token_logprobs, with their twins
+in fast/, which give the same results several times as fast.
 """
 
 import math
@@ -59,10 +59,10 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed + 1_000_003 * parallel.rank())  # every process draws its own samples
     run = None if config.explain else Run(config, device)  # locks the folder; refuses one that holds another run
     policy, tokenizer = models.load_policy(config, device)  # with --lora, only an adapter is trained
-    reference = models.load_reference(config, policy, device)  # None without --kl
+    reference = models.load_reference(config, policy, device)  # None if --kl is 0
     generate, micro_batches, token_logprobs = twins(config, policy, reference)
     sample = Sampler(generate, policy, tokenizer, Budget(config.rollout_tokens))
-    check_sampler(sample, token_logprobs, config.model)  # training must see what the sampler draws from
+    check_sampler(sample, token_logprobs, config.model)  # it must draw from the distribution that is trained
     optimizer = make_optimizer(policy, config)
     if run:
         run.open(policy, tokenizer, optimizer, sample.budget)
@@ -107,13 +107,13 @@ def main(config: Config) -> None:
         if len(updates) > 1:  # the first update moves the policy away from the one that sampled
             for turn, logprobs in fixed_logprobs(policy, turns, config, micro_batches, token_logprobs):
                 turn.old_logprobs = logprobs  # (completion,)
-        # Hugging Face checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
+        # transformers checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
         policy.train(mode=config.gradient_checkpointing)
         lr = learning_rate(config, step)
         stats, norms = Counter(loss=0.0), []
         for part in updates:
             documents_kept = set_weights(part)  # the outer means of Eq. 4
-            if documents_kept == 0:  # on no process: all of them skip this update
+            if documents_kept == 0:  # none on any process: all of them skip this update
                 continue
             for batch in micro_batches(part, config.train_tokens):
                 loss, batch_stats = batch_loss(policy, batch, config, token_logprobs)
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
                 stats["loss"] += loss.item() / len(updates)
                 for name, value in batch_stats.items():
                     stats[name] += value.item()
-            # Sums the gradients over processes, clips, steps (unless the norm isn't finite), and clears them.
+            # Sums the gradients over processes, clips, steps (unless the norm isn't finite) and clears the gradients.
             norms.append(optimizer.step(lr, config.grad_clip))
         policy.eval()
         run.lap("update")
@@ -134,13 +134,13 @@ def main(config: Config) -> None:
             "lr": lr, "left_out": left_out.total(),
         }
         run.log(step, trajectories, stats, more)
-        run.save_if_due(step, bad_updates)  # too many bad ones in a row end the run
-    run.evaluate("after", lambda when: evaluate(sample, agent, source, config, when))  # nothing after a signal
+        run.save_if_due(step, bad_updates)  # raises UserError after too many bad steps in a row
+    run.evaluate("after", lambda when: evaluate(sample, agent, source, config, when))  # skipped after a signal
     run.finish()
 
 
 def twins(config: Config, policy, reference=None) -> tuple[Callable, Callable, Callable]:
-    """(generate, micro_batches, token_logprobs): the lesson's own, or with --fast the twins that give the same."""
+    """(generate, micro_batches, token_logprobs): the lesson's own, or with --fast True their twins in fast/."""
     if config.fast:
         from fast import packing, sampling
 
@@ -149,7 +149,7 @@ def twins(config: Config, policy, reference=None) -> tuple[Callable, Callable, C
 
 
 def make_optimizer(policy, config: Config) -> AdamW:
-    """The optimizer that the policy's dtype and the settings ask for. Raises UserError."""
+    """The optimizer for the policy's dtype and the settings. Raises UserError where --shard-optimizer can't be used."""
     if config.shard_optimizer:
         from engine.sharding import ShardedAdamW
 
@@ -162,14 +162,14 @@ def make_optimizer(policy, config: Config) -> AdamW:
 
 
 def shuffle_generator(config: Config, step: int):
-    """For the control `--ablation shuffled_rewards`, which deals out each group's rewards at random; else None."""
+    """The generator for the control `--ablation shuffled_rewards`, which permutes each group's rewards; else None."""
     if config.ablation != "shuffled_rewards":
         return None
     return np.random.default_rng([config.seed, step, parallel.rank(), 1])  # the 1 keeps it apart from draw_targets'
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, times a constant or a cosine that would be 0 in the step after the last."""
+    """The rate of `step`, counted from 0: linear warm-up, times 1 or a cosine that reaches 0 after the last step."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup))
     if config.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))

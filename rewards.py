@@ -3,9 +3,9 @@
     R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
-An answer is the content of the last closed `\\boxed{}` that the model generated and that says something; sampling
-stops at the first such box, so text after it counts only where a server sampled on. It is right when it matches a gold
-answer exactly (EM): when both have the same normal form.
+An answer is the content of the last closed, non-empty `\\boxed{}` that the model generated. Sampling stops at the first
+such box, so text after it matters only if a server kept sampling. An answer is right if it matches a gold answer
+exactly (EM): if both have the same normal form.
 """
 
 import re
@@ -25,39 +25,39 @@ def recall_reward(completion: str, entity: str) -> float:
 
 
 def trajectory_reward(em: float, recall_rewards: list[float], joint_weight: float) -> float:
-    """Eq. 2: R^E = EM + lambda * mean(R^I); EM alone where the trajectory has no recall."""
+    """Eq. 2: R^E = EM + lambda * mean(R^I), lambda being `joint_weight`; EM alone without recall rewards."""
     if not recall_rewards:
         return em
     return em + joint_weight * sum(recall_rewards) / len(recall_rewards)
 
 
 def answer_reward(prediction: str | None, answers: list) -> float:
-    """EM of Eq. 2, 0 or 1; of several questions asked as one (MEM1), the mean over them.
+    """EM of Eq. 2, 0 or 1; for several questions asked as one (MEM1), the mean over them.
 
-    Then `answers` has a list for each question, and the prediction answers them in their order, with ";" between. A
-    missing answer is wrong, and so is a last answer with more behind it. For [["Ulm"], ["1879"]]: "Ulm; 1879" scores
+    In that case `answers` has a list for each question, and the prediction answers them in order, separated by ";". A
+    missing answer is wrong, and so is a last answer followed by more text. With [["Ulm"], ["1879"]], "Ulm; 1879" scores
     1.0, "Ulm" 0.5, "1879; Ulm" 0.0.
     """
     if not answers or isinstance(answers[0], str):
         return float(exact_match(prediction, answers))
     given = unwrap(prediction or "").translate(SEMICOLONS).split(";", len(answers) - 1)
-    right = [matches_any(one, golds) for one, golds in zip(given, answers, strict=False)]  # fewer may be given
+    right = [matches_any(one, golds) for one, golds in zip(given, answers, strict=False)]  # there may be fewer answers
     return sum(right) / len(answers)
 
 
-# ---- answers out of text -------------------------------------------------------------------------------
+# ---- answers in text -----------------------------------------------------------------------------------
 
 SEMICOLONS = str.maketrans("；؛\u037e", ";;;")
-# A box that opens, another brace, or anything behind a backslash: \{ opens nothing.
+# The opening of a box, another brace, or any escaped character: \{ opens nothing.
 BRACE = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox|framebox)\s*\{)|\\.|(?P<opens>\{)|(?P<closes>\})", re.DOTALL)
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last \\boxed{} in `text` that is closed and says something, braces in it balanced; or None.
+    """The content of the last closed, non-empty \\boxed{} in `text`, with its braces balanced; or None.
 
     `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{...} \\boxed{un")` is `"f{x}"`. A box that normalises to
-    nothing doesn't count: models repeat the instruction to use one. \\fbox{} and \\framebox{} are boxes, too.
-    Sampling asks at every token, so each brace is looked at once.
+    nothing is ignored: models repeat the instruction to use one. \\fbox{} and \\framebox{} count as boxes.
+    This runs at every sampled token, so it looks at each brace only once.
     """
     opened, boxes = [], []
     for brace in BRACE.finditer(text):
@@ -67,7 +67,7 @@ def boxed(text: str) -> str | None:
             opening = opened.pop()
             if opening.lastgroup == "box":
                 boxes.append((opening.start(), opening.end(), brace.start()))
-    empty = []  # the spans of boxes that say nothing, those inside another left out of it
+    empty = []  # the spans of empty boxes, which don't count as content of a box around them
     for start, inside, end in sorted(boxes, reverse=True):
         parts, place = [], inside
         while empty and empty[-1][0] < end:
@@ -83,21 +83,21 @@ def boxed(text: str) -> str | None:
 
 
 def exact_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if `prediction`, its LaTeX and HTML off, matches one of `answers`; None never does."""
+    """Whether `prediction`, with LaTeX and HTML removed, matches one of `answers`; None never does."""
     return prediction is not None and matches_any(unwrap(prediction), answers)
 
 
 def matches_any(text: str, answers: list[str]) -> bool:
-    """Whether `text` has the normal form of one of `answers`; what normalises to nothing matches nothing."""
+    """Whether `text` has the same normal form as one of `answers`; an empty normal form matches nothing."""
     form = normalize(text)
     return form != "" and any(normalize(answer) == form for answer in answers)
 
 
 # ---- the normal form -----------------------------------------------------------------------------------
 
-# No-break, figure, thin and narrow spaces and apostrophes before three digits: they group thousands as commas do.
+# No-break, figure, thin and narrow spaces and apostrophes before three digits group thousands, as commas do.
 GROUPS = re.compile("(?<=\\d)[\u00a0\u2007\u2009\u202f'’](?=\\d{3}(?!\\d))")
-# Plain spaces may group a number, or the ends of a range, only at the beginning and with no other number: 1 500 km^2.
+# Plain spaces group a number, or both ends of a range, only at the start of a text without other numbers: 1 500 km^2.
 SPACED = re.compile(
     r"(\W*(?:\d{1,3}(?: \d{3})* ?- ?)?[1-9]\d{0,2}(?: \d{3})+)((?:\.\d+)?(?!\d)(?:[^\W\d_]\d+|\^-?\d+|\D)*)"
 )
@@ -117,14 +117,14 @@ ARTICLES = ("a", "an", "the")
 INVERTED = re.compile(r"(?<=\w),\s+(?:a|an|the)\W*$")
 
 
-@lru_cache(maxsize=4096)  # golds, and the answers of a group, come again and again
+@lru_cache(maxsize=4096)  # gold answers, and those of a group, recur
 def normalize(text: str) -> str:
-    """SQuAD's normal form (arXiv 1606.05250) with three guards. No case, punctuation or articles; white space as one.
+    """SQuAD's normal form (arXiv 1606.05250): no case, punctuation, articles or extra spaces, with three exceptions.
 
-    Folded as in masking. Numbers stay themselves: 1,500 is 1500 and .5 is 0.5, but 1.5 isn't 15, 10-15 isn't 1015, 007
-    isn't 7. Final zeros count (3.10 isn't 3.1), but .0 goes where the number is grouped or begins the text: 1,500.0 is
-    1500, and Web 2.0 isn't Web 2. Signs that end a word with a letter stay: C++ isn't C. An article with no word behind
-    it is none, as in Hepatitis A, unless the name is turned round: "Kinks, The".
+    Numbers stay distinct: 1,500 is 1500 and .5 is 0.5, but 1.5 isn't 15, 10-15 isn't 1015, 007 isn't 7. Final zeros
+    count (3.10 isn't 3.1), but .0 is dropped if the number is grouped or begins the text: 1,500.0 is 1500, and Web 2.0
+    isn't Web 2. Signs that end a word with a letter stay: C++ isn't C. A final article stays, as in Hepatitis A, except
+    in an inverted name: "Kinks, The". Text is folded first, as in masking.
     """
     text = fold(GROUPS.sub(",", text))[0].strip()
     if not text.replace(" ", "").isalpha():
@@ -135,7 +135,7 @@ def normalize(text: str) -> str:
 
 
 def _plain_numbers(text: str) -> str:
-    """Folded text with each number in one form; the signs of ca^2+, so_4 and f^# stand at no height."""
+    """Folded text with each number in one form; ca^2+, so_4 and f^# lose their marks of super- and subscript."""
     if spaced := SPACED.fullmatch(text):
         text = re.sub(r"(?<=\d) (?=\d)", ",", spaced[1]) + spaced[2]
     text = NUMBER.sub(_plain_number, text)
@@ -153,7 +153,7 @@ def _plain_number(number: re.Match) -> str:
 
 
 def _without_punctuation(mark: re.Match) -> str:
-    """What stays of a sign: itself where it carries the name or is no punctuation, and "-" between two digits."""
+    """What is left of a sign: itself if it is part of a name or not punctuation, and "-" between two digits."""
     if mark["kept"]:
         return mark[0]
     no_marks = (c for c in mark[0] if c not in string.punctuation and unicodedata.category(c)[0] != "P")

@@ -1,14 +1,13 @@
 """Rollouts: the prompts, the sampler, and the agents that read and recall.
 
     generate       plain sampling, by Hugging Face's `generate`
-    Sampler        sample(prompts, new_tokens, done) -> turns: all that an agent knows of a model
+    Sampler        sample(prompts, new_tokens, done) -> turns: the only way an agent uses a model
     read           the reading agent (paper 3.1)
-    draw_targets   what to ask of each trajectory: the intermediate-memory recall task (paper 3.3)
-    recall         its answers
+    draw_targets   what to ask each trajectory: the intermediate-memory recall task (paper 3.3)
+    recall         asks it
 
 A Turn carries token ids from the sampler to the loss. Its decoded text is used for rewards and the next memory, and is
-never encoded again for training. In the prompts a chunk is called a section, so that no word of ours means two things
-to the model.
+never encoded again for training. The prompts call a chunk a section.
 """
 
 import re
@@ -30,7 +29,7 @@ from rewards import boxed
 from text.thoughts import listener
 
 EMPTY_MEMORY = "(empty)"
-HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no whole character
+HALF_CHARACTER = "\ufffd"  # what decoding makes of bytes that are not a complete character
 
 READ_PROMPT = """You read a long text section by section to solve a problem. Between sections you keep nothing but \
 your memory. Rewrite the memory: carry over what may still help, add what matters in the new section, and stay short.
@@ -76,12 +75,12 @@ stood there, and put it in \\boxed{{}}.
 
 Say what [TARGET] stands for."""
 
-# query and result: tasks/search.py
+# The slots of all prompts; query and result are those of tasks/search.py.
 SLOT_TAGS = re.compile(r"<(\s*/?\s*(?:problem|memory|section|query|result)\s*/?\s*)>", re.IGNORECASE)
 
 
 def fill(prompt: str, **slots) -> str:
-    """The prompt with its slots filled. A slot's tag inside a text, such as </memory>, becomes (/memory)."""
+    """The prompt with its slots filled. Slot tags inside a text, such as </memory>, become (/memory)."""
     safe = {name: SLOT_TAGS.sub(r"(\1)", str(text)) for name, text in slots.items()}
     return prompt.format(**safe)
 
@@ -91,31 +90,31 @@ def fill(prompt: str, **slots) -> str:
 
 @dataclass
 class Turn:
-    """A conversation of one prompt and the completion that was sampled for it."""
+    """One prompt and the completion that was sampled for it (in the paper: a conversation)."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # with the EOS, if one was sampled
-    ended: bool  # by EOS or where it was done; False: cut at the token limit (for the metrics)
-    text: str  # what was said: the completion without special tokens, and without a thought before it
-    thought: bool = False  # whether there was one
+    ended: bool  # by an end token or `done`; False: cut at the token limit (for the metrics)
+    text: str  # the decoded completion without special tokens, and without a thought before it
+    thought: bool = False  # whether there was a thought
     # grpo.py sets these.
     place: int = -1  # of its document in the step
     advantage: float = 0.0  # Eq. 3
-    weight: float = 0.0  # of Eq. 4: 1 / (kept documents of the update, of all processes * kept turns of its document)
+    weight: float = 0.0  # Eq. 4: 1 / (kept documents of the update, over all processes * kept turns of its document)
     old_logprobs: torch.Tensor | None = None  # (completion,), before the first of several updates
     reference_logprobs: torch.Tensor | None = None  # (completion,), if there is a KL
 
 
 @dataclass
 class Trajectory:
-    """One reading of one document (in tasks/search.py: one episode of searches), and all that is known about it."""
+    """One reading of one document (in tasks/search.py: one episode of searches), and everything known about it."""
 
     document: Document
     turns: list[Turn] = field(default_factory=list)
     memories: list[str] = field(default_factory=list)  # m_1, m_2, ...
     prediction: str | None = None  # the boxed answer; None without a box
     searches: list[str] = field(default_factory=list)  # tasks/search.py
-    target: RecallTarget | None = None  # what recall asks for; None: nothing
+    target: RecallTarget | None = None  # what recall asks for; None: no recall
     recalls: list[Turn] = field(default_factory=list)  # its G2 answers
     em: float = 0.0  # exact match of the prediction
     recall_rewards: list[float] = field(default_factory=list)  # R^I of each of the recalls (Eq. 1)
@@ -132,13 +131,13 @@ class Trajectory:
 
 @dataclass
 class Budget:
-    """Tokens of one batch of `generate`, padding included. The fast twin halves it when memory runs out."""
+    """Most tokens of one batch of `generate`, padding included. The fast twin halves it when memory runs out."""
 
     tokens: int
 
 
 class StopWhere(StoppingCriteria):
-    """Ends a row where `done` of what it said holds: nobody reads what a model says after its answer."""
+    """Ends a row once `done(its text)` is true: nothing reads what a model writes after its answer."""
 
     def __init__(self, done: Callable[[str], bool], hear: Callable, width: int):
         self.done, self.hear, self.width = done, hear, width
@@ -155,19 +154,19 @@ def generate(
 ) -> list[Turn]:
     """One completion for each prompt of token ids, drawn from the model's own distribution, or greedy.
 
-    A completion ends at the first end token, or where `done(text)` first holds for what was said. Prompts are taken in
-    slices of at most `budget` tokens.
+    A completion ends at the first end token, where `done(its text)` first holds, or after `new_tokens` tokens. Prompts
+    are taken in slices of at most `budget` tokens, new tokens and padding included.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
     hear = listener(tokenizer, ends, begins_in_thought(tokenizer))
-    # Temperature 1 without top-p or top-k: training's log-probs are of the distribution that was sampled from.
+    # Temperature 1 without top-p or top-k: the log-probs in training are those of the sampling distribution.
     how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
         do_sample=not greedy, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=pad, **how
     )
     rows = max(1, budget.tokens // (max(map(len, prompts)) + new_tokens))
     turns = []
-    # model.generate would take penalties and forbidden words from the model folder's own config.
+    # model.generate would otherwise take penalties and forbidden words from the model folder's own config.
     saved, model.generation_config = model.generation_config, config
     try:
         for start in range(0, len(prompts), rows):
@@ -186,7 +185,7 @@ def generate(
 
 
 def left_padded(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, each (rows, width). Left padding: a completion follows its prompt without a gap."""
+    """(token ids, mask), each (rows, width). Left padding: a completion follows its prompt without a gap."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (rows, width)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -198,7 +197,7 @@ def pad_id(model, tokenizer) -> int:
 
 
 def until_end(ids: list[int], ends: list[int], hear, done) -> tuple[list[int], bool]:
-    """(token ids up to the completion's end, whether it has one). The rest of a row is padding."""
+    """(token ids up to and including the completion's end, whether it has one). The rest of a row is padding."""
     for length, token in enumerate(ids, 1):
         if token in ends or (done and done(hear(ids[:length])[0])):
             return ids[:length], True
@@ -206,7 +205,7 @@ def until_end(ids: list[int], ends: list[int], hear, done) -> tuple[list[int], b
 
 
 def finished_turn(prompt: list[int], completion: list[int], ended: bool, hear) -> Turn:
-    """The turn of a completion, with what it said; a character that the token limit cut in half is left out."""
+    """The turn of a completion, with its text; a character that the token limit cut in half is left out."""
     text, thought = hear(completion)
     if not ended and text.endswith(HALF_CHARACTER):
         text = without_half_character(lambda ids: hear(ids)[0], completion)
@@ -214,7 +213,7 @@ def finished_turn(prompt: list[int], completion: list[int], ended: bool, hear) -
 
 
 def without_half_character(decode: Callable[[list[int]], str], ids: list[int]) -> str:
-    """The text of these ids without the character that they end inside of, which may take four tokens."""
+    """The text of these ids without an incomplete character at the end, which may take up to four tokens."""
     for length in range(len(ids), max(len(ids) - 4, -1), -1):
         text = decode(ids[:length])
         if not text.endswith(HALF_CHARACTER):
@@ -224,7 +223,7 @@ def without_half_character(decode: Callable[[list[int]], str], ids: list[int]) -
 
 @dataclass
 class Sampler:
-    """sample(prompts, new_tokens, done) -> turns, and sample.cut(text, tokens): all that an agent knows of a model."""
+    """sample(prompts, new_tokens, done) -> turns, and sample.cut(text, tokens): the only way an agent uses a model."""
 
     generate: Callable  # the function above, or its fast twin, fast.sampling.generate
     model: torch.nn.Module
@@ -248,7 +247,7 @@ class Sampler:
 
 
 def prompt_overhead(tokenizer, *prompts: str) -> int:
-    """Tokens of the longest of these prompts with all its slots empty: the instructions and the template."""
+    """Tokens of the longest of these prompts with all slots empty: the instructions and the chat template."""
     slots = dict.fromkeys(("problem", "memory", "section", "query", "result", "left"), "")
     return max(len(encode_prompt(tokenizer, fill(prompt, **slots))) for prompt in prompts)
 
@@ -257,7 +256,7 @@ def prompt_overhead(tokenizer, *prompts: str) -> int:
 
 
 def draw_documents(source, config, step: int) -> list[Document]:
-    """This process's documents of a step: every count-th of them, so that no two processes read the same."""
+    """This process's documents of a step: every parallel.count()-th, so no two processes read the same document."""
     documents = []
     for place in range(parallel.rank(), config.documents, parallel.count()):
         document = source.document(step * config.documents + place)
@@ -273,10 +272,10 @@ def answered(text: str) -> bool:
 def read(
     sample, documents: list[Document], config, samples: int = 1, empty_memory: bool = False, progress: str | None = None
 ) -> list[Trajectory]:
-    """Read every document `samples` times -> trajectories, document by document.
+    """Read every document `samples` times -> trajectories, those of a document one after the other.
 
-    A turn per chunk writes a memory, and only this crosses to the next turn; a last turn answers from the memory alone.
-    `empty_memory` is the control of an evaluation: it skips the chunks and answers without a memory.
+    One turn per chunk writes a memory, the only text passed on to the next turn; a last turn answers from the memory
+    alone. `empty_memory` is a control for evaluations: it skips the chunks and answers without a memory.
     """
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
     longest = 0 if empty_memory else max((len(document.chunks) for document in documents), default=0)
@@ -288,7 +287,7 @@ def read(
         ]
         for trajectory, turn in zip(readers, sample(prompts, config.memory_tokens), strict=True):
             trajectory.turns.append(turn)
-            # A decoded text may have more tokens when it is encoded again, so it is cut again.
+            # Encoded again, the decoded text may take more tokens than the limit, so it is cut.
             trajectory.memories.append(sample.cut(turn.text.strip(), config.memory_tokens) or EMPTY_MEMORY)
     turns = answer(sample, [t.document for t in trajectories], [t.memory for t in trajectories], config)
     for trajectory, turn in zip(trajectories, turns, strict=True):
@@ -298,24 +297,24 @@ def read(
 
 
 def answer(sample, documents: list[Document], memories: list[str], config) -> list[Turn]:
-    """The last turn alone: each document's question, answered from the text given as its memory."""
+    """The last turn alone: the answer to each document's question, from the text given as its memory."""
     prompts = [fill(ANSWER_PROMPT, problem=d.question, memory=m) for d, m in zip(documents, memories, strict=True)]
     return sample(prompts, config.answer_tokens, answered)
 
 
 def draw_targets(trajectories: list[Trajectory], config, step: int) -> None:
-    """Draw (k, l, entity) for each trajectory: t.target. With --shared-recall-draw a document's G1 share it."""
+    """Set t.target, (k, l, entity), of each trajectory. With --shared-recall-draw a document's G1 share one draw."""
     if not config.has_recall:
         return
     for n, trajectory in enumerate(trajectories):
-        # A random stream per trajectory, numbered over all processes: so the draws are the same however many there are.
+        # One random stream per trajectory, numbered over all processes, so draws don't depend on their number.
         place = trajectory.document.place
         stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
         trajectory.target = draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream]))
 
 
 def recall(sample, trajectories: list[Trajectory], config, samples: int = 1, empty_memory: bool = False) -> None:
-    """Ask each trajectory that has a target its recall question `samples` times: t.recalls.
+    """Ask each trajectory that has a target its recall question `samples` times; sets t.recalls.
 
     The model sees the memory m_k that the trajectory had after chunk k, and an earlier chunk with the entity masked.
     """

@@ -1,10 +1,11 @@
-"""A GPU's first minutes, in one command: are the fast twins right on it, how fast are they, how much memory goes?
+"""A first test on a GPU, in one command: are the fast twins right, how fast are they, how much memory do they take?
 
     python -m benchmarks.gpu | tee gpu.md      # about 8 minutes on one card, no download
 
-Models have random weights in real shapes. On a CPU all but a cold start runs in tiny shapes: the parts work, the
-figures mean nothing. A part that fails says why in its row, and the next one goes on. A figure beyond its bound is
-marked "out of line"; the last lines name it again, and what failed.
+Models have random weights in real shapes. On a CPU everything except the cold start runs, in tiny shapes: it shows that
+the parts work, but its figures mean nothing. A part that fails gives the reason in its row, and the next one starts. A
+figure outside its bounds is marked "out of range"; the last lines repeat these, and what failed or was
+left out.
 """
 
 import gc
@@ -36,9 +37,9 @@ from memtrain import make_optimizer, twins
 from recipes import smollm2
 from rollout import Budget, Turn
 
-OUT = " **out of line**"
-LAST_START = 7 * 60  # seconds after which no row is begun
-# Settings of recipes/smollm2-wiki.sh, but for a shorter cold start; the corpus is that of the tiny default.
+OUT = " **out of range**"
+LAST_START = 7 * 60  # seconds after which no row is started
+# Settings of recipes/smollm2-wiki.sh, except for a shorter cold start; the corpus is that of the tiny default.
 BOTH = "--chunks 3 --related 2 --fast True --chunk-tokens 256 --memory-tokens 128 --answer-tokens 24 --documents 16"
 COLD = "--lr 2e-4 --steps 40 --eval-documents 8"
 RL = "--g1 8 --g2 4 --lr 1e-5 --advantage mean --kl 1e-3 --eval-documents 0 --steps 3"
@@ -65,7 +66,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         bench = Bench(CPU if device == "cpu" else GPU, device, Path(folder))
         bench.tables()
-    print("\n**Out of line, failed or left out**\n", *(bench.found or ["Nothing."]), sep="\n")
+    print("\n**Out of range, failed or left out**\n", *(bench.found or ["Nothing."]), sep="\n")
 
 
 def machine(device: str) -> str:
@@ -82,9 +83,9 @@ def machine(device: str) -> str:
 class Bench:
     def __init__(self, size: SimpleNamespace, device: str, folder: Path):
         self.size, self.device, self.folder, self.cuda = size, device, folder, device != "cpu"
-        self.began, self.found = time.monotonic(), []  # what is out of line, failed or left out
+        self.began, self.found = time.monotonic(), []  # what is out of range, failed or was left out
         write_random_model("5m", "float32", str(folder))
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)  # knows few words, but nobody reads what is written
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)  # a small vocabulary, but nothing reads the text
 
     def tables(self) -> None:
         size = self.size
@@ -96,13 +97,13 @@ class Bench:
         self.table(f"Update, {size.trained}, {2 * size.prompt} + {size.new} tokens a row: tokens of a micro-batch, "
                    "checkpointing | tokens a second (11,900: prime-rl, Qwen3-0.6B, H100) | peak GiB",
                    self.update, product(size.micro_batches, (False, True)))
-        self.table("Memory, GB: model, card, more | micro-batch | rollout | counted by benchmarks/hours.py | ratio",
+        self.table("Memory, GB: model, card, more | micro-batch | rollout | estimate of benchmarks/hours.py | ratio",
                    self.memory, size.recipes)
         self.table("SmolLM2-135M, three steps: | seconds of rollout | of recall | of update | updates",
                    self.recipe, [()])
 
     def table(self, head: str, job, cases) -> None:
-        """A row for each case: the job's cells, or the reason why there are none."""
+        """Print a row for each case: the job's cells, or the reason why there are none."""
         columns = head.split(" | ")
         print(f"\n| {head} |\n|{'---|' * len(columns)}")
         for case in cases:
@@ -112,7 +113,7 @@ class Bench:
                     torch.cuda.reset_peak_memory_stats()
                 if time.monotonic() - self.began > LAST_START:
                     raise UserError("left out: no time left")
-                with redirect_stdout(sys.stderr):  # what is told on the way would break the table
+                with redirect_stdout(sys.stderr):  # other output would break the table
                     cells = job(*case)
                 bad = [f"{column}: {cell}" for column, cell in zip(columns[1:], cells, strict=True) if OUT in cell]
             except Exception as error:
@@ -124,14 +125,14 @@ class Bench:
             torch.cuda.empty_cache()  # nothing on a CPU
 
     def model(self, shape: str, dtype: str):
-        """Random weights, larger than usual: with small ones a model repeats its last token."""
+        """A model with random weights, larger than usual: with small ones it would repeat its last token."""
         torch.manual_seed(0)
         config = model_config(shape)
         config.initializer_range = 1.6 / config.hidden_size**0.5
         with torch.device(self.device):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
-    # ---- the parts: the cells of a row
+    # ---- the parts: each returns the cells of a row
 
     def compare(self, dtype: str, copies: int) -> list[str]:
         model, bound = self.model(self.size.sampled, dtype), ROUNDING[getattr(torch, dtype)]
@@ -148,8 +149,8 @@ class Bench:
             logprobs, entropy, mask = grpo.token_logprobs(model, drawn, with_entropy=True)  # (turns, longest)
             packing.enable(model)
             gaps = (packing.token_logprobs(model, drawn)[0] - logprobs)[mask].abs()  # (tokens,)
-        off = (logprobs + entropy)[mask]  # (tokens,); 0 in the mean if the sampler draws from this distribution
-        exact = dtype == "float32"  # in bfloat16 rounding swaps tokens that are about as likely
+        off = (logprobs + entropy)[mask]  # (tokens,); its mean is 0 if the sampler draws from this distribution
+        exact = dtype == "float32"  # in bfloat16 rounding swaps tokens of nearly equal probability
         return [
             within(sum(same) / len(same), 0.99 if exact else 0, 1), f"{min(firsts, default='none')}",
             within((off.mean() / off.std() * len(off) ** 0.5).item(), -4, 4),
@@ -184,7 +185,7 @@ class Bench:
         config = parse(Config, arguments=sum(words, []))
         counted = hours.gpu_bytes(config, shape, 1)
         if config.shard_optimizer or (self.cuda and counted > torch.cuda.mem_get_info()[1]):
-            raise UserError(f"left out: {counted / 1e9:.0f} GB are counted" + " on one GPU" * config.shard_optimizer)
+            raise UserError(f"left out: estimated at {counted / 1e9:.0f} GB" + " on one GPU" * config.shard_optimizer)
         policy = self.model(shape, config.dtype)
         if config.lora:
             lora.begin(policy, config)
@@ -200,8 +201,8 @@ class Bench:
         turns = [Turn(*ids, True, "", place=0, advantage=1.0) for ids in zip(prompts, completions, strict=True)]
         grpo.set_weights(turns)
         policy.train(config.gradient_checkpointing)
-        for _ in range(2):  # the optimizer's moments come with its first step
-            for batch in micro_batches(turns, config.train_tokens) * 2:  # the second meets the first one's gradients
+        for _ in range(2):  # the optimizer allocates its moments in its first step
+            for batch in micro_batches(turns, config.train_tokens) * 2:  # the second adds to the first one's gradients
                 grpo.batch_loss(policy, batch, config, token_logprobs)[0].backward()
             if config.offload_optimizer:
                 optimizer.sums.clear()  # instead of a step in CPU memory
@@ -220,7 +221,7 @@ class Bench:
         return [*(f"{size / 1e9:.1f}" for size in peaks), ratio]
 
     def recipe(self) -> list[str]:
-        """Its steps after a short cold start: without that there is no reward to learn from."""
+        """Three steps of SmolLM2's recipe after a short cold start, without which there is no reward to learn from."""
         if not smollm2.packaged():
             raise UserError(f"left out: needs {smollm2.INSTALL}")
         model, cold, out = (str(self.folder / name) for name in ("smollm2", "cold", "run"))
@@ -239,7 +240,7 @@ class Bench:
 
 
 def within(value: float, low: float, high: float) -> str:
-    """The value, marked where it is beyond a bound or no number."""
+    """The value, marked if it is outside its bounds or not a number."""
     return f"{value:.3g}{OUT * (not low <= value <= high)}"
 
 
@@ -249,7 +250,7 @@ def random_ids(lengths: list[int], copies: int = 1) -> list[list[int]]:
 
 
 def continuous(model, tokenizer, prompts: list[list[int]], new: int, done, greedy: bool, budget: Budget) -> list[Turn]:
-    """transformers' continuous batching, called as rollout.generate."""
+    """transformers' continuous batching, with the arguments of rollout.generate."""
     how = GenerationConfig(do_sample=not greedy, max_new_tokens=new, eos_token_id=1, pad_token_id=0)
     pages = len(prompts) * (len(prompts[0]) // 256 + new // 256 + 2)  # by default it takes nearly all memory
     limits = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=max(256, budget.tokens // 8))

@@ -1,12 +1,11 @@
-"""Estimated, not measured: the tokens, seconds, hours, euros and memory of every recipe.
+"""Estimates, not measurements, of the tokens, seconds, hours, euros and memory of every recipe.
 
-    python -m benchmarks.hours [SETTINGS ...]    # settings, such as --g1 4, take the place of the recipes' own
+    python -m benchmarks.hours [SETTINGS ...]    # settings, such as --g1 4, override those of the recipes
 
-How it is estimated: completions fill half of their limit, and a batch is sampled until its longest row reaches the
-limit. A prompt that samples share counts once in the seconds, each time in the tokens. Matrix products run at a quarter
-of the card's peak, memory is read at 0.6 of its bandwidth in sampling, and no sampled token takes less than 0.8 ms a
-layer, as `generate` starts kernels one by one. Every figure depends on these guesses; where a GPU is at hand,
-benchmarks/step.py measures.
+Assumptions: completions fill half of their limit, and a batch is sampled until its longest row reaches the limit. A
+prompt that samples share counts once in the seconds, each time in the tokens. Matrix products run at a quarter of the
+card's peak, memory is read at 0.6 of its bandwidth in sampling, and a sampled token takes at least 0.8 ms per layer, as
+`generate` launches kernels one by one. Every figure depends on these guesses; on a GPU, benchmarks/step.py measures.
 """
 
 import sys
@@ -23,18 +22,18 @@ from engine.errors import run_script
 from grpo import HEAD_TOKENS
 
 FILL, OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.5, 0.25, 0.6, 0.8e-3
-INSTRUCTIONS = 120  # tokens of a prompt beside its texts
+INSTRUCTIONS = 120  # tokens of a prompt besides its texts
 
 
 class Card(NamedTuple):
     name: str
-    flop: float  # a second, dense, in the recipe's dtype
-    bandwidth: float  # bytes a second
-    euros: float  # an hour, rented: a guess
+    flop: float  # per second, dense, in the recipe's dtype
+    bandwidth: float  # bytes per second
+    euros: float  # per hour, rented: a guess
 
 
 class Turns(NamedTuple):
-    """Turns of a step of one kind: how many, of how many different prompts, and their tokens."""
+    """A step's turns of one kind: their number, that of different prompts, tokens of a prompt, completion limit."""
 
     count: int
     prompts: int
@@ -45,12 +44,12 @@ class Turns(NamedTuple):
         return prompts * self.prompt + self.count * self.limit * FILL
 
 
-CARDS = {  # of the task's file, or of a file after it that is made for another card
+CARDS = {  # by the task's file, or by a file after it for another card
     "24gb": Card("RTX 4090", 165e12, 1.0e12, 0.4),
     "80gb": Card("H100", 989e12, 3.35e12, 2.5),
     "t4-16gb.args": Card("T4", 8.1e12, 0.32e12, 0.0),
 }
-MODELS = [  # (one of benchmarks/step.py's SHAPES, the task's file, what is given after it)
+MODELS = [  # (one of benchmarks/step.py's SHAPES, the card of the task's file, what follows it on the command line)
     ("qwen2.5-0.5b", "24gb", ""),
     ("qwen2.5-0.5b", "24gb", "t4-16gb.args"),
     ("qwen2.5-1.5b", "24gb", "qwen2.5-1.5b.args"),
@@ -63,7 +62,7 @@ MODELS = [  # (one of benchmarks/step.py's SHAPES, the task's file, what is give
 
 @cache
 def parameters(shape: str, rank: int = 0) -> int:
-    """Of a model's matrices, which is all but 0.1 %; or of a LoRA adapter of this rank on those of its layers."""
+    """Parameters of a model's matrices (all but 0.1 %); with a rank, those of a LoRA adapter on its layers."""
     with torch.device("meta"):  # sizes without memory
         model = AutoModelForCausalLM.from_config(model_config(shape))
     if rank:
@@ -72,17 +71,17 @@ def parameters(shape: str, rank: int = 0) -> int:
 
 
 def width(config: Config) -> int:
-    """Bytes of a number."""
+    """Bytes per number."""
     return 4 if config.dtype == "float32" else 2
 
 
 def cache_bytes(config: Config, model: PretrainedConfig) -> int:
-    """Bytes of keys and values, a token."""
+    """Bytes of keys and values per token."""
     return model.num_hidden_layers * 2 * model.num_key_value_heads * model.head_dim * width(config)
 
 
 def layer_bytes(config: Config, model: PretrainedConfig) -> int:
-    """Bytes that the backward of one layer needs, a token, within a tenth of what autograd keeps."""
+    """Bytes per token that the backward pass of one layer needs, within a tenth of what autograd keeps."""
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     return width(config) * (4 * model.hidden_size + 5 * heads + 4 * model.intermediate_size)
 
@@ -102,18 +101,18 @@ def step_turns(config: Config, documents: int) -> list[Turns]:
 
 
 def seconds(config: Config, shape: str, card: Card, step: list[Turns]) -> tuple[float, float]:
-    """(sampling, reference and update) of one step."""
+    """(sampling, reference and update) of one step, in seconds."""
     sampling = training = 0.0
     size, model = parameters(shape), model_config(shape)
     layers = model.num_hidden_layers
-    several = (config.update_batch or config.documents) < config.documents  # then old log-probs are computed, too
+    several = (config.update_batch or config.documents) < config.documents  # then old log-probs are computed too
     for kind in step:
-        attention = 2 * layers * model.num_attention_heads * model.head_dim * kind.prompt  # of one token, forward
+        attention = 2 * layers * model.num_attention_heads * model.head_dim * kind.prompt  # per token, forward
         forward = (2 * size + attention) * kind.tokens(kind.prompts) / (card.flop * OF_PEAK)
         backward = forward * (1 if config.lora else 2)  # a frozen weight needs no gradient
         training += forward * (1 + config.gradient_checkpointing + bool(config.kl) + several) + backward
         batches = ceil((kind.prompts * kind.prompt + kind.count * kind.limit) / config.rollout_tokens)
-        read = width(config) * size  # bytes, a token of each row
+        read = width(config) * size  # bytes, for one token of every row
         read += kind.count / batches * kind.prompt * cache_bytes(config, model)
         a_token = max(LAUNCH * layers, read / (card.bandwidth * OF_BANDWIDTH))
         sampling += forward + batches * kind.limit * a_token
@@ -121,25 +120,25 @@ def seconds(config: Config, shape: str, card: Card, step: list[Turns]) -> tuple[
 
 
 def gpu_bytes(config: Config, shape: str, gpus: int) -> float:
-    """Bytes on a GPU at most: weights, what is trained, and the larger of sampling and training."""
+    """Peak bytes on a GPU: weights, optimizer, and the larger of sampling and training."""
     size, trained, model = parameters(shape), parameters(shape, config.lora), model_config(shape)
     fixed = width(config) * size * (2 if config.kl and not (config.lora or config.offload_reference) else 1)
     if not config.offload_optimizer:
         fixed += 12 * trained / (gpus if config.shard_optimizer else 1)  # master weights and two moments
     layer, layers = layer_bytes(config, model), model.num_hidden_layers
     kept = layers * layer
-    if config.gradient_checkpointing:  # what went into each layer, and all of one
+    if config.gradient_checkpointing:  # each layer's input, and one layer in full
         kept = layers * width(config) * model.hidden_size + layer
     logits = HEAD_TOKENS * model.vocab_size * 4 * 3
     training = 4 * trained + config.train_tokens * kept + logits  # float32 sums of the gradients
     sampling = config.rollout_tokens * cache_bytes(config, model) * 9 / 8  # an eighth: prompts while they are computed
-    # The largest matrix, summed and gathered.
+    # The largest matrix, while it is summed or gathered.
     whole = 4 * model.vocab_size * model.hidden_size if config.shard_optimizer else 0
     return fixed + max(training, sampling) + whole
 
 
 def line(words: list[str], shape: str, card: Card, given: list[str]) -> str:
-    """A row of the table: of the recipe's files and settings `words`, and of what is `given` over them."""
+    """A row of the table, for the recipe's files and settings `words`; the settings `given` override them."""
     arguments = [["--config", str(ROOT / "recipes" / word)] if word.endswith(".args") else [word] for word in words]
     config = parse(Config, arguments=sum(arguments, []) + given)
     gpus = 8 if config.shard_optimizer else 1

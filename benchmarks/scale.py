@@ -1,10 +1,10 @@
-"""Start-up and documents at the sizes of real corpora, on made-up passages: seconds and GiB of this machine.
+"""Time and memory of start-up and documents at the size of real corpora, on synthetic passages.
 
     python -m benchmarks.scale                                 # 500,000 passages; nine minutes
     python -m benchmarks.scale --passages 20000 --tokenizer FOLDER
 
-Seconds are CPU seconds of one process. Memory is the highest up to a line, the passages themselves included. Entities
-of made-up passages are known, so finding them is measured on 20,000 passages.
+Seconds are CPU seconds of one process. Memory is the peak so far, the passages included. The entities of synthetic
+passages are known, so finding them is measured separately, on 20,000 passages.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SYLLABLES = np.array([a + b for a in "bdfgklmnprstvz" for b in "aeiou"])
 
 
 def made_up_passages(count: int, words: int = 85) -> list[Passage]:
-    """Passages of common words, by Zipf's law, with four names each; every name stands in a few passages."""
+    """Passages of common words, by Zipf's law, with four names each; every name occurs in a few passages."""
     rng = np.random.default_rng(0)
     vocabulary, first, last = (
         ["".join(some) for some in SYLLABLES[rng.integers(len(SYLLABLES), size=size)]]
@@ -49,7 +49,7 @@ def made_up_passages(count: int, words: int = 85) -> list[Passage]:
 
 
 def timed(name: str, function: Callable[[int], object], calls: int = 1):
-    """Call function(0), function(1), ... and print the median of their CPU seconds -> the last one's result."""
+    """Call function(0), function(1), ... and print the median of their CPU seconds -> the last call's result."""
     seconds = []
     for i in range(calls):
         began = time.process_time()
@@ -92,7 +92,7 @@ def masked(passages: list[Passage], tokenizer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=500_000)
+    parser.add_argument("--passages", type=int, default=500_000, help="passages to make (default: 500,000)")
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny/model"), help="folder or hub name (the tiny model's)")
     arguments = parser.parse_args()
     passages, tokenizer = made_up_passages(arguments.passages), AutoTokenizer.from_pretrained(arguments.tokenizer)

@@ -1,13 +1,13 @@
 """One whole GRPO step on random prompts and weights: sampling, reference, loss, backward, update. Any model shape.
 
     python -m benchmarks.step                                # 5 M parameters, 8 prompts x 8 samples, CPU
-    python -m benchmarks.step --fast True                    # by the twins in fast/
-    python -m benchmarks.step --fast True --unshared True    # as many different prompts
+    python -m benchmarks.step --fast True                    # with the twins in fast/
+    python -m benchmarks.step --fast True --unshared True    # 64 different prompts
     python -m benchmarks.step --shape qwen3-4b --dtype bfloat16 --prompt-tokens 6144 --new-tokens 1024 --kl 1e-3 \\
         --rollout-tokens 262144 --train-tokens 16384 --gradient-checkpointing True --offload-optimizer True --fast True
 
-Prints tokens a second (prompt and completion tokens of every conversation, shared or not), seconds per phase, and peak
-memory. Cost by a document's length is in the metrics.jsonl of runs of memtrain.py with several --chunks.
+Prints tokens per second (prompt and completion tokens of every turn, shared or not), seconds per phase and peak memory.
+For the cost by document length, run memtrain.py with several --chunks and compare their metrics.jsonl.
 """
 
 import resource
@@ -29,7 +29,7 @@ from grpo import batch_loss, fixed_logprobs, group_advantages, set_weights, turn
 from memtrain import make_optimizer, twins
 from rollout import Budget, Sampler
 
-# Kind, hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied embeddings: of config.json.
+# From config.json: kind, hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied embeddings.
 SHAPES = {
     "5m": ("qwen3", 256, 768, 6, 4, 2, 64, 2048, True),
     "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
@@ -43,13 +43,13 @@ SHAPES = {
 
 @dataclass
 class Step(Config):
-    """The settings of a run, of which those of the model and of memory count, and what is measured."""
+    """The settings of a run (those of the model, the batch, the update and GPU memory count), and the benchmark's."""
 
-    shape: str = option("5m", f"{', '.join(SHAPES)}, or a folder with a config.json")
+    shape: str = option("5m", f"shape of the model: {', '.join(SHAPES)}, or a folder with a config.json")
     prompt_tokens: int = option(512, "tokens of a prompt")
     new_tokens: int = option(64, "most tokens of a completion")
-    unshared: bool = option(False, "a different prompt for every sample")
-    steps: int = option(3, "steps after a warm-up step")
+    unshared: bool = option(False, "a different prompt for every sample, instead of for every --g1 samples")
+    steps: int = option(3, "measured steps, after one warm-up step")
     lr: float = option(1e-6, "learning rate of AdamW")
 
 
@@ -68,10 +68,10 @@ def main(config: Step) -> None:
 
 
 def measure(config: Step, device: str) -> list[dict[str, float]]:
-    """The figures of each step of the model in config.model, without the first, which warms up.
+    """The figures of each step of the model in config.model, without the first, which is a warm-up.
 
-    A step is that of memtrain.py with a completion of each prompt in place of its turns. The reward is a completion's
-    share of different tokens, compared in groups of --g1.
+    A step is that of memtrain.py, with one completion per prompt in place of its turns. The reward is a completion's
+    share of distinct tokens, compared in groups of --g1.
     """
     torch.manual_seed(0)
     policy, tokenizer = load_policy(config, device)
@@ -112,14 +112,14 @@ def measure(config: Step, device: str) -> list[dict[str, float]]:
 
 
 def now(device: str) -> float:
-    """Seconds, read when the GPU's work is done."""
+    """The time in seconds, once the GPU's work is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device: str) -> float:
-    """GiB: of the GPU since the last reset, or of this whole process since its start."""
+    """Peak memory in GiB: of the GPU since the last reset, or of this process since its start."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -129,7 +129,7 @@ def peak_memory(device: str) -> float:
 
 
 def model_config(shape: str):
-    """The config.json of one of SHAPES, or of another folder."""
+    """The model config of one of SHAPES, or of a folder."""
     if shape not in SHAPES:
         return AutoConfig.from_pretrained(shape)
     kind, hidden, intermediate, layers, heads, kv_heads, head_size, vocabulary, tied = SHAPES[shape]
@@ -141,7 +141,7 @@ def model_config(shape: str):
 
 
 def write_random_model(shape: str, dtype: str, folder: str) -> None:
-    """A model folder of this shape. Its tokenizer reads "t7 t9" as the ids 7, 9."""
+    """Write a model folder of this shape. Its tokenizer encodes "t7 t9" as the ids 7, 9."""
     torch.manual_seed(0)
     config = model_config(shape)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
@@ -152,7 +152,7 @@ def write_random_model(shape: str, dtype: str, folder: str) -> None:
 
 
 def random_prompts(config: Step, number: int) -> list[str]:
-    """A prompt for each sample of a step: those of a group are the same, or none with --unshared."""
+    """A prompt for each sample of a step: the same within a group, or with --unshared all different."""
     rng, samples = Random(number), 1 if config.unshared else config.g1
     prompts = [
         " ".join(f"t{rng.randrange(2, 2048)}" for _ in range(config.prompt_tokens))

@@ -5,11 +5,11 @@
     .venv-trl/bin/python -m benchmarks.vs_trl
 
 Both sample 8 completions of up to 64 tokens for each of 8 prompts of 512 tokens and make one update, in float32, from
-the same random weights of 5 M parameters; ours by the twins in fast/. `--unshared`: one completion of each of 64
-different prompts; TRL, whose groups are of two or more, gets 32 prompts twice, which costs it the same since it
-computes each row by itself. Both sides cut the 64 into the micro-batches of their defaults: 4,096 tokens here, 8 rows
-(4,608 tokens) in TRL. TRL's gradient checkpointing is switched off, since ours is off by default; with
-`--checkpointing` it is on, as TRL's default has it, and ours stays off.
+the same random weights of 5 M parameters; ours with the twins in fast/. `--unshared`: one completion for each of 64
+different prompts; TRL, whose groups need at least two samples, gets 32 prompts twice, which costs it the same, since it
+computes each row separately. Both sides split the 64 into the micro-batches of their defaults: 4,096 tokens here, 8
+rows (4,608 tokens) in TRL. TRL's gradient checkpointing is switched off, since ours is off by default; with
+`--checkpointing` it is on, as by TRL's default, and ours stays off.
 """
 
 import argparse
@@ -47,9 +47,9 @@ def trl(config: Step, checkpointing: bool) -> list[float]:
     def reward(completion_ids, **more):
         return [len(set(ids)) / len(ids) for ids in completion_ids]
 
-    # TRL's groups have at least two samples: of the unshared prompts it gets half, each twice.
+    # TRL's groups need at least two samples: it gets half of the unshared prompts, each twice.
     group, rows = 2 if config.unshared else config.g1, config.documents * config.g1
-    steps = config.steps + 1  # the first warms up
+    steps = config.steps + 1  # the first is a warm-up
     prompts = [prompt for number in range(steps) for prompt in random_prompts(config, number)[::group]]
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     assert all(len(ids) == config.prompt_tokens for ids in tokenizer(prompts)["input_ids"])  # the same work as ours
@@ -69,15 +69,15 @@ def trl(config: Step, checkpointing: bool) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unshared", action="store_true", help="a different prompt for every sample")
-    checkpointing = "TRL with gradient checkpointing, as by its default"
+    checkpointing = "TRL with gradient checkpointing, its default"
     parser.add_argument("--checkpointing", action="store_true", help=checkpointing)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a run; its first warms up and is left out")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, alternating (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first is a warm-up (default: 3)")
     arguments = parser.parse_args()
     if arguments.steps < 2 or arguments.rounds < 1:
-        raise UserError("--steps: at least 2, the first one warms up; --rounds: at least 1")
+        raise UserError("--steps must be at least 2, as the first is a warm-up, and --rounds at least 1")
     if importlib.util.find_spec("trl") is None:
-        raise UserError("TRL is not installed; run this in an environment with benchmarks/requirements.txt")
+        raise UserError("TRL is not installed; run this in an environment of its own with benchmarks/requirements.txt")
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         write_random_model("5m", "float32", folder)

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that says what, where and what to do, and exit code 2; a bug keeps its traceback."""
+"""A user's mistake ends with one line (what, where, what to do) and exit code 2; a bug keeps its traceback."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ REQUEST_ID = re.compile(r"""['"]?\(?\brequest[ -]?id\b[:=]?\s*[^\s()'"]*\)?['"]?
 
 
 class UserError(Exception):
-    """A mistake of the user's, as that one line; `run_script` prints it."""
+    """A user's mistake; its message is that one line, which `run_script` prints."""
 
 
 def reason_of(error: Exception) -> str:
-    """The reason in `error`: its first two lines that say something, as one of at most 300 characters.
+    """The reason in `error`: its first two lines with words, joined into one of at most 300 characters.
 
-    Its type's name where there are none. A hub's errors have an id of the request, often on the first line. Where the
-    hub has refused (403, 429, ...), that is the reason: what is raised from it speaks of files that aren't there.
+    Without such lines, its type's name. Request ids in the hub's errors are removed. If the hub has refused a request
+    (403, 429, ...), that is the reason: the errors raised from it only mention missing files.
     """
     cause = error
     while cause := cause.__cause__ or cause.__context__:
@@ -30,9 +30,9 @@ def reason_of(error: Exception) -> str:
 
 
 def run_script(main, help: str = "") -> None:
-    """Call `main`, a script's. Exits with 2 for a UserError, for a GPU that is too small and for a full disk.
+    """Call a script's `main`. A UserError, too little GPU memory and a full disk end with one line and exit code 2.
 
-    `help` is what --help prints, of a script that has no flags.
+    `help` is what --help prints, for a script without flags.
     """
     if help and {"-h", "--help"} & set(sys.argv[1:]):
         print(help.strip())
@@ -44,13 +44,13 @@ def run_script(main, help: str = "") -> None:
         message = f"{error}" + (f" (process {rank})" if rank else "")
     except torch.OutOfMemoryError as error:
         message = (
-            f"out of GPU memory ({reason_of(error)}): give smaller --rollout-tokens or --chunk-tokens; in training "
-            "smaller --train-tokens, --gradient-checkpointing True, --offload-optimizer True, --offload-reference True"
+            f"out of GPU memory ({reason_of(error)}): reduce --rollout-tokens or --chunk-tokens; in training also "
+            "--train-tokens, or set --gradient-checkpointing, --offload-optimizer or --offload-reference to True"
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"the disk is full ({error}): free some space and run the same command again"
+        message = f"the disk is full ({error}): free some space and rerun the same command"
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Files that a kill can't spoil: written under another name, flushed, renamed."""
+"""Files that a kill can't corrupt: written under another name, flushed, renamed."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 
 def flush(path: Path) -> None:
-    """Have the file or folder on the disk, not only in the system's memory."""
+    """Make sure that a file or folder is on the disk, not only in the system's cache."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -19,15 +19,15 @@ def flush(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, in a folder that is made if need be. Raises UserError.
+    """Write a text file completely or not at all; creates its folder if needed. Raises UserError.
 
-    Several processes may write the same file at once: each has a fresh path of its own.
+    Several processes may write the same file at once: each uses its own temporary path.
     """
     replace_lines(path, [text])
 
 
 def replace_lines(path: Path, lines: Iterable[str]) -> None:
-    """The same for what need not stand in memory at once; each line brings its own end."""
+    """The same for text that needn't be in memory at once; each line includes its line break."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def replace_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def must_write(path: Path) -> bool:
-    """Whether this process has to make the file `path`. The first process does; the others wait here until it is there.
+    """Whether this process has to write the file `path`: process 0 does; the others wait here until it exists.
 
-    Not in a collective: these have a time limit, and a large file takes hours. torchrun ends those that wait in vain.
-    The folder must be one that all machines share.
+    Not a collective: those time out, and a large file takes hours. If process 0 fails, torchrun ends the others.
+    The folder must be shared by all machines.
     """
     while not path.exists():
         if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
@@ -56,7 +56,7 @@ def must_write(path: Path) -> bool:
 
 
 def digest(settings: tuple, texts) -> str:
-    """A name for the file of something that is made of these texts with these settings."""
+    """A file name for something made from these texts with these settings: 24 hexadecimal digits."""
     found = hashlib.sha256(repr(settings).encode())
     for text in texts:
         found.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
@@ -64,7 +64,7 @@ def digest(settings: tuple, texts) -> str:
 
 
 def check_writable(file: Path) -> None:
-    """Raises UserError for a file that can't be written: told before hours of work."""
+    """Raises UserError if a file can't be written: to be called before hours of work."""
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(f"{file}: its folder is missing or can't be written to; name another")
     if file.is_dir():

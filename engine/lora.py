@@ -1,10 +1,10 @@
-"""LoRA (arXiv 2106.09685), by peft: only two thin matrices beside every linear layer but the head are trained.
+"""LoRA (arXiv 2106.09685), by peft: trains only two low-rank matrices for every linear layer except the head.
 
-    begin, attach_saved     give a model an adapter, a fresh one or that of a checkpoint
-    as_it_began             within, the model is what it was at the start: so the reference of the KL costs no memory
-    load_weights            an adapter brought to where a checkpoint has it
+    begin, attach_saved     give a model a fresh adapter, or a saved one
+    as_it_began             a context in which the model is as at the start, so the KL's reference costs no memory
+    load_weights            load an adapter's weights from a checkpoint
 
-peft is needed only where an adapter is.
+peft is needed only for adapters.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ from transformers.utils.peft_utils import check_peft_version
 from engine.errors import UserError, reason_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
-ALPHA = 32  # updates count ALPHA / rank times, so that one learning rate does for every rank
-START = "start"  # the name of a frozen copy of the adapter with which a run began
+ALPHA = 32  # the adapter's output is scaled by ALPHA / rank, so one learning rate suits every rank
+START = "start"  # the name of a frozen copy of the adapter that a run began with
 
 
 def base_of(name: str, given: str) -> str:
-    """The model that the adapter in the folder `name` belongs to; `name` itself if it is none. Raises UserError."""
+    """The base model of the adapter in the folder `name`; `name` itself if it isn't an adapter. Raises UserError."""
     file = Path(name) / CONFIG
     if not file.is_file():
         return name
@@ -37,12 +37,12 @@ def base_of(name: str, given: str) -> str:
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: names no base model ({reason_of(error)})") from None
     if not base or Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(f"{given} {name}: is an adapter of {base}, which is not there; restore it, or correct {file}")
+        raise UserError(f"{given} {name}: is an adapter of {base}, which doesn't exist; restore it, or correct {file}")
     return base
 
 
 def check_peft(what: str) -> None:
-    """Raises UserError, "`what` needs peft ...", where it is missing or older than the installed transformers takes."""
+    """Raises UserError, "`what` needs peft ...", if peft is missing or too old for the installed transformers."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{what} needs peft; run `pip install peft`")
     try:
@@ -50,14 +50,14 @@ def check_peft(what: str) -> None:
     except ValueError:
         raise UserError(
             f"{what} needs peft {MIN_PEFT_VERSION} or newer with transformers {transformers.__version__}; run "
-            "`pip install -U peft` or, where there is no newer one yet, install an older transformers"
+            "`pip install -U peft` or, if there is no newer version yet, install an older transformers"
         ) from None
 
 
 def begin(model, config) -> None:
-    """Give the model the adapter that is trained: that of --model, or a fresh one, which changes nothing yet.
+    """Give the model the adapter to be trained: that of --model, or a fresh one, which changes no output yet.
 
-    Raises UserError for an adapter of --model with another rank.
+    Raises UserError if the adapter of --model has another rank.
     """
     from peft import LoraConfig
 
@@ -66,12 +66,12 @@ def begin(model, config) -> None:
         rank = json.loads(file.read_text()).get("r", 0)
         if rank != config.lora:
             raise UserError(f"--lora {config.lora}: the adapter in {file.parent} has rank {rank}; give --lora {rank}")
-        return attach_saved(model, file.parent, [START, "default"])  # the first stays as it is
+        return attach_saved(model, file.parent, [START, "default"])  # START stays frozen
     settings = LoraConfig(
         r=config.lora, lora_alpha=ALPHA, target_modules="all-linear", exclude_modules=unfit(model) or None,
         task_type="CAUSAL_LM",
     )
-    # The same on every process, though each draws samples of its own: torch.manual_seed sets the GPU's numbers, too.
+    # The same on every process, though their sampling seeds differ. torch.manual_seed also seeds the GPU.
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
         torch.manual_seed(config.seed)
@@ -79,10 +79,10 @@ def begin(model, config) -> None:
 
 
 def unfit(model) -> list[str]:
-    """Names of the linear layers that an adapter can't stand beside."""
+    """Names of the linear layers that can't have an adapter."""
     names = []
     for name, layer in model.named_modules():
-        if hasattr(layer, "conv1d"):  # Mamba: its kernels take the weights of these two, and never call the layers
+        if hasattr(layer, "conv1d"):  # Mamba: its kernels use the weights of these two without calling the layers
             names += [f"{name}.{part}" for part in ("out_proj", "dt_proj") if hasattr(layer, part)]
         elif isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear and not is_plain(layer):
             names.append(name)  # a router, which returns a tuple
@@ -94,33 +94,33 @@ def is_plain(layer: torch.nn.Linear) -> bool:
     """Whether a class derived from Linear still maps (rows, in_features) to (rows, out_features)."""
     try:
         found = layer(layer.weight.new_zeros(2, layer.in_features))
-    except Exception:  # it wants another shape, or more arguments
+    except Exception:  # it needs another shape, or more arguments
         return False
     return isinstance(found, torch.Tensor) and found.shape == (2, layer.out_features)
 
 
 def attach_saved(model, folder: Path, names: list[str]) -> None:
-    """Give the model the adapter of a folder, once under each name; the last one is used.
+    """Give the model the adapter in a folder, once under each name; the last one is active.
 
-    Raises UserError for an adapter of another kind, or one that doesn't fit the model.
+    Raises UserError for an adapter other than LoRA, or one that doesn't fit the model.
     """
     from peft import PeftConfig
 
     settings = PeftConfig.from_pretrained(folder)
     if settings.peft_type != "LORA":
-        raise UserError(f"{folder}: is an adapter of the kind {settings.peft_type}, not LORA")
-    settings.lora_dropout, settings.inference_mode = 0.0, False  # dropout: the ratio compares passes of one network
+        raise UserError(f"{folder}: is an adapter of type {settings.peft_type}; only LORA is supported")
+    settings.lora_dropout, settings.inference_mode = 0.0, False  # the ratio must compare passes of one network
     for name in names:
         attach(model, settings, name)
         load_weights(model, folder, name)
 
 
 def attach(model, settings, name: str) -> None:
-    """Freeze all that the model has, and give it one more adapter."""
+    """Freeze all parameters of the model, and add an adapter to it."""
     model.requires_grad_(False)
     if Path(model.config.name_or_path).is_dir():  # a checkpoint must find its base from anywhere
         model.name_or_path = model.config.name_or_path = str(Path(model.config.name_or_path).resolve())
-    with warnings.catch_warnings():  # peft warns of a second adapter
+    with warnings.catch_warnings():  # peft warns about a second adapter
         warnings.simplefilter("ignore")
         model.add_adapter(settings, name)
     model.eval()
@@ -128,7 +128,7 @@ def attach(model, settings, name: str) -> None:
 
 @contextmanager
 def as_it_began(model):
-    """Within, the model is without its adapter, or with the one that it began with."""
+    """A context in which the model has no adapter, or the adapter that the run began with."""
     if START in model.peft_config:
         model.set_adapter(START)
     else:
@@ -137,11 +137,11 @@ def as_it_began(model):
         yield
     finally:
         model.enable_adapters()
-        model.set_adapter("default")  # and its weights are trained again
+        model.set_adapter("default")  # which also makes its weights trainable again
 
 
 def load_weights(model, folder: Path, name: str = "default") -> None:
-    """Bring an adapter of the model to where a checkpoint has it. Raises UserError where it doesn't fit."""
+    """Load the weights of the model's adapter `name` from a folder. Raises UserError if they don't fit."""
     from peft import set_peft_model_state_dict
 
     try:

@@ -1,8 +1,8 @@
 """AdamW over float32 master weights, for a policy that computes in bfloat16, on the GPU or in CPU memory.
 
-bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would all round away, and
-so would most of what accumulates in a bfloat16 gradient. So weights, moments and the gradients that add up over
-micro-batches are float32 here, and the policy holds a rounded copy.
+bfloat16 has 8 bits of mantissa: a weight of 0.02 moves in steps of 1e-4, so updates of 1e-6 would be lost to rounding,
+and so would most small gradients added to a bfloat16 sum. So weights, moments and the gradient sums over micro-batches
+are float32 here, and the policy holds a rounded copy.
 """
 
 import torch
@@ -11,7 +11,7 @@ from engine.optimizer import AdamW
 
 
 class MasterAdamW(AdamW):
-    """AdamW whose masters are float32 copies of the weights; with `offload` they and the moments are in CPU memory."""
+    """AdamW on float32 copies of the weights, the masters; with `offload`, masters and moments are in CPU memory."""
 
     def __init__(self, model, lr: float, offload: bool = False):
         self.offload, self.sums = offload, {}
@@ -25,7 +25,7 @@ class MasterAdamW(AdamW):
         return [torch.nn.Parameter(self.own_part(copy)) for copy in copies]
 
     def accumulate(self, weight) -> None:
-        """Move a fresh gradient into its float32 sum, where small ones don't vanish beside large ones."""
+        """Add a new gradient to its float32 sum, where small gradients aren't rounded away."""
         if weight in self.sums:
             self.sums[weight] += weight.grad
         else:
@@ -43,12 +43,12 @@ class MasterAdamW(AdamW):
         return super().tensors() | {f"{n}.master": master for n, master in enumerate(self.masters)}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors()`; masters that a float32 run didn't save are made of the policy's weights."""
+        """Continue from `tensors()`; masters that a float32 run didn't save are made from the policy's weights."""
         for n, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
             master.data.copy_(self.own_part(tensors.get(f"{n}.master", weight.detach().float())))
-        # Step counts have no dimension.
+        # Step counts are scalars.
         super().load({key: self.own_part(tensor) if tensor.dim() else tensor for key, tensor in tensors.items()})
 
     def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this process keeps of a tensor: all of it. engine/sharding.py keeps its rows."""
+        """The part of a tensor that this process keeps: here all of it, in engine/sharding.py its rows."""
         return tensor

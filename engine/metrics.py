@@ -1,7 +1,7 @@
 """Numbers for people: accuracies with their intervals, as rows and tables; a step's metrics and samples."""
 
 import math
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 
@@ -39,23 +39,40 @@ def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float]
     return place | accuracy | more | {"scores": values, "documents": documents}
 
 
+MEASURES = {"accuracy": "", "f1": ", F1", "substring": ", substring"}
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as a markdown table: a line per task, memory and measure, a column per number of chunks."""
-    lengths = sorted({row["chunks"] for row in rows})
+    """The rows as a markdown table: a line per task, memory and length, a column per `when`.
+
+    Neighbouring lengths whose cells are equal share a line. F1 and substring have lines where they differ from EM.
+    """
     if not rows:
         return "no document could be built, so nothing was evaluated"
-    unit = unit_of(rows)
-    heads = " | ".join(f"{length} {unit}" for length in lengths)
-    lines = [f"| | memory | n | {heads} |", "|---|---|---|" + "---|" * len(lengths)]
-    for key in dict.fromkeys((row["task"], row["when"], row["memory"]) for row in rows):
-        task, when, memory = key
-        mine = {row["chunks"]: row for row in rows if (row["task"], row["when"], row["memory"]) == key}
-        n = count_of(mine.values())
-        for measure, name in (("accuracy", ""), ("f1", ", F1"), ("substring", ", substring")):
-            if measure in next(iter(mine.values())):
-                cells = " | ".join(cell(mine.get(length), measure) for length in lengths)
-                lines.append(f"| {task}, {when}{name} | {memory} | {n} | {cells} |")
-    return "\n".join(lines)
+    whens = list(dict.fromkeys(row["when"] for row in rows))
+    lines = [["", "memory", unit_of(rows), "n", *whens]]
+    for (task, memory), measure in product(dict.fromkeys((row["task"], row["memory"]) for row in rows), MEASURES):
+        found = []  # of each length: the length, n, and a cell for each `when`
+        for length in sorted({row["chunks"] for row in rows}):
+            mine = [row for row in rows if (row["task"], row["memory"], row["chunks"]) == (task, memory, length)]
+            cells = {row["when"]: cell(row, measure) for row in mine if measure in row}
+            if cells and (measure == "accuracy" or any(cells[row["when"]] != f"{row['accuracy']:.2f}" for row in mine)):
+                found.append((length, count_of(mine), *(cells.get(when, "-") for when in whens)))
+        for cells, same in groupby(found, key=lambda line: line[1:]):
+            lines.append([task + MEASURES[measure], memory, ends([length for length, *_ in same]), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """The rows in a line: of each task the least and the greatest accuracy over all lengths, with the memory kept."""
+    kept = [row for row in rows if row["memory"] == "kept"]
+    if not kept:
+        return table(rows)
+    tasks = {task: [row["accuracy"] for row in kept if row["task"] == task] for task in (row["task"] for row in kept)}
+    ranges = ", ".join(f"{task} {min(found):.2f} to {max(found):.2f}" for task, found in tasks.items())
+    return f"{ranges} at {ends([row['chunks'] for row in kept])} {unit_of(rows)}"
 
 
 def unit_of(rows: list[dict]) -> str:
@@ -65,13 +82,16 @@ def unit_of(rows: list[dict]) -> str:
 
 def count_of(rows) -> str:
     """How many documents the rows stand on: "64", or the least and the most, "60-64"."""
-    counts = sorted({row["n"] for row in rows})
-    return "-".join(map(str, counts[:: max(1, len(counts) - 1)]))
+    return ends([row["n"] for row in rows])
 
 
-def cell(row: dict | None, measure: str) -> str:
-    if row is None:
-        return "-"
+def ends(numbers: list[int]) -> str:
+    """The least and the greatest of some numbers, "2-32", or the one that they all are."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}-{high}" if low < high else str(low)
+
+
+def cell(row: dict, measure: str) -> str:
     interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if measure == "accuracy" else ""
     return f"{row[measure]:.2f}{interval}"
 
@@ -120,6 +140,16 @@ def step_metrics(values: dict[str, list], sums: dict[str, float], seconds: dict[
     } | {f"seconds_{name}": value for name, value in seconds.items()}
 
 
+def changes(first: dict, now: dict) -> str:
+    """A step's success, in brackets how much it has risen since the first step, and its entropy."""
+    parts = []
+    for name in ("end_to_end", "recall"):
+        if now[name] is not None:
+            risen = "" if first[name] is None else f" ({now[name] - first[name]:+z.2f})"
+            parts.append(f"{name} {now[name]:.2f}{risen}")
+    return ", ".join([*parts, f"entropy {now['entropy']:.2f}"])
+
+
 # ---- samples to read -----------------------------------------------------------------------------------
 
 
@@ -154,3 +184,11 @@ def sample_text(trajectory, name: str = "R^E") -> str:
     lines += [f"  m_{k}: {memory}" for k, memory in enumerate(trajectory.memories, 1)]
     lines += [f"  recall: {turn.text.strip()}" for turn in trajectory.recalls[:2]]
     return "\n".join(lines)
+
+
+def sample_line(trajectory, width: int) -> str:
+    """One trajectory in a line: y, the answer, and the memory that it was given from (/ is a line's end), cut there."""
+    memory = " / ".join(filter(None, trajectory.memories[-1].splitlines())) if trajectory.memories else ""
+    wanted = ", ".join(map(str, trajectory.document.answers))
+    line = f"  y = {wanted}, answered {(trajectory.prediction or 'nothing').strip()}, from: {memory}"
+    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -1,6 +1,6 @@
-"""AdamW over the summed gradients of all processes, in the weights' own memory: the optimizer of a float32 policy.
+"""AdamW on the summed gradients of all processes, updating the weights in place: for a float32 policy.
 
-engine/masters.py has the one of a bfloat16 policy, engine/sharding.py one that the processes share out.
+engine/masters.py has the optimizer for a bfloat16 policy, engine/sharding.py one that is sharded over the processes.
 """
 
 import math
@@ -11,7 +11,7 @@ from engine.parallel import sum_gradients
 
 
 class AdamW:
-    """AdamW whose `step` takes the gradients accumulated so far. What it updates are `masters`: here, the weights."""
+    """AdamW whose `step` uses the gradients accumulated so far. It updates `masters`: here, the weights themselves."""
 
     def __init__(self, model, lr: float):
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -20,12 +20,12 @@ class AdamW:
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def step(self, lr: float, grad_clip: float) -> float:
-        """One update by the gradients of all processes, or none if they are not finite -> their norm, unclipped."""
+        """One update with the gradients of all processes, or none if they aren't finite -> norm before clipping."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.set_gradients([self.gradient(weight) for weight in self.weights])
         norm = self.whole(torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or math.inf))
-        if norm.isfinite():  # the same on every process: it is of the sum
+        if norm.isfinite():  # the same on every process, as the gradients are summed
             self.adamw.step()
             self.write_back()
         self.adamw.zero_grad(set_to_none=True)
@@ -38,31 +38,31 @@ class AdamW:
             master.grad = gradient.to(master.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on, beside the policy."""
+        """Everything that the next step depends on, besides the policy's weights."""
         state = self.adamw.state_dict()["state"]
         return {f"{n}.{name}": tensor for n, values in state.items() for name, tensor in values.items()}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors()`. The policy must have its weights back."""
+        """Continue from `tensors()`. The policy's weights must be loaded first."""
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             n, name = key.split(".")
-            if name != "master":  # engine/masters.py's; of a float32 policy it equals the weight
+            if name != "master":  # engine/masters.py's; for a float32 policy it equals the weight
                 state.setdefault(int(n), {})[name] = tensor
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
-    # ---- engine/masters.py and engine/sharding.py have their own of these
+    # ---- engine/masters.py and engine/sharding.py override these
 
     def make_masters(self) -> list[torch.nn.Parameter]:
         return self.weights
 
     def gradient(self, weight) -> torch.Tensor:
-        """What this process brings: zeros where it kept no turn, as every process must bring every gradient."""
+        """This process's gradient of a weight: zeros if it kept no turn, as all processes must take part in the sum."""
         return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
     def write_back(self) -> None:
-        """Bring the policy to where the masters are."""
+        """Copy the masters into the policy."""
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of which each process may hold a part."""
+        """The complete tensor, of which each process may hold a part."""
         return tensor

@@ -1,9 +1,9 @@
-"""Several processes, one a GPU: each reads its own documents, and their gradients are summed by hand.
+"""Several processes, one per GPU: each reads its own documents, and their gradients are summed explicitly.
 
-No DistributedDataParallel: it wants equally many backward passes on every process, and a process that kept fewer
-samples has fewer. Every process runs what it has, and gradients meet in one place: in `sum_gradients`, or where an
-optimizer that is shared out takes each process's rows of their sum.
-`torchrun --nproc_per_node N` sets the environment that `start` reads; without it all of this is one process.
+No DistributedDataParallel: it needs the same number of backward passes on every process, and a process that kept fewer
+samples has fewer. Each process runs its own, and gradients meet in one place: in `sum_gradients`, or in the sharded
+optimizer, which takes each process's rows of their sum.
+`torchrun --nproc_per_node N` sets the environment that `start` reads; without it there is one process.
 """
 
 import os
@@ -16,30 +16,30 @@ from engine.errors import UserError
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU, for which torch is then set up. To be asked before anything else asks for one."""
-    # torch reads this when CUDA starts. Batches of ever other sizes leave less memory between them this way.
+    """Whether there is a GPU; if so, sets torch up for it. Call this before anything else touches CUDA."""
+    # torch reads this when CUDA starts. It reduces the fragmentation caused by batches of varying size.
     if os.environ.keys().isdisjoint(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if not torch.cuda.is_available():
         return False
-    # Newer cards try it first, and it makes a plan for each new shape: so for each token that is sampled.
+    # torch tries it first on newer cards, and it builds a plan for each new shape, hence for each sampled token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return True
 
 
 def start() -> str:
-    """Join this process to the others if torchrun started it -> its device. Raises UserError."""
+    """Join the other processes, if torchrun started any -> "cuda", "cuda:N" or "cpu". Raises UserError."""
     cuda = has_gpu()
     if "LOCAL_RANK" not in os.environ:
         return "cuda" if cuda else "cpu"
     number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if cuda and number >= gpus:
-        raise UserError(f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; start one for each")
+        raise UserError(f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; start one per GPU")
     if cuda:
         torch.cuda.set_device(number)
-    # Reading times differ between documents, so the fast ones wait; a rollout of long documents can take an hour.
+    # Fast processes wait for slow ones: a rollout of long documents can take an hour.
     wait, device = timedelta(hours=4), f"cuda:{number}" if cuda else "cpu"
-    own = torch.device(device) if cuda else None  # or a barrier guesses which GPU is this process's
+    own = torch.device(device) if cuda else None  # or a barrier guesses this process's GPU
     dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, device_id=own)
     return device
 
@@ -53,14 +53,14 @@ def count() -> int:
 
 
 def stop() -> None:
-    """Called by all processes at a run's end. Waits for all of them: torchrun treats an early exit as a failure."""
+    """Called by all processes at the end of a run. Waits for all: torchrun treats an early exit as a failure."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def gather(value) -> list:
-    """`value` of every process, in the order of their ranks, on all of them. Any picklable object."""
+    """Every process's `value`, any picklable object, ordered by rank; the same list on all of them."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -69,7 +69,7 @@ def gather(value) -> list:
 
 
 def sum_gradients(gradients: list[torch.Tensor]) -> None:
-    """Add up each gradient over all processes, in place: afterwards all hold the same."""
+    """Sum each gradient over all processes, in place: afterwards all processes hold the same."""
     if dist.is_initialized():
         works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
         for work in works:

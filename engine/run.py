@@ -14,13 +14,11 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine import checkpoints, parallel
 from engine.config import flag
 from engine.errors import UserError
 from engine.files import replace_text
-from engine.metrics import sample_rows, sample_text, step_metrics, step_values, table
+from engine.metrics import changes, sample_line, sample_rows, step_metrics, step_values, summary, table
 
 # What may differ when a run resumes: where it writes, and what changes memory, speed and rounding but not the method.
 FREE = {
@@ -73,14 +71,14 @@ class Run:
             )
 
     def evaluate(self, when: str, measure) -> None:
-        """Rows of `measure(when)` into eval.json, once a run, and the table of all rows to the terminal."""
+        """Rows of `measure(when)` into eval.json, once a run; to the terminal a line before training, a table after."""
         file = self.out / "eval.json"
         rows = json.loads(file.read_text()) if file.exists() else []
         if not self.config.eval_documents or self.stopped or any(row["when"] == when for row in rows):
             return
         rows = [row for row in rows if row["when"] == "before"] + measure(when)
         if self.rank == 0:
-            print(table(rows))
+            print(table(rows) if when == "after" else f"{when}: {summary(rows)}", flush=True)
             replace_text(file, json.dumps(rows, indent=1))
         parallel.gather(None)  # the others read the file next time, and wait until it is there
 
@@ -100,9 +98,10 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left; it ends after the step in which a signal came."""
         self.signals = catch_signals()
-        first, last = self.state["step"], self.config.steps
-        self.bar = tqdm(range(first, last), desc="memtrain", disable=self.rank > 0, initial=first, total=last)
-        for step in self.bar:
+        left = range(self.state["step"], self.config.steps)
+        if left and self.rank == 0:
+            print("success of each step's samples (brackets: since step 1), entropy, minutes left", flush=True)
+        for step in left:
             self.seconds, self.lap_began = {}, time.perf_counter()
             yield step
             if self.stopped:
@@ -115,7 +114,8 @@ class Run:
         self.seconds[name], self.lap_began = now - self.lap_began, now
 
     def log(self, step: int, trajectories: list, stats: dict[str, float], more: dict) -> None:
-        """A line of metrics.jsonl over all processes; now and then a document's trajectories into samples.jsonl.
+        """A line of metrics.jsonl over all processes, and one to the terminal; now and then a document's trajectories
+        into samples.jsonl, and a line of the first.
 
         `stats` are sums over this process's turns, `more` what is the same on every process.
         """
@@ -126,10 +126,13 @@ class Run:
         sums = {name: sum(part.get(name, 0) for part in all_stats) for name in set().union(*all_stats)}
         metrics = {"step": step + 1} | step_metrics(values, sums, self.seconds) | more
         append(self.out / "metrics.jsonl", metrics)
-        shown = {"e2e": metrics["end_to_end"], "recall": metrics["recall"], "entropy": metrics["entropy"]}
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
+        with (self.out / "metrics.jsonl").open() as log:
+            first = json.loads(log.readline())
+        minutes = sum(self.seconds.values()) * (self.config.steps - step - 1) / 60
+        number = str(step + 1).rjust(len(str(self.config.steps)))
+        print(f"step {number}: {changes(first, metrics)}, {minutes:.0f} min", flush=True)
         if step % self.config.sample_every == 0:
-            tqdm.write(f"step {step + 1}: {sample_text(trajectories[0])}")
+            print(sample_line(trajectories[0], shutil.get_terminal_size().columns), flush=True)
             append(self.out / "samples.jsonl", {"step": step + 1} | sample_rows(trajectories[: self.config.g1]))
 
     def save_if_due(self, step: int, bad_updates: int) -> None:

@@ -1,15 +1,15 @@
-"""The settings of the run that wrote a model: what eval.py and experiments/habits.py take for their defaults."""
+"""The settings of the run that wrote a model: the defaults of eval.py and experiments/habits.py."""
 
 import json
 from pathlib import Path
 
 
 def saved_settings(model: str) -> dict:
-    """The settings of the run that wrote `model`, runs/NAME/checkpoint or .../checkpoints/step-N; {} for others."""
+    """Settings of the run that wrote `model` (runs/NAME/checkpoint or .../checkpoints/step-N); {} for other models."""
     folder, written = run_of(model)
     if not folder:
         return {}
-    print(f"settings are those of {folder / 'config.json'}, but for the command line's")
+    print(f"settings are from {folder / 'config.json'}; the command line overrides them")
     return {name: value for name, value in written.items() if name not in ("model", "out")}
 
 
@@ -20,6 +20,6 @@ def run_of(model: str) -> tuple[Path | None, dict]:
             written = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(written, dict) and "chunk_tokens" in written:  # or it is another program's
+        if isinstance(written, dict) and "chunk_tokens" in written:  # or it belongs to another program
             return folder, written
     return None, {}

@@ -1,7 +1,7 @@
-"""The optimizer of engine/masters.py, shared out over the processes as FSDP2 does it, by torch's DTensor.
+"""The optimizer of engine/masters.py, sharded over the processes as in FSDP2, with torch's DTensor.
 
-Every process keeps its rows of each master and of its moments: 12 bytes a parameter in all, not on each GPU. Gradients
-are summed where they are needed, and fresh weights are gathered.
+Every process keeps its rows of each master and its moments: 12 bytes per parameter in total, not on each GPU. A row's
+gradient is summed on the process that keeps the row, and updated weights are gathered.
 """
 
 import torch
@@ -14,7 +14,7 @@ from engine.parallel import rank
 
 
 class ShardedAdamW(MasterAdamW):
-    """MasterAdamW of which each process holds its rows. Raises UserError without torchrun, or with `offload`."""
+    """MasterAdamW of which each process holds its own rows. Raises UserError without torchrun or with `offload`."""
 
     def __init__(self, model, lr: float, offload: bool = False):
         if offload or not dist.is_initialized():
@@ -24,22 +24,22 @@ class ShardedAdamW(MasterAdamW):
         super().__init__(model, lr)
 
     def own_part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a tensor that all have."""
+        """This process's rows of a tensor that all processes have."""
         return distribute_tensor(tensor.to(self.device), self.mesh, [Shard(0)], src_data_rank=None)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All rows of a tensor, which the processes may share."""
+        """All rows of a tensor, which may be sharded."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def set_gradients(self, gradients: list[torch.Tensor]) -> None:
-        """Give each process the sum of its own rows, and let go of the rest as it goes."""
+        """Give each process the summed gradient of its own rows, freeing the full gradients one by one."""
         for n, master in enumerate(self.masters):
             gradient, gradients[n] = gradients[n], None
             summed = DTensor.from_local(gradient, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
             master.grad = summed.to(master.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Called by all processes; process 0 gets them, whole and in CPU memory."""
+        """Called by all processes; process 0 gets the complete tensors, in CPU memory, the others {}."""
         kept = {}
         for name, tensor in super().tensors().items():  # one at a time: together they don't fit on a GPU
             tensor = self.whole(tensor)

@@ -1,13 +1,13 @@
-"""How a model keeps its memory, greedy: recall by distance, unchanged memories, and what it keeps of a long text.
+"""How a model keeps its memory, sampled greedily: recall by distance, unchanged memories, what it keeps of a long text.
 
     python -m experiments.habits --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
     python -m experiments.habits --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
         --eval-questions runs/reproduce/test-0.jsonl
 
-On held-out masked documents, recall asks in each for several entities. Its distance is k - l, the chunks that lie
-between the section asked about and the memory that must supply it. With --task longqa, exact match by the chunk that
-holds what a question asks about: does a memory keep what it read first, or last? A question of two hops counts where
-its first uncut gold paragraph stands.
+On held-out masked documents, recall asks for several entities of each. Its distance is k - l, the number of chunks from
+the chunk asked about to the memory that must supply the entity. With --task longqa, exact match by the chunk that has
+the gold paragraph: does a memory keep what it read first, or last? For a question of two hops, the chunk is that of its
+first uncut gold paragraph.
 """
 
 import json
@@ -32,18 +32,18 @@ from tasks.longqa import LongDocument
 
 @dataclass
 class Habits(Config):
-    """The settings of a run, and what is measured."""
+    """The settings of a run, and those of the measurement."""
 
-    out: str = option("habits.json", "where the figures of masked documents go as JSON")
-    lengths: list[int] | None = option(None, "chunks of a document, several values (default: as trained)")
-    questions_a_document: int = option(8, "recall questions about each document")
+    out: str = option("habits.json", "JSON file for the figures of masked documents")
+    lengths: list[int] | None = option(None, "document lengths in chunks (default: --chunks)")
+    questions_a_document: int = option(8, "recall questions per document")
 
 
 def main(config: Habits) -> None:
     if config.task == "searchqa":
-        raise UserError("--task searchqa: habits are measured in texts that are read; give memtrain or longqa")
+        raise UserError("--task searchqa: has no texts to read in chunks; give memtrain or longqa")
     if not config.eval_documents:
-        raise UserError("--eval-documents 0: nothing would be read")
+        raise UserError("--eval-documents 0: nothing would be read; ask for at least one")
     lengths = config.lengths or [config.chunks]
     if config.task == "memtrain" and min(lengths) < 2:
         raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
@@ -57,7 +57,7 @@ def main(config: Habits) -> None:
     for chunks in lengths:
         documents = heldout_documents(source, config, chunks)
         if not documents:
-            raise UserError(f"--lengths {chunks}: the corpus can't fill so many chunks; give others, or more text")
+            raise UserError(f"--lengths {chunks}: the corpus can't fill that many chunks; give fewer, or more text")
         recalled, unchanged = habits_of(sample, documents, config)
         rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
         print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")
@@ -67,7 +67,7 @@ def main(config: Habits) -> None:
 
 
 def habits_of(sample, documents: list, config: Habits) -> tuple[dict[int, list[float]], list[bool]]:
-    """(recall rewards by distance, whether each turn after the first left the memory as it was)."""
+    """(recall rewards by distance, for each turn after the first: whether it left the memory unchanged)."""
     trajectories = read(sample, documents, config, progress="reading")
     rng = np.random.default_rng(config.seed)
     asked = [replace(t, target=draw_recall(t.document, rng)) for t in trajectories * config.questions_a_document]
@@ -81,7 +81,7 @@ def habits_of(sample, documents: list, config: Habits) -> tuple[dict[int, list[f
 
 
 def print_positions(sample, source, lengths: list[int], config: Habits) -> None:
-    """A table per length: exact match by the chunk of the gold paragraph."""
+    """Print a table per length: exact match by the chunk of the gold paragraph."""
     lengths = source.lengths(lengths, config.eval_split)
     for length, documents in documents_by_length(source, config, lengths, verbose=True).items():
         places, hits = [chunk_of_gold(document) for document in documents], defaultdict(list)
@@ -94,12 +94,12 @@ def print_positions(sample, source, lengths: list[int], config: Habits) -> None:
 
 
 def chunk_of_gold(document: LongDocument) -> int:
-    """The first chunk, counted from 1, that holds the whole text of a gold paragraph; 0 where a cut goes through all.
+    """The first chunk, counted from 1, with the complete text of a gold paragraph; 0 if all of them are cut.
 
-    Raises UserError for a question that names no gold paragraph.
+    Raises UserError for a question without gold paragraphs.
     """
     if not document.gold:
-        raise UserError(f"question {document.title}: comes without gold paragraphs; give others by --eval-questions")
+        raise UserError(f"question {document.title}: has no gold paragraphs; give others with --eval-questions")
     chunks = enumerate(document.chunks, 1)
     return min((n for n, chunk in chunks if any(text in chunk for _, text in document.gold)), default=0)
 

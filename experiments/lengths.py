@@ -1,10 +1,10 @@
-"""Accuracy by length, before and after, of several runs together: README's plot and table.
+"""Accuracy by length, before and after training, of several runs pooled: README's plot and table.
 
     for seed in 0 1 2; do python memtrain.py --seed $seed --out runs/first-$seed; done
     python -m experiments.lengths docs/lengths.png runs/first-0 runs/first-1 runs/first-2
 
-Each seed draws held-out documents of its own. They may ask for the same entity, so the intervals, which take them for
-independent, are somewhat narrow.
+Each seed draws its own held-out documents. Some may ask for the same entity, so the intervals, which treat them as
+independent, are somewhat too narrow.
 """
 
 import json
@@ -18,14 +18,14 @@ from look.compare import check_picture, plot
 
 
 def together(folders: list[str]) -> list[dict]:
-    """The rows of several eval.json, one for each stage, task, length and memory. Raises UserError."""
+    """The rows of several eval.json pooled, one for each stage, task, length and memory. Raises UserError."""
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise UserError("a run is named twice; name each once")
+        raise UserError("a run is given twice; give each once")
     scores: dict[tuple, list[float]] = defaultdict(list)
     for folder in folders:
         file = Path(folder) / "eval.json"
         if not file.is_file():
-            raise UserError(f"{file}: no such file; give folders of runs that were evaluated")
+            raise UserError(f"{file}: no such file; give folders of evaluated runs")
         for one in json.loads(file.read_text()):
             scores[one["when"], one["task"], one["chunks"], one["memory"]] += one["scores"]
     return [row(*place, dict(enumerate(values))) for place, values in scores.items()]

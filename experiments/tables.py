@@ -1,10 +1,10 @@
-"""The tables and figures of what experiments/reproduce-tiny.sh measured: results-tiny.md, and PNGs beside it.
+"""Tables and figures of what experiments/reproduce-tiny.sh measured: results-tiny.md, and PNGs next to it.
 
     python -m experiments.tables runs/reproduce docs
 
-Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy stands with two 95 %
-intervals: over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions
-about one subject were independent; and over the seeds' own means (Student's t), which differ in training and questions.
+Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy has two 95 % intervals:
+over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions about the same
+subject were independent; and over the seeds' means (Student's t), which differ in training and questions.
 """
 
 import json
@@ -30,11 +30,11 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 BEGIN = "<!-- experiments/tables.py writes what follows -->"
 END = "<!-- experiments/tables.py wrote what stands before -->"
 Seeds = list[list[float]]  # scores of questions, a list for each seed
-Series = dict[str, list[Seeds]]  # by the name of a line, of a table or a figure: its values from left to right
+Series = dict[str, list[Seeds]]  # {name of a table row or a plotted line: its values from left to right}
 
 
 class Runs:
-    """A reproduction's folder. Raises UserError where a part is missing."""
+    """A reproduction's folder. Raises UserError if a part is missing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -46,7 +46,7 @@ class Runs:
         try:
             return (self.folder / name).read_text()
         except FileNotFoundError:
-            raise UserError(f"{self.folder / name} is missing; experiments/reproduce-tiny.sh makes it") from None
+            raise UserError(f"{self.folder / name} is missing; run experiments/reproduce-tiny.sh first") from None
 
     def read(self, name: str):
         return json.loads(self.text(name))
@@ -56,17 +56,17 @@ class Runs:
         return list(dict.fromkeys(row["chunks"] for row in self.read(f"{self.seeds[0]}/qa/{name}.json")))
 
     def scores(self, name: str, chunks: int, memory: str = "kept") -> Seeds:
-        """What `measure SEED/qa/NAME` wrote."""
+        """The scores that `measure SEED/qa/NAME` wrote."""
         rows = [row for seed in self.seeds for row in self.read(f"{seed}/qa/{name}.json")]
         return [row["scores"] for row in rows if (row["chunks"], row["memory"]) == (chunks, memory)]
 
     def from_starts(self, ends: list, chunks: int) -> Series:
-        """From the base and from MemTrain: the scores of qa/RUN-END for each of these ends."""
+        """The scores of qa/RUN-END for each of these ends, starting from the base and from MemTrain."""
         starts = {f"{name}, {chunks} chunks": run for name, run in STARTS.items()}
         return {name: [self.scores(f"{run}-{end}", chunks) for end in ends] for name, run in starts.items()}
 
     def minutes(self, run: str, steps: int | None = None) -> float:
-        """Training minutes of a run up to a step, or whole, the mean over seeds."""
+        """Training minutes of a run, up to step `steps` or in all; the mean over seeds."""
         lines = [line for seed in self.seeds for line in self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps]]
         seconds = [value for line in lines for name, value in json.loads(line).items() if name.startswith("seconds_")]
         return sum(seconds) / 60 / len(self.seeds)
@@ -76,19 +76,19 @@ class Runs:
 
 
 def over_seeds(seeds: list) -> tuple[float, float]:
-    """The mean of the seeds' means, and half the width of its 95 % interval; a seed is its scores, or their mean."""
+    """(mean of the seeds' means, half the width of its 95 % interval); a seed is a list of scores, or their mean."""
     means = [np.mean(seed) for seed in seeds]
     return float(np.mean(means)), STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
 
 
 def cell(seeds: Seeds) -> str:
-    """"0.25 [0.20, 0.31] ± 0.04": over questions, then over seeds."""
+    """"0.25 [0.20, 0.31] ± 0.04": the interval over questions, then that over seeds."""
     scores = [*chain(*seeds)]
     return f"{share(sum(scores), len(scores))} ± {over_seeds(seeds)[1]:.2f}"
 
 
 def compare(name: str, first: Seeds, second: Seeds) -> str:
-    """The mean of second - first on the same questions, with both intervals and each seed's own."""
+    """A line with the mean of second - first on the same questions, both intervals, and each seed's mean."""
     mean, low, high = paired_bootstrap([*chain(*first)], [*chain(*second)])
     by_seed = [np.mean(after) - np.mean(before) for before, after in zip(first, second, strict=True)]
     middle, half = over_seeds(by_seed)
@@ -103,12 +103,12 @@ def table(head: list, *series: Series, cell=cell) -> list[str]:
 
 
 def panels(series: dict[int, Series], label: str, *x: list) -> list[tuple]:
-    """A row for `draw`, a panel for each length; `x` for all lines, or one for each."""
+    """A row of panels for `draw`, one for each length; `x` is shared by all lines, or there is one for each."""
     return [(f"{n // min(series)} x the length", label, x, lines) for n, lines in series.items()]
 
 
 def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path, pyplot) -> None:
-    """Rows of panels. Words on x stand evenly, numbers where they are; bars are over seeds."""
+    """Draw rows of panels. Words on the x axis are evenly spaced, numbers to scale; error bars are over seeds."""
     columns = len(rows[0])
     figure, grid = pyplot.subplots(len(rows), columns, figsize=(4.4 * columns, 3.6 * len(rows)), squeeze=False)
     for axes, (title, label, x, series) in zip(grid.flat, chain(*rows), strict=True):
@@ -121,11 +121,11 @@ def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path
     figure.savefig(file, dpi=90)
 
 
-# ---- the sections: each returns its lines of text, and its figure's rows of panels -----------------------------
+# ---- the sections: each returns its lines of text and its figure's rows of panels ------------------------------
 
 
 def claim(runs: Runs) -> tuple[list[str], list]:
-    """Accuracy by steps of task RL from both starts, the claim, and the same at equal minutes."""
+    """Accuracy by steps of task RL from both starts, the claim, and the comparison at equal minutes."""
     curves = {n: runs.from_starts(runs.steps, n) for n in runs.lengths("base-0")}
     lengths, last = list(curves), runs.steps[-1]
     text = ["![accuracy by steps and by minutes](curves.png)", "", "**Steps of task RL**, from both starts:", ""]
@@ -165,7 +165,7 @@ def few_labels(runs: Runs) -> tuple[list[str], list]:
 
 
 def ablations(runs: Runs) -> tuple[list[str], list]:
-    """Accuracy by what MemTrain was made of, before and after task RL."""
+    """Accuracy after each ablation of MemTrain, before and after task RL."""
     steps, lengths = (0, runs.budget), runs.lengths("decoupled-0")
     by_step = {
         step: {name: [runs.scores(f"{run}-{step}", n) for n in lengths] for name, run in MODELS.items()}
@@ -187,7 +187,7 @@ def habits(runs: Runs) -> tuple[list[str], list]:
     """Recall at each distance in the longest documents, and the share of unchanged memories."""
     unchanged, recalled = {}, {}
     for name, run in MODELS.items():
-        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # of each seed a row for each length
+        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # for each seed, a row per length
         lengths = [row["chunks"] for row in by_seed[0]]
         bins = {place: ends for place, ends in DISTANCES.items() if ends[0] < lengths[-1]}
         unchanged[name] = [[row["unchanged"] for row in same] for same in zip(*by_seed, strict=True)]
@@ -201,7 +201,7 @@ def habits(runs: Runs) -> tuple[list[str], list]:
 
 
 def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> list[float]:
-    """Of recall's rewards by distance those from `low` to `high`."""
+    """The recall rewards at distances from `low` to `high`."""
     return [hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]
 
 

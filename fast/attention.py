@@ -1,13 +1,13 @@
-"""Attention to prompts that several completions share: while sampling, and in training.
+"""Attention to prompts that several completions share, in sampling and in training.
 
-    SharedPrompts     sampling: the samples of a prompt attend to it where it lies in the cache, not to copies of it
-    attend            the attention to one part of what a row sees, as SharedPrompts mixes it; attend_on_gpu on a GPU
-    packed_sdpa       training: completions that are packed behind their prompt, each blind to the others
-    causal_sdpa       the part of it without a mask: fast and small on every card
+    SharedPrompts     sampling: the samples of a prompt attend to one copy of it in the cache
+    attend            attention to prompts, or to a row's own tokens, for SharedPrompts; attend_on_gpu: on a GPU
+    packed_sdpa       training: completions packed behind their prompt, which can't attend to each other
+    causal_sdpa       its part without a mask: fast, and light on memory, on every GPU
     enable_packing    switches a model to packed_sdpa; importing this file changes nothing
 
-A model that can't share prompts computes every row by itself. can_share_prompts, takes_shared_prompts and packs tell
-which can.
+A model that can't share prompts computes every row separately. can_share_prompts, takes_shared_prompts and packs tell
+what a model can do.
 """
 
 import inspect
@@ -23,26 +23,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# These models hand all that their attention needs to the attention function: no sinks, no soft cap, no bias by
-# position. So SharedPrompts can stand in for it; the tests compare.
+# These models pass everything their attention needs to the attention function: no sinks, soft cap or position bias.
+# So SharedPrompts can replace that function; tests compare them.
 PLAIN_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
-OWN_MASKS = ("doge",)  # these make a mask of their own from the one that they get, which must be whole
+OWN_MASKS = ("doge",)  # these derive their own mask from the one they get, which must cover all queries
 PACKED = "packed_sdpa"
 
 
 class PromptLayer(DynamicLayer):
-    """A cache layer with room ahead, which can hold each prompt once, apart from the tokens of the rows that follow it.
+    """A cache layer with spare capacity, which can hold each prompt once, apart from the tokens of the rows after it.
 
-    The plain layer copies itself for every new token. Once prompts are set aside, rows only grow or are selected; which
-    prompts stay is for SharedPrompts to say.
+    transformers' layer copies itself for every new token. Once prompts are set aside, rows only grow or are selected;
+    SharedPrompts decides which prompts to keep.
     """
 
-    room = 64  # tokens that a new buffer has beyond those it is made for; its owner may know how many will come
-    buffers = None  # of keys and of values, which are the filled parts
+    room = 64  # spare tokens of a new buffer; set it if the number of tokens to come is known
+    buffers = None  # (keys, values) with the spare capacity; self.keys and self.values are their filled parts
     prompt_keys = prompt_values = None  # (prompts, key heads, tokens, head size)
 
     def make_room(self, keys: Tensor, values: Tensor, rows: int, width: int) -> None:
-        """Hold `rows` rows of `width` zeros, shaped like these keys and values (any, heads, any, head size)."""
+        """Allocate `rows` rows of `width` zeros, shaped like these keys and values (any, heads, any, head size)."""
         self.lazy_initialization(keys, values)
         shapes = [(rows, like.shape[1], width + self.room, like.shape[3]) for like in (keys, values)]
         self.buffers = tuple(like.new_zeros(shape) for like, shape in zip((keys, values), shapes, strict=True))
@@ -69,7 +69,7 @@ class PromptLayer(DynamicLayer):
 
     def set_prompts_aside(self) -> None:
         self.prompt_keys, self.prompt_values = self.keys, self.values
-        self.lazy_initialization(self.keys, self.values)  # from here on keys and values are the rows' own
+        self.lazy_initialization(self.keys, self.values)  # from now on, keys and values are those of the rows
         self.buffers = None
 
     def get_seq_length(self) -> int:
@@ -77,38 +77,38 @@ class PromptLayer(DynamicLayer):
 
 
 class SharedPrompts:
-    """The attention of rows that write behind prompts which `cache` holds once (Hydragen, arXiv 2402.05099).
+    """The attention of rows whose prompts `cache` holds only once (Hydragen, arXiv 2402.05099).
 
-    A row's softmax over its prompt and its own tokens is a mix of the two softmaxes, weighed by their sums. So all rows
-    of a prompt read it in one matrix product, where copies would be read row by row.
+    A row's softmax over its prompt and its own tokens is a mix of two softmaxes, weighted by their sums. So all rows of
+    a prompt read it in one matrix product, where copies would be read row by row.
     """
 
     def __init__(self, cache: DynamicCache, prompt_of: Tensor, mask: Tensor):
-        """prompt_of (rows,): each row's prompt. mask (prompts, tokens): 0 where a prompt is padded."""
+        """prompt_of (rows,): the index of each row's prompt. mask (prompts, tokens): 0 where a prompt is padded."""
         self.cache = cache
         self.attend, dtype = attend, torch.float32
         if mask.is_cuda:
             self.attend, dtype = attend_on_gpu, cache.layers[0].prompt_keys.dtype
-        # A very low number and not minus infinity: a prompt of padding alone then weighs nothing, and is not nan. Half
-        # of the lowest, as torch's kernel multiplies it by 1.44; it also wants rows that start at multiples of 16.
+        # A very low number, not minus infinity: an all-padding prompt then gets no weight instead of nan. Half of the
+        # lowest, as torch's kernel multiplies it by 1.44; the kernel also needs rows that start at multiples of 16.
         hidden = (mask == 0).to(dtype) * (torch.finfo(dtype).min / 2)
-        self.hidden = pad(hidden, (0, -mask.shape[1] % 16))[:, None, None]  # (prompts, 1, 1, tokens and room)
+        self.hidden = pad(hidden, (0, -mask.shape[1] % 16))[:, None, None]  # (prompts, 1, 1, tokens rounded up to 16s)
         self.arrange(prompt_of)
 
     def arrange(self, prompt_of: Tensor) -> None:
-        """Lay the rows of each prompt side by side; `members` is filled up with row 0, which by_row drops again."""
+        """Group the rows by prompt; `members` is padded with row 0, which by_row drops again."""
         self.prompt_of = prompt_of
         counts = prompt_of.bincount(minlength=len(self.hidden))  # (prompts,)
         order = prompt_of.argsort(stable=True)  # (rows,)
         firsts = (counts.cumsum(0) - counts)[prompt_of[order]]  # (rows,)
-        nth = torch.arange(len(order), device=order.device) - firsts  # (rows,), each among its prompt's
-        self.place = torch.empty_like(order)  # (rows,), in `members` laid flat
+        nth = torch.arange(len(order), device=order.device) - firsts  # (rows,), number among its prompt's rows
+        self.place = torch.empty_like(order)  # (rows,), index into the flattened `members`
         self.place[order] = prompt_of[order] * counts.max() + nth
-        self.members = order.new_zeros(len(counts), int(counts.max()))  # (prompts, most rows); row 0 fills up
+        self.members = order.new_zeros(len(counts), int(counts.max()))  # (prompts, most rows), padded with row 0
         self.members.view(-1)[self.place] = torch.arange(len(order), device=order.device)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, and with their prompts."""
+        """Keep only these rows and their prompts."""
         prompts, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
         self.cache.batch_select_indices(rows)
         if len(prompts) < len(self.hidden):
@@ -135,7 +135,7 @@ class SharedPrompts:
 
     @contextmanager
     def used_by(self, model):
-        """Within, the model attends this way."""
+        """A context in which the model uses this attention."""
         config = model.config.get_text_config()
         usual = config._attn_implementation
         ALL_ATTENTION_FUNCTIONS.register("shared_prompts", self)
@@ -148,32 +148,32 @@ class SharedPrompts:
 
 
 def attend(query, keys, values, scaling: float, hidden=None) -> tuple[Tensor, Tensor]:
-    """The attended values, and the log of the softmax's sum, in float32 as in torch's own kernels.
+    """(attended values, log of the softmax's sum), in float32 as in torch's own kernels.
 
-    query (rows, heads, queries, size), keys and values (rows, heads, tokens, size), hidden (rows, 1, 1, tokens): what
-    is added to scores -> (rows, heads, queries, size), (rows, heads, queries, 1).
+    query (rows, heads, queries, size), keys and values (rows, heads, tokens, size), hidden (rows, 1, 1, tokens), which
+    is added to the scores -> (rows, heads, queries, size), (rows, heads, queries, 1).
     """
     scores = (query.float() * scaling) @ keys.float().mT
     if hidden is not None:
         scores += hidden
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()  # torch's softmax and logsumexp would each take all the exponentials
+    weights = (scores - top).exp_()  # once; torch's softmax and logsumexp would each compute all the exponentials
     total = weights.sum(-1, keepdim=True)
     return weights @ values.float() / total, top + total.log()
 
 
 def attend_on_gpu(query, keys, values, scaling: float, hidden=None) -> tuple[Tensor, Tensor]:
-    """`attend` by torch's memory-efficient kernel: no score is written to memory, and no key or value widened."""
+    """`attend` by torch's memory-efficient kernel: no scores in memory, and keys and values stay in their dtype."""
     queries = query.shape[2]
     if hidden is not None:
-        hidden = hidden.expand(-1, query.shape[1], queries, -1)  # (rows, heads, queries, tokens), all one in memory
+        hidden = hidden.expand(-1, query.shape[1], queries, -1)  # (rows, heads, queries, tokens), without copies
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     found, log_sum, *_ = kernel(query, keys, values, hidden, compute_log_sumexp=True, scale=scaling)
-    return found.float(), log_sum[..., :queries, None]  # the sums have room for a multiple of 32 queries
+    return found.float(), log_sum[..., :queries, None]  # the sums are padded to a multiple of 32 queries
 
 
 def packed_mask(segments: Tensor, first: int) -> Tensor:
-    """Where the positions from `first` on may look: (rows, 1, longest - first, longest) bool, for `packed_sdpa`.
+    """What positions from `first` on may attend to: (rows, 1, longest - first, longest) bool, for `packed_sdpa`.
 
     segments (rows, longest): 0 for a row's prompt, longer than `first`; 1, 2, ... for its completions; -1 for padding.
     """
@@ -182,32 +182,32 @@ def packed_mask(segments: Tensor, first: int) -> Tensor:
 
 
 def flash_runs(query) -> bool:
-    """Whether torch has flash attention for this query. A CPU has, for every type and card."""
+    """Whether torch has flash attention for this query: always on a CPU, on a GPU depending on dtype and card."""
     narrow = query.dtype in (torch.float16, torch.bfloat16)
     return not query.is_cuda or narrow and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def causal_sdpa(module, query, key, value, **more):
-    """transformers' sdpa without a mask. Where flash attention can't run, each query head gets keys of its own.
+    """transformers' sdpa without a mask. Where flash attention can't run, each query head gets its own copy of keys.
 
-    The memory-efficient kernel knows no groups, and the kernel of last resort holds all scores at once
+    The memory-efficient kernel doesn't support grouped heads, and the fallback kernel holds all scores at once
     (https://github.com/huggingface/transformers/issues/48633).
     """
     heads_a_group = query.shape[1] // key.shape[1]
     if heads_a_group > 1 and not flash_runs(query):
         key, value = (x.repeat_interleave(heads_a_group, 1) for x in (key, value))
-        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # one that knows no groups
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # without grouped heads
     return sdpa_attention_forward(module, query, key, value, None, **more)
 
 
 def packed_sdpa(module, query, key, value, attention_mask, **more):
-    """transformers' sdpa, which also takes a mask of the last queries alone: those before are causal.
+    """transformers' sdpa, but the mask may cover only the last queries: those before are causal.
 
     The causal part keeps its fast kernel, which takes no mask.
     """
     if attention_mask is None:
         return causal_sdpa(module, query, key, value, **more)
-    # A mask of one row is one for all queries, as encoders have.
+    # A mask with one row applies to all queries, as in encoders.
     first = query.shape[2] - attention_mask.shape[2] if attention_mask.ndim == 4 else 0
     if first <= 0 or attention_mask.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
@@ -217,10 +217,10 @@ def packed_sdpa(module, query, key, value, attention_mask, **more):
 
 
 def can_share_prompts(model) -> bool:
-    """Whether every layer attends to everything before it, at positions that the caller gives.
+    """Whether in every layer a token attends to all before it, at positions that the caller gives.
 
-    A sliding window or a recurrent state ties a token to its neighbours in the row: no copying, no packing. A model
-    without a cache (OpenAI GPT) has nothing to copy.
+    With a sliding window or a recurrent state a token depends on its neighbours in the row, so it can't be copied or
+    packed. A model without a cache (OpenAI GPT) has nothing to copy.
     """
     layers = DynamicCache(config=model.config).layers
     takes = {"position_ids", "use_cache"} <= inspect.signature(model.get_decoder().forward).parameters.keys()
@@ -228,7 +228,7 @@ def can_share_prompts(model) -> bool:
 
 
 def takes_shared_prompts(model) -> bool:
-    """Whether SharedPrompts can stand in for the model's attention. The model must pass can_share_prompts."""
+    """Whether SharedPrompts can replace the model's attention. The model must pass can_share_prompts."""
     config = model.config.get_text_config()
     return config._attn_implementation in ("sdpa", PACKED) and config.model_type in PLAIN_ATTENTION
 
@@ -239,7 +239,7 @@ def packs(model) -> bool:
 
 
 def enable_packing(model) -> bool:
-    """Let completions be packed behind shared prompts in training, for this one model -> whether it can.
+    """Let this model pack completions behind shared prompts in training -> whether it can.
 
     It needs can_share_prompts and sdpa: eager would add a boolean mask to its scores, flash attention takes none.
     """

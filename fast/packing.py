@@ -1,11 +1,11 @@
-"""Training in fewer tokens: batches of similar length, and completions of one prompt packed behind one copy of it.
+"""Training on fewer tokens: batches of similar length, and completions of one prompt packed behind one copy of it.
 
-    by_length, by_prompt   which rows meet in a batch, and which share a prompt; sampling uses them, too
-    micro_batches          turns cut into batches by a token budget
+    by_length, by_prompt   which rows form a batch, and which share a prompt; sampling uses them too
+    micro_batches          turns split into batches by a token budget
     token_logprobs         the fast twin of grpo.token_logprobs
-    enable                 packs for the models of a run
+    enable                 switches packing on for the models of a run
 
-Equal prompts are found by their token ids. That is always right: the network can't tell them apart, and every sample
+Equal prompts are found by their token ids. That is always safe: to the network they are the same, and every sample
 keeps its own reward and advantage.
 """
 
@@ -22,12 +22,12 @@ from grpo import by_turn, head_logprobs
 
 
 def by_length(lengths: list[int], max_tokens: int, fill: float = 0.875) -> list[list[int]]:
-    """Positions in batches of at most `max_tokens` tokens with padding, longest first.
+    """Indices into `lengths`, in batches of at most `max_tokens` tokens with padding, longest first.
 
-    A length over the budget stands alone. A batch also ends where less than `fill` of it would be tokens, not padding.
+    A length over the budget is its own batch. A batch also ends where less than the share `fill` of it would be tokens.
     """
     batches: list[list[int]] = []
-    used = 0  # tokens of the last batch without its padding
+    used = 0  # tokens of the last batch, without padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         # The first of a batch is its longest, so it sets the width of every row.
         padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
@@ -41,7 +41,7 @@ def by_length(lengths: list[int], max_tokens: int, fill: float = 0.875) -> list[
 
 
 def by_prompt(prompts: list[list[int]]) -> list[list[int]]:
-    """Positions of equal prompts together, in the order in which each prompt first comes."""
+    """Indices of equal prompts, grouped, in the order in which each prompt first occurs."""
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt), []).append(i)
@@ -49,7 +49,7 @@ def by_prompt(prompts: list[list[int]]) -> list[list[int]]:
 
 
 def rows_of(model, turns: list) -> list[list[int]]:
-    """Positions of the turns that token_logprobs computes as one row: those of one prompt where the model packs."""
+    """Indices of the turns that token_logprobs computes as one row: those with the same prompt if the model packs."""
     return by_prompt([turn.prompt_ids for turn in turns]) if packs(model) else [[i] for i in range(len(turns))]
 
 
@@ -59,15 +59,15 @@ def row_tokens(turns: list) -> int:
 
 
 def micro_batches(turns: list, max_tokens: int, model) -> list[list]:
-    """Cut turns into batches of similar length, each of at most max_tokens *with padding*; a longer row stands alone.
+    """Split turns into batches of similar length, of at most max_tokens *with padding*; a longer row is its own batch.
 
-    Rows of one completion are kept apart from packed rows, since they need no attention mask. Longest first in both
-    kinds, so that a run that doesn't fit in memory fails early. The losses of the batches add up to that of the whole.
+    Rows with one completion are kept apart from packed rows, since they need no attention mask. Longest first in both
+    kinds, so a run that doesn't fit in memory fails early. The batches' losses add up to the total loss.
     """
     rows: list[list] = []
     for same in rows_of(model, turns):
         used = max_tokens + 1
-        for turn in (turns[i] for i in same):  # as many completions behind one copy of the prompt as the budget takes
+        for turn in (turns[i] for i in same):  # as many completions behind one copy of the prompt as the budget allows
             if used + len(turn.completion_ids) > max_tokens:
                 rows.append([])
                 used = len(turn.prompt_ids)
@@ -81,9 +81,9 @@ def micro_batches(turns: list, max_tokens: int, model) -> list[list]:
 
 
 def layout(turns: list, rows: list[list[int]]) -> tuple[list, list, list, list]:
-    """(token ids, segments, positions) of each row, and for each turn the (row, place) that predict its tokens.
+    """(token ids, segments, positions) of each row, and for each turn the (row, index) pairs that predict its tokens.
 
-    Segment 0 is the prompt, 1, 2, ... are its completions. Positions go on from the prompt's in each completion.
+    Segment 0 is the prompt; 1, 2, ... are its completions. In each completion positions continue from the prompt's.
     """
     ids, segments, positions, sources = [], [], [], [[] for _ in turns]
     for row, members in enumerate(rows):
@@ -102,10 +102,10 @@ def layout(turns: list, rows: list[list[int]]) -> tuple[list, list, list, list]:
 
 
 def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The fast twin of grpo.token_logprobs -> logprobs, entropy or None, mask, each (turns, longest completion).
+    """The fast twin of grpo.token_logprobs -> (logprobs, entropy or None, mask), each (turns, longest completion).
 
-    After enable_packing, turns of one prompt are one row: the prompt once, its completions behind it, each blind to the
-    others. The bare causal LM, not a DDP wrapper. ValueError for an empty prompt.
+    After enable_packing, turns with the same prompt are one row: the prompt once, then its completions, which can't
+    attend to each other. `model` is the bare causal LM, not a DDP wrapper. Raises ValueError for an empty prompt.
     """
     if not all(turn.prompt_ids for turn in turns):
         raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")
@@ -116,9 +116,9 @@ def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tens
         return pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value).to(model.device)
 
     ids = padded(ids, 0)  # (rows, longest)
-    more = {}  # padding is on the right, where causal attention never looks: without a mask, fast kernels stay in use
+    more = {}  # padding is on the right, where causal attention never looks: no mask, so fast kernels stay in use
     if len(rows) < len(turns):
-        # The prompts' last positions are the first that predict a completion's token; before them all is causal.
+        # The last position of a prompt is the first that predicts a completion's token; up to there all is causal.
         visible = packed_mask(padded(segments, -1), min(len(turn.prompt_ids) for turn in turns) - 1)
         more = {"attention_mask": visible, "position_ids": padded(positions, 0)}
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # (rows, longest, width)
@@ -133,10 +133,10 @@ def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tens
 
 
 def enable(policy, reference=None) -> Callable:
-    """Pack for these models, where they can -> micro_batches for them."""
+    """Switch packing on for these models, if they can pack -> micro_batches for the policy."""
     if reference is not None:
         enable_packing(reference)
     if not enable_packing(policy) and rank() == 0:
         name = policy.config.name_or_path
-        print(f"{name}: completions are not packed behind their prompts, as not every layer attends to all by sdpa")
+        print(f"{name}: completions are not packed behind their prompts: not every layer uses full attention by sdpa")
     return partial(micro_batches, model=policy)

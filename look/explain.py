@@ -4,8 +4,10 @@ The step is the loop's, by the same functions. The loss by hand is Eq. 4 in Pyth
 """
 
 import math
+import shutil
 from functools import partial
-from textwrap import indent, shorten
+from statistics import mean, stdev
+from textwrap import fill, shorten
 
 import torch
 
@@ -17,22 +19,23 @@ from rewards import answer_reward, recall_reward, trajectory_reward
 from rollout import Sampler, Trajectory, Turn, draw_documents, draw_targets, recall
 
 LONGEST = 1500  # characters of a text before its middle is left out
-CELL = 60  # characters of a text in a table
+CELL = 40  # characters of a text in a table
 TOKENS = 12  # rows of the table of tokens
 one_line = partial(shorten, width=CELL, placeholder=" ...")
 
 
 def show(title: str, text: str) -> None:
-    """A heading and an indented text, without its middle where it is long."""
+    """A heading and an indented text, in lines that the terminal holds; without its middle where it is long."""
     half = LONGEST // 2
     if len(text) > LONGEST:
         text = f"{text[:half]}\n[... {len(text) - LONGEST} characters ...]\n{text[-half:]}"
-    print(f"\n{title}\n{indent(text.rstrip(), '    ')}")
+    wrap = partial(fill, width=shutil.get_terminal_size().columns, subsequent_indent="    ")
+    print(f"\n{wrap(title)}", *(wrap(line, initial_indent="    ") for line in text.splitlines()), sep="\n")
 
 
 def show_table(head: list[str], rows: list[list]) -> None:
     """A table: the first column aligned left, the others right."""
-    cells = [head, *([f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
+    cells = [head, *([f"{cell:z.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:
         right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
@@ -79,12 +82,15 @@ def print_trajectories(tokenizer, trajectories: list[Trajectory], config) -> Non
         memories = "\n".join(f"m_{k}: {memory}" for k, memory in enumerate(group[n].memories, 1))
         show(f"3. The memories of trajectory {n + 1}, the {name} rewarded", memories)
     print_recall(group, best)
-    print("\n5. The group: each trajectory of this document, with its rewards and its advantage (Eq. 1 to 3)")
-    rows = [
-        [f"{n}: {one_line(str(t.prediction))}", t.em, t.reward - t.em, t.reward, t.turns[0].advantage]
-        for n, t in enumerate(group, 1)
-    ]
-    show_table(["trajectory and its answer", "EM", "lambda x recall", "R^E", "A"], rows)
+    text = f"recall: the mean R^I. R^E = EM + {config.joint_weight} x recall. A = R^E - {mean(rewards):.3f}, its mean"
+    if config.advantage == "group_norm" and len(set(rewards)) > 1:
+        text += f", divided by its standard deviation, {stdev(rewards):.3f}"
+    show(f"5. The {len(group)} answers of this document, their rewards and advantages (Eq. 1 to 3)", f"{text}.")
+    rows = []
+    for n, t in enumerate(group, 1):
+        shares = (f"{share:.3g}" for share in (t.em, mean(t.recall_rewards or [0.0])))
+        rows.append([f"{n}: {one_line(str(t.prediction))}", *shares, t.reward, t.turns[0].advantage])
+    show_table(["answer", "EM", "recall", "R^E", "A"], rows)
 
 
 def print_recall(group: list[Trajectory], best: int) -> None:
@@ -97,11 +103,11 @@ def print_recall(group: list[Trajectory], best: int) -> None:
     target, memories = group[n].target, group[n].memories
     k, chunk = target.memory_turn, target.chunk
     show(
-        f"4. Recall, of trajectory {n + 1}: chunk {chunk} with {target.entity} as [TARGET], asked from m_{k}",
+        f"4. Recall of trajectory {n + 1}, from m_{k}: chunk {chunk} with {target.entity} as [TARGET]",
         f"{target.masked_chunk.strip()}\n\nm_{k}: {memories[k - 1]}",
     )
     answers = zip(group[n].recalls, group[n].recall_rewards, strict=True)
-    rows = [[f"{j}: {one_line(turn.text)}", own, turn.advantage] for j, (turn, own) in enumerate(answers, 1)]
+    rows = [[f"{j}: {one_line(turn.text)}", f"{own:.0f}", turn.advantage] for j, (turn, own) in enumerate(answers, 1)]
     show_table(["answer", "R^I", "A"], rows)
 
 
@@ -137,9 +143,9 @@ def print_update(policy, reference, optimizer, tokenizer, trajectories, turns: l
     by_code.append(whole_loss(policy, turns, config, *twins))
 
     n = max(range(len(turns)), key=lambda n: (turns[n].advantage, len(turns[n].completion_ids)))
-    print(
-        f"\n7. The tokens of a turn with the largest advantage, A = {turns[n].advantage:.3f}. The ratio is 1 where "
-        "they were sampled,\n   and exp(after - before) once the policy is updated"
+    show(
+        f"7. The tokens of a turn with the largest advantage, A = {turns[n].advantage:.3f}",
+        "The ratio is 1 where they were sampled, and exp(after - before) once the policy is updated.",
     )
     rows = [
         [repr(tokenizer.decode([token])), now, then, math.exp(then - now)]
@@ -148,7 +154,7 @@ def print_update(policy, reference, optimizer, tokenizer, trajectories, turns: l
     show_table(["token", "log-prob before", "after", "ratio"], rows[:TOKENS])
     if len(rows) > TOKENS:
         print(f"      and {len(rows) - TOKENS} more")
-    print("\n8. The loss (Eq. 4) of all turns. It falls as the tokens of good samples become likelier")
+    show("8. The loss (Eq. 4) of all turns", "It falls as the tokens of good samples become likelier.")
     by_hand = [loss_by_hand(turns, before, logprobs, config) for logprobs in (before, after)]
     names = ("before the update, every ratio 1", "after it")
     rows = [[name, f"{hand:+.6f}", f"{code:+.6f}"] for name, hand, code in zip(names, by_hand, by_code, strict=True)]

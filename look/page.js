@@ -20,6 +20,13 @@ function fill() {
   turn = 0;
   show();
 }
+function choose({sample: s, trajectory: t}) {
+  sample.value = s;
+  fill();
+  trajectory.value = t;
+  show();
+}
+const changed = [...document.querySelectorAll("button[data-sample]")];
 if (panels.length) {
   document.documentElement.classList.add("js");
   sample.onchange = fill;
@@ -33,6 +40,10 @@ if (panels.length) {
   };
   offer(sample, panels, "step");
   fill();
+  changed.forEach(button => {
+    button.onclick = () => { choose(button.dataset); place.scrollIntoView(); };
+    choose(button.dataset);
+  });
 }
 // A test in a browser waits for it.
 document.body.dataset.ready = panels.length;

@@ -14,6 +14,7 @@ import math
 import re
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from string import Template
 
 from engine.errors import UserError
@@ -28,6 +29,7 @@ CURVES = {  # titles, and the metrics of a step that are drawn together
     "gradient norm": ("grad_norm",), "KL to the reference": ("kl",),
 }
 SETTINGS = ("task", "model", "steps", "documents", "g1", "g2", "chunks", "chunk_tokens", "memory_tokens", "lr", "seed")
+ANSWER = "The answer"  # the title of that turn
 COLOURS = 4  # classes c0 to c3 of page.html
 Point = tuple[float, float, float, float]  # x, y, and the ends of y's interval
 
@@ -44,7 +46,7 @@ def write(folder: str) -> Path:
         title=escape(f"{run.resolve().name}: {len(metrics)} steps"),
         about=escape(", ".join(f"{name} {settings[name]}" for name in SETTINGS if name in settings)),
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), script=script,
-        curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
+        change=change(samples), curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
     )
     file = run / "report.html"
     try:
@@ -93,7 +95,7 @@ def accuracy(rows: list[dict]) -> str:
                 name = row["when"] if row["memory"] == "kept" else f"{row['when']}, {row['memory']} memory"
                 lines.setdefault(name, []).append((row["chunks"], row["accuracy"], row["low"], row["high"]))
         charts.append(figure(f"{task}, by {unit_of(rows)}", lines, 1.0))
-    head, _, *body = ([escape(cell) for cell in line.split("|")[1:-1]] for line in table(rows).splitlines())
+    head, _, *body = ([escape(cell.strip()) for cell in line.split("|")[1:-1]] for line in table(rows).splitlines())
     cells = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in (head, *body))
     return f'<div class="charts">{"".join(charts)}</div><div class="scroll"><table>{cells}</table></div>'
 
@@ -133,6 +135,28 @@ def figure(title: str, lines: dict[str, list[Point]], top: float) -> str:
 # ---- trajectories ----------------------------------------------------------------------------------------
 
 
+def change(samples: list[dict]) -> str:
+    """How the page opens: the trajectories of the first and the last sample whose R^E differ most, in the direction in
+    which its mean went, each with its last memory and its answer. Nothing where only one step was sampled.
+    """
+    if len(samples) < 2:
+        return ""
+    ends = (0, samples[0]), (len(samples) - 1, samples[-1])
+    before, after = (fmean(t["reward"] for t in sample["trajectories"]) for _, sample in ends)
+    found = []
+    for (s, sample), picked in zip(ends, (min, max) if before <= after else (max, min), strict=True):
+        t, trajectory = picked(enumerate(sample["trajectories"]), key=lambda pair: pair[1]["reward"])
+        *_, body = next(turn for turn in turns(sample, trajectory) if turn[0] == ANSWER)
+        name = f"Step {sample['step']}, trajectory {t + 1}: R^E {trajectory['reward']:.2f}"
+        button = f'<button data-sample="{s}" data-trajectory="{t}">its turns</button>'
+        found.append(f'<h3>{name} {button}</h3><p class="soft">{escape(sample["question"])}</p>{body}')
+    read = "the same document" if samples[0]["document"] == samples[-1]["document"] else "different documents"
+    why = f"""Of the first and the last step in samples.jsonl, the two trajectories whose R^E differ most: picked, not
+typical. They read {read}. The mean R^E of all trajectories there went from {before:.2f} to {after:.2f}.
+<mark class="y">Marked</mark>: where the answer stands, or its mask."""
+    return f'<h2>What changed most</h2><p class="soft">{why}</p>{"".join(found)}'
+
+
 def trajectories(samples: list[dict]) -> str:
     """A panel for each turn of each trajectory, of which page.js shows one; without scripts all stand there."""
     panels = []
@@ -162,10 +186,10 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
         found.append((f"Turn {k}: {sample['question']}", f'<div class="columns">{left}{right}</div>'))
         before = memory
     said = "no box" if trajectory["prediction"] is None else trajectory["prediction"].strip()
-    outcome = f"answered: {said}\nwanted: {sample['answers']}\n"
+    outcome = f"answered: {said}\nwanted: {', '.join(map(str, sample['answers']))}\n"
     outcome += f"R^E {trajectory['reward']:.2f}, advantage {trajectory['advantage']:+.3f}"
     body = text_box("the last memory", marked(before, [MASK, *answers], [])) + text_box("the answer", escape(outcome))
-    found.append(("The answer", f'<div class="columns">{body}</div>'))
+    found.append((ANSWER, f'<div class="columns">{body}</div>'))
     if recall:
         k = recall["k"]
         left = text_box(f"section {recall['l']}, {recall['entity']} masked", marked(recall["section"], [], [TARGET]))

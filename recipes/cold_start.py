@@ -1,14 +1,14 @@
-"""A supervised start, without labels, for a model that can't do the format: RL learns only from what it samples.
+"""A supervised start, without labels, for a model that can't produce the format: RL learns only from what it samples.
 
     python -m recipes.cold_start --model runs/smollm2/model --corpus passages.jsonl --out runs/smollm2/cold
     python memtrain.py --model runs/smollm2/cold --corpus passages.jsonl --out runs/smollm2/memtrain
 
 Demonstrations come from the corpus itself, from the masked documents that MemTrain trains on:
-  - A memory: sentences of the old memory and of the section, at random, those with [MASK] more often.
-  - An answer: the masked entity, in its box.
-  - A recall answer: an entity that the memory still holds. Any other entity would teach the model to guess.
-So only a preference for sentences with [MASK] is taught; what else is worth keeping is left to RL. Success is sampled
-before and after, on documents that are held out.
+  - A memory: random sentences of the old memory and the chunk, more often those with [MASK].
+  - An answer: the masked entity, boxed.
+  - A recall answer: an entity that is still in the memory. Any other entity would teach the model to guess.
+So they only teach a preference for sentences with [MASK]; what else is worth keeping is left to RL. Success is sampled
+before and after, on held-out documents.
 """
 
 import json
@@ -41,18 +41,18 @@ from rollout import EMPTY_MEMORY, Budget, Sampler, Turn, draw_documents, encode_
 from text.matching import MASK, occurrences
 
 WORD = "Xmaskx"  # stands for [MASK] while sentences are cut
-RECALL_DRAWS = 16  # of a recall target, until the memory holds one
+RECALL_DRAWS = 16  # most draws of a recall target, until one is in the memory
 SPLITTER = spacy.blank("en")
 SPLITTER.add_pipe("sentencizer")
 
 
 @dataclass
 class ColdStart(Config):
-    """The settings of a run, with other defaults. Those of RL, of a task and of checkpoints change nothing here."""
+    """The settings of a run, with other defaults. Those of RL, tasks and checkpoints have no effect here."""
 
-    out: str = option("runs/cold-start", "folder of the model that comes out; it must not exist")
+    out: str = option("runs/cold-start", "folder for the resulting model; it must not exist")
     steps: int = option(200, "updates")
-    documents: int = option(8, "documents an update; each gives a demonstration of every turn")
+    documents: int = option(8, "documents per update; each gives a demonstration of every turn")
     lr: float = option(1e-4, "peak learning rate of AdamW")
     eval_documents: int = option(200, "held-out documents on which success is sampled, before and after")
 
@@ -61,19 +61,19 @@ class ColdStart(Config):
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, by spaCy's rules; a line end always ends one."""
-    lines = text.replace(MASK, WORD).split("\n")  # after a full stop, spaCy would leave the bracket behind
+    """The sentences of a text, by spaCy's rules; a line break always ends one."""
+    lines = text.replace(MASK, WORD).split("\n")  # spaCy would split off the bracket after a full stop
     found = [" ".join(sentence.text.split()) for line in lines for sentence in SPLITTER(line).sents]
     return [sentence.replace(WORD, MASK) for sentence in found if sentence]
 
 
 def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int, rng) -> list[str]:
-    """The sentences of a new memory: of the old one and of the section, in their order, as long as they fit.
+    """The sentences of a new memory, from the old one and the chunk `section`, in order, within `max_tokens` tokens.
 
-    Each reader fills another share of the memory. A sentence with [MASK] comes before most others.
+    A random share of the memory is filled, 60 to 100 %. Sentences with [MASK] are preferred to most others.
     """
     candidates = list(dict.fromkeys(old + sentences(section)))
-    room = int(max_tokens * rng.uniform(0.6, 1.0)) - 1  # the EOS counts, too
+    room = int(max_tokens * rng.uniform(0.6, 1.0)) - 1  # the EOS counts too
     kept: list[int] = []
     for n in sorted(range(len(candidates)), key=lambda n: rng.random() - 0.5 * (MASK in candidates[n])):
         wanted = sorted([*kept, n])
@@ -83,7 +83,7 @@ def demonstrate_memory(old: list[str], section: str, tokenizer, max_tokens: int,
 
 
 def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[str, list[Turn]]:
-    """One reading of a document, written by rule: its turns by kind, "memory", "answer" and "recall"."""
+    """One reading of a document, written by rules -> its turns by kind: "memory", "answer" and "recall"."""
 
     def show(completion: str, prompt: str, **slots) -> Turn:
         prompt_ids = encode_prompt(tokenizer, fill(prompt, **slots))
@@ -106,14 +106,14 @@ def demonstrate(document: Document, tokenizer, memory_tokens: int, rng) -> dict[
     return {"memory": reads, "answer": answers, "recall": recalls}
 
 
-# ---- learning, and what is measured ------------------------------------------------------------------------
+# ---- learning and measuring --------------------------------------------------------------------------------
 
 
 def learn(
     policy, optimizer: AdamW, turns: list[Turn], lr: float, config: Config,
     micro_batches=grpo.micro_batches, token_logprobs=grpo.token_logprobs,
 ) -> float:
-    """One update towards the turns -> their loss: -log p in nats a token, averaged with the weights of Eq. 4."""
+    """One update on the turns -> their loss: -log p in nats per token, averaged with the weights of Eq. 4."""
     policy.train(config.gradient_checkpointing)
     grpo.set_weights(turns)
     total = 0.0
@@ -129,7 +129,7 @@ def learn(
 
 
 def sampled_success(sample: Sampler, documents: list[Document], config: Config, when: str) -> tuple[list[dict], list]:
-    """Success at temperature 1 -> a row of engine/metrics.py for each measure, and two trajectories."""
+    """Success at temperature 1 -> (a row of engine/metrics.py for each measure, two trajectories)."""
     trajectories = read(sample, documents, config, progress="sampling")
     for t in trajectories:
         t.target = draw_recall(t.document, np.random.default_rng([config.seed, t.document.index]))
@@ -151,7 +151,7 @@ def main(config: ColdStart) -> None:
     out = Path(config.out)
     check_new(out)
     if "LOCAL_RANK" in os.environ:
-        raise UserError("a cold start takes minutes on one device: run it by python, not by torchrun")
+        raise UserError("a cold start takes minutes on one device: run it with python, not torchrun")
     torch.manual_seed(config.seed)
     device = parallel.start()
     policy, tokenizer = load_policy(config, device)

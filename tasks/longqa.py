@@ -1,7 +1,7 @@
 """Long-text QA for the reading agent (paper 4.2): a question's gold paragraphs hidden in a text of any length.
 
-MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs stand at the same places in every
-sample of a length. Here each question has places of its own.
+MemAgent shuffled the texts of all its samples with one seed, so gold paragraphs are at the same places in every sample
+of a length. Here each question has its own places.
 """
 
 import math
@@ -23,9 +23,9 @@ from text.chunking import cut_chunks
 
 @dataclass
 class LongDocument(Document):
-    """A Document about a real question: `title` is its id. Nothing is masked, nothing can be recalled."""
+    """A Document about a real question: `title` is the question's id. Nothing is masked, and there is no recall."""
 
-    gold: tuple[Paragraph, ...] = ()  # an oracle's memory; empty where the source doesn't tell
+    gold: tuple[Paragraph, ...] = ()  # the oracle control's memory; empty if the source doesn't mark them
 
 
 def long_document(question: Question, index: int, chunks: list[str]) -> LongDocument:
@@ -47,10 +47,10 @@ def numbered_document(number: int, title: str, text: str) -> str:
 
 
 def measured(paragraphs: list[Paragraph], tokenizer) -> list[Measured]:
-    """`paragraphs` with their tokens; empty ones are left out. A pool is measured once, for texts of any length."""
+    """`paragraphs`, without empty ones, and their token counts. A pool is measured once, for texts of any length."""
     paragraphs = [(" ".join(title.split()), text.strip()) for title, text in paragraphs if text.strip()]
     found = []
-    for start in tqdm(range(0, len(paragraphs), 4096), desc="pool", delay=5):  # token ids of all at once are gigabytes
+    for start in tqdm(range(0, len(paragraphs), 4096), desc="pool", delay=5):  # all token ids at once are gigabytes
         some = paragraphs[start : start + 4096]
         texts = [numbered_document(1, title, text) for title, text in some]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -59,7 +59,7 @@ def measured(paragraphs: list[Paragraph], tokenizer) -> list[Measured]:
 
 
 def shuffled(n: int, rng) -> Iterator[int]:
-    """0..n-1 in random order, drawn one by one as they are asked for (Fisher and Yates, with the swaps in a dict)."""
+    """Yields 0..n-1 in random order, drawn lazily (Fisher-Yates, with the swaps in a dict)."""
     swapped: dict[int, int] = {}
     for i in range(n):
         other = int(rng.integers(i, n))
@@ -68,9 +68,10 @@ def shuffled(n: int, rng) -> Iterator[int]:
 
 
 def filler(gold: list[Measured], own: list[Measured], pool: list[Measured], rng) -> Iterator[Measured]:
-    """The question's own distractors, then the pool in random order. No text comes twice.
+    """Yields the question's own distractors, then the pool in random order. No text occurs twice.
 
-    A pool's other paragraph of a gold title is left out: it may answer the question. A distractor is labelled not to.
+    The pool's other paragraphs with a gold title are left out: they may answer the question. Distractors are
+    labelled not to.
     """
     titles = {normalize(paragraph.title) for paragraph in gold}
     texts = {"".join(paragraph.text.split()) for paragraph in gold}
@@ -83,7 +84,7 @@ def filler(gold: list[Measured], own: list[Measured], pool: list[Measured], rng)
 
 
 class LongText:
-    """A question's gold paragraphs and, behind them, as much filler as is asked for; each has its place in the text.
+    """A question's gold paragraphs, then as much filler as is asked for; each paragraph has a random place in the text.
 
     Random by (seed, index) alone: a longer text keeps the order of a shorter one's paragraphs.
     """
@@ -96,18 +97,18 @@ class LongText:
         self.filler = filler(self.gold, own, pool, np.random.default_rng([seed, index]))
 
     def draw(self, n: int) -> int:
-        """Draw filler up to n paragraphs in all. Returns n, or how many there are where the pool is too small."""
+        """Draw filler up to n paragraphs in all. Returns n, or the number of paragraphs if the pool is too small."""
         self.paragraphs += islice(self.filler, max(0, n - len(self.paragraphs)))
         return min(n, len(self.paragraphs))
 
     def in_order(self, n: int) -> list[Measured]:
-        """The first n paragraphs, as they stand in the text."""
-        places = np.random.default_rng([self.seed, self.index, 2]).random(n)  # of any n the same at the beginning
+        """The first n paragraphs, in the order in which they are in the text."""
+        places = np.random.default_rng([self.seed, self.index, 2]).random(n)  # a larger n only adds numbers at the end
         return [self.paragraphs[i] for i in np.argsort(places, kind="stable")]
 
     def document(self, n: int) -> LongDocument:
         """A document of the first n paragraphs."""
-        text, headings = "", []  # no cut within a heading or just below it: the next chunk would lose the title
+        text, headings = "", []  # no cut in or just after a heading: the next chunk would lose the title
         for number, (title, body, _) in enumerate(self.in_order(n), 1):
             numbered = numbered_document(number, title, body)
             headings.append((len(text), len(text) + len(numbered) - len(body) - 1))
@@ -116,7 +117,10 @@ class LongText:
         return long_document(self.question, self.index, chunks)
 
     def of_chunks(self, chunks: int) -> LongDocument:
-        """A document of so many chunks; of fewer where the next paragraph takes several. Raises UserError."""
+        """A document of `chunks` chunks, or fewer if the next paragraph alone takes several.
+
+        Raises UserError if the pool is too small, or the gold paragraphs alone take more chunks.
+        """
         few, many, best = len(self.gold) - 1, math.inf, None  # numbers of paragraphs: too few, too many
         size = self.estimate(chunks)
         while few < size < many:
@@ -128,30 +132,30 @@ class LongText:
                 few, best = size, document
             else:
                 many = size
-            size = round(size * (chunks - 0.5) / (made - 0.5))  # as if paragraphs were of one length
+            size = round(size * (chunks - 0.5) / (made - 0.5))  # as if all paragraphs had the same length
             size = self.draw(min(max(size, few + 1), many - 1))
         name = f"question {self.question.id}"
         if many == math.inf:
-            raise UserError(f"{name}: {chunks} chunks wanted, but all {few} passages make {made}; bring a larger pool")
+            raise UserError(f"{name}: {chunks} chunks wanted, but all {few} passages make {made}; use a larger corpus")
         if best is None:
             raise UserError(
-                f"{name}: its {many} gold paragraphs take {made} chunks of {self.chunk_tokens} tokens, {chunks} "
-                "wanted; ask for a longer text or longer chunks"
+                f"{name}: its {many} gold paragraphs take {made} chunks of {self.chunk_tokens} tokens, but {chunks} "
+                "are wanted; ask for more or longer chunks"
             )
         return best
 
     def estimate(self, chunks: int) -> int:
-        """The largest number of paragraphs that should make no more than these chunks: saves cutting the text often."""
+        """The largest number of paragraphs that should make at most `chunks` chunks: so the text is cut less often."""
         least = most = len(self.gold)
         tokens = sum(paragraph.tokens for paragraph in self.gold)
         while tokens < chunks * self.chunk_tokens and self.draw(most + 1) > most:
             tokens += self.paragraphs[most].tokens
             most += 1
-        sizes = range(most, least, -1)  # falling, as bisect_left finds the first for which the key is True
+        sizes = range(most, least, -1)  # falling, since bisect_left finds the first for which the key is True
         return most - bisect_left(sizes, True, key=lambda n: self.predicted_chunks(n) <= chunks)
 
     def predicted_chunks(self, n: int) -> int:
-        """Chunks that cut_chunks should make: it ends one with a paragraph, if the chunk is half full by then."""
+        """The chunks that cut_chunks should make: it ends a chunk after a paragraph if the chunk is half full."""
         chunks, used = 1, 0
         for paragraph in self.in_order(n):
             if used + paragraph.tokens > self.chunk_tokens and used >= self.chunk_tokens / 2:
@@ -165,7 +169,7 @@ class LongText:
 class LongQA:
     """Long-text QA: document i of a split, filled to `chunks` chunks; a pure function of (seed, split, i, chunks).
 
-    `pool` is measured() by the tokenizer. A question that brings its text keeps that text's length.
+    `pool` comes from measured() with the same tokenizer. A question with its own text keeps that text's length.
     """
 
     def __init__(
@@ -174,10 +178,13 @@ class LongQA:
     ):
         self.questions, self.pool, self.tokenizer = questions, pool, tokenizer
         self.seed, self.chunk_tokens, self.chunks = seed, chunk_tokens, chunks
-        self.kept: dict[tuple, LongDocument] = {}  # of evaluations: asked for before and after, and for every model
+        self.kept: dict[tuple, LongDocument] = {}  # for evaluations: used before and after training, by every model
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> LongDocument:
-        """Raises UserError where the question can't be brought to that length; in training others are tried before."""
+        """Document `index` of a split. In training, a question that can't have that length is replaced by another.
+
+        Raises UserError if it can't be built; in training, if 20 questions in a row can't.
+        """
         questions, chunks = self.questions[split], chunks or self.chunks
         question = draw(questions, index, self.seed)
         if split != "train":
@@ -197,7 +204,7 @@ class LongQA:
         return max((item.question for items in self.questions.values() for item in items), key=len)
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
-        """`asked`. Where questions bring texts, the first one's length: it then labels texts of any length."""
+        """`asked`; if questions have their own texts, the length of the first one, which then labels them all."""
         return asked if self.questions[split][0].context is None else [len(self.document(0, split).chunks)]
 
     def _made(self, question: Question, index: int, chunks: int) -> LongDocument:

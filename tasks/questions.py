@@ -1,4 +1,4 @@
-"""Files of questions, in the layouts in which people publish them, in one form; and their splits."""
+"""Reads question files in their published layouts into one form, and splits them."""
 
 import ast
 import hashlib
@@ -22,38 +22,41 @@ Paragraph = tuple[str, str]  # (title, text)
 
 @dataclass
 class Question:
-    """A question, what answers it, and the paragraphs that came with it."""
+    """A question, its answers, and the paragraphs that came with it."""
 
     id: str
     question: str
     answers: list[str]  # any one of them is right
-    gold: list[Paragraph]  # what the answer follows from
+    gold: list[Paragraph]  # those that the answer follows from
     other: list[Paragraph]  # distractors
-    context: str | None = None  # the text to read, where the source brings it along
+    context: str | None = None  # the text to read, if the source includes it
 
 
 def load_questions(path: str | Path) -> list[Question]:
     """Questions of a file in the layout of HotpotQA, 2WikiMultihopQA or MuSiQue, or of MemAgent (arXiv 2507.02259).
 
-    MemAgent's files bring their texts along. Raises UserError naming the file, the record and what it lacks.
+    MemAgent's files include their texts. Raises UserError with the file, the record and what it lacks.
     """
     return [_question(record, where, number) for number, (record, where) in enumerate(_records(path))]
 
 
 def load_search(path: str | Path) -> list[tuple[str, list[str]]]:
-    """(question, answers) of a file with the fields question and golden_answers, answers or answer. UserError."""
+    """[(question, answers), ...] of a file with the fields question and golden_answers, answers or answer.
+
+    Raises UserError with the file, the record and what it lacks.
+    """
     return [(_text(record, "question", where), _answers(record, where)) for record, where in _records(path)]
 
 
 def _records(path: str | Path) -> list[tuple[dict, str]]:
     records = list(read_rows(Path(path)))
     if not records:
-        raise UserError(f"{path}: holds no record")
+        raise UserError(f"{path}: contains no record")
     return records
 
 
 def _question(record: dict, where: str, number: int) -> Question:
-    if isinstance(source := _written_out(record.get("metadata")), dict):  # FlashRAG's: what the source had beside it
+    if isinstance(source := _written_out(record.get("metadata")), dict):  # FlashRAG's: the source's other fields
         record = source | record
     if {"input", "extra_info", "reward_model"} & record.keys():
         return _memagent(record, where, number)
@@ -67,7 +70,7 @@ def _question(record: dict, where: str, number: int) -> Question:
     try:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        fields = " ".join(", ".join(record).split())  # a name may hold a line break
+        fields = " ".join(", ".join(record).split())  # a name may contain a line break
         raise UserError(
             f"{where}: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or "
             f"MuSiQue's 'paragraphs' [{{'title', 'paragraph_text', 'is_supporting'}}]; its fields are {fields}"
@@ -83,7 +86,7 @@ def _question(record: dict, where: str, number: int) -> Question:
 def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
     """(gold, all) of context [[title, [sentence]]] and supporting_facts [[title, sentence number]].
 
-    Where two paragraphs have a gold title, both are gold: the facts don't tell which is meant.
+    If two paragraphs have the same gold title, both are gold: the facts don't say which one is meant.
     """
     paragraphs = [(" ".join(title.split()), _join(sentences)) for title, sentences in _pairs(record["context"])]
     gold = []
@@ -94,7 +97,7 @@ def _hotpotqa(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
 
 
 def _pairs(table) -> list:
-    """The pairs of a list of pairs, of records of a title and something else, or, as the hub has it, of two columns."""
+    """The pairs in a list of pairs, in records of a title and another field, or in two columns, as on the hub."""
     return [tuple(_title_first(row)) if isinstance(row, dict) else row for row in _rows(table)]
 
 
@@ -104,7 +107,7 @@ def _title_first(row: dict) -> tuple:
 
 
 def _rows(table) -> list:
-    """The rows of a list, or of a dict of columns; either may be written out in a text."""
+    """The rows of a list, or of a dict of columns; either may be written out as text."""
     table = _written_out(table) or []
     if isinstance(table, dict):
         return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
@@ -119,7 +122,7 @@ def _musique(record: dict) -> tuple[list[Paragraph], list[Paragraph]]:
 
 
 def _join(sentences: list[str] | str) -> str:
-    """One text; HotpotQA's sentences begin with their space, 2WikiMultihopQA's don't."""
+    """The sentences as one text; HotpotQA's begin with a space, 2WikiMultihopQA's don't."""
     text, sentences = "", [sentences] if isinstance(sentences, str) else sentences
     for sentence in filter(None, sentences):
         text += sentence if not text or text[-1].isspace() or sentence[0].isspace() else f" {sentence}"
@@ -127,11 +130,11 @@ def _join(sentences: list[str] | str) -> str:
 
 
 def _memagent(record: dict, where: str, number: int) -> Question:
-    """A record of MemAgent's evaluation: context, input, answers, index.
+    """The question of a record of MemAgent's evaluation set: context, input, answers, index.
 
-    Or of its training: context, extra_info {question, index}, reward_model {ground_truth}.
+    Or of its training set: context, extra_info {question, index}, reward_model {ground_truth}.
     """
-    _text(record, "context", where)  # only checked: it is read as it stands, not stripped
+    _text(record, "context", where)  # only a check: the context is used unstripped
     if "input" in record:
         index, question, answers = record.get("index"), _text(record, "input", where), _answers(record, where)
     else:
@@ -145,7 +148,7 @@ def _memagent(record: dict, where: str, number: int) -> Question:
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: no field {field!r} that holds a text")
+        raise UserError(f"{where}: no text in field {field!r}")
     return _unquote(value.strip())
 
 
@@ -154,7 +157,7 @@ PARTS = ("value", "Value", "aliases", "Aliases", "text", "target")  # of a recor
 
 
 def _answers(record: dict, where: str) -> list[str]:
-    """The gold answers, each once, of whichever field the set has them in."""
+    """The gold answers, each once, from whichever field the data set uses."""
     there = [name for name in ANSWERS if name in record] or ["answer"]
     field = next((name for name in there if record.get(name) not in (None, [], "")), there[0])
     try:
@@ -169,9 +172,9 @@ def _answers(record: dict, where: str) -> list[str]:
 
 
 def _texts(answer) -> list[str]:
-    """The texts of an answer: a text, a number, a list of them, or a record with some of PARTS; ValueError otherwise.
+    """The texts of an answer: a text, a number, a list of these, or a record with some of PARTS; ValueError otherwise.
 
-    A list or a record may be written out in a text; "(0, 255, 0)" and "{x}" are answers.
+    A list or a record may be written out as text; "(0, 255, 0)" and "{x}" are answers.
     """
     if isinstance(answer, str):
         found = _written_out(answer)
@@ -191,13 +194,13 @@ def _texts(answer) -> list[str]:
         return [text for name in PARTS for text in _texts(answer.get(name))]
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return [str(answer)]
-    raise ValueError(f"holds {answer!r:.60}, which is no text, number or list of them")
+    raise ValueError(f"holds {answer!r:.60}, which is not a text, a number or a list of these")
 
 
 def _written_out(value):
-    """The list or record that a text holds, in JSON or Python; any other value as it is.
+    """The list or record written out in a text, in JSON or Python; any other value unchanged.
 
-    "['Ulm' 'U']", as numpy prints it, stays a text: Python would join the two.
+    "['Ulm' 'U']", as numpy prints it, stays a text: Python would join the two strings.
     """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{", "("):
         return value
@@ -214,7 +217,7 @@ def _written_out(value):
 
 
 def _truth(value) -> bool:
-    """What a flag says, also one that was saved as a text: "false" is not true. ValueError for other texts."""
+    """The value of a boolean, possibly saved as text: "false" is False. Raises ValueError for other texts."""
     if not isinstance(value, str):
         return bool(value)
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
@@ -224,36 +227,36 @@ def _truth(value) -> bool:
 
 
 def _unquote(text: str) -> str:
-    """`'"Who said ""I am""?"'` is `'Who said "I am"?'`: some published sets kept the quotes of a CSV file."""
+    """`'"Who said ""I am""?"'` becomes `'Who said "I am"?'`: some published sets kept the quotes of a CSV file."""
     if re.fullmatch(r'"([^"]|"")+"', text) and '""' in text[1:-1]:
         return text[1:-1].replace('""', '"')
     return text
 
 
 def subject(question: Question) -> str:
-    """The longest gold title that the question names; its id if it names none.
+    """The longest gold title that the question mentions; the question's id if it mentions none.
 
-    Not the first supporting fact: facts come in the order of the paragraphs, not in that of the reasoning.
+    Not the first supporting fact: facts are in the order of the paragraphs, not of the reasoning.
     """
     return max((title for title, _ in question.gold if title in question.question), key=len, default=question.id)
 
 
 def split_of(key: str) -> str:
-    """Which of "train" (0.6), "dev" (0.1) and "test" (0.3) a subject or an id belongs to: its own hash tells."""
-    # Salted: masking.is_heldout takes the lowest hashes of bare titles, and unsalted all of those would be "train".
+    """The split of a subject or an id, by its hash: "train" (60 %), "dev" (10 %) or "test" (30 %)."""
+    # Salted: masking.is_heldout takes titles with the lowest hashes, all of which would be "train" without a salt.
     digest = hashlib.sha256(b"question:" + key.encode("utf-8", "surrogatepass")).digest()
     share = int.from_bytes(digest[:4]) / 2**32
     return "train" if share < 0.6 else "dev" if share < 0.7 else "test"
 
 
 def split_questions(train: list, other: list | None, key) -> dict[str, list]:
-    """{"train", "dev", "test"}: of one list by split_of(key(item)); with `other`, all of that is dev and test."""
+    """{"train", "dev", "test"}: `train` split by split_of(key(item)); given `other`, all of it is both dev and test."""
     if other is not None:
         return {"train": train, "dev": other, "test": other}
     return {name: [item for item in train if split_of(key(item)) == name] for name in ("train", "dev", "test")}
 
 
 def draw(items: list, index: int, seed: int):
-    """Item `index` of an endless sequence that goes through `items` again and again, each time in another order."""
+    """Item `index` of an endless sequence that repeats `items`, each time in a different order."""
     epoch, place = divmod(index, len(items))
     return items[np.random.default_rng([seed, epoch]).permutation(len(items))[place]]

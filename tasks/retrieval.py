@@ -1,4 +1,4 @@
-"""Passages for a query: by BM25, in memory, or from a Search-R1 server (MEM1's too). Knows nothing of agents.
+"""Passages for a query: by BM25, in memory, or from a Search-R1 server (or MEM1's). Independent of agents.
 
     retriever = open_retriever("bm25", "passages.jsonl")
     retriever = open_retriever("http://127.0.0.1:8000/retrieve", None)
@@ -19,7 +19,7 @@ from text.rows import read_rows
 
 
 def open_retriever(retriever: str, corpus: str | Path | None) -> "Local | Http":
-    """`bm25` over the .jsonl `corpus`, or the URL of a Search-R1 server, which has its own. Raises UserError."""
+    """The retriever for "bm25", over the .jsonl `corpus`, or for a Search-R1 server's URL. Raises UserError."""
     return Local(read_passages(corpus)) if retriever == "bm25" else Http(retriever)
 
 
@@ -36,9 +36,9 @@ class Local:
 
 
 def read_passages(file: str | Path) -> list[dict]:
-    """The passages of a .jsonl, a line {"title", "text"} each, or {"contents"} as Search-R1's corpora have it.
+    """The passages of a .jsonl file with one {"title", "text"} per line, or {"contents"} as in Search-R1's corpora.
 
-    Raises UserError with the line's number.
+    Raises UserError with the line number.
     """
     passages = []
     for row, where in read_rows(Path(file)):
@@ -48,12 +48,12 @@ def read_passages(file: str | Path) -> list[dict]:
             raise UserError(f'{where} is not {{"title": "...", "text": "..."}}')
         passages.append({"title": title, "text": text})
     if not passages:
-        raise UserError(f"{file}: holds no passage")
+        raise UserError(f"{file}: contains no passage")
     return passages
 
 
 def split_contents(contents: str) -> dict:
-    """{"title", "text"} of '"Title"\\ntext', which is Search-R1's form. One line without quotes is a text alone."""
+    """{"title", "text"} of '"Title"\\ntext', Search-R1's format. One line without quotes is a text without a title."""
     title, newline, text = contents.partition("\n")
     quoted = len(title) > 1 and title[0] == title[-1] == '"'
     if not newline and not quoted:
@@ -64,8 +64,8 @@ def split_contents(contents: str) -> dict:
 class Http:
     """A server that speaks the protocol of Search-R1's search_r1/search/retrieval_server.py.
 
-    It has `timeout` seconds for an answer. One that is away, too slow or answers 5xx is asked `tries` times, after
-    pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds, or as long as its Retry-After says. Raises UserError.
+    It has `timeout` seconds to answer. If it can't be reached, is too slow or answers 5xx, it is asked up to `tries`
+    times, with pauses of `pause`, 2 `pause`, 4 `pause`, ... seconds, or its Retry-After. Raises UserError.
     """
 
     def __init__(self, url: str, timeout: float = 300, tries: int = 5, pause: float = 1):
@@ -73,7 +73,7 @@ class Http:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
                 raise ValueError("no address of a server")
-        except ValueError:  # urllib's own, too: an impossible port or address
+        except ValueError:  # also urllib's own, for an impossible port or address
             why = "neither bm25 nor a URL like http://127.0.0.1:8000/retrieve"
             raise UserError(f"--retriever {url}: {why}") from None
         self.url = url if parts.path.strip("/") else parts._replace(path="/retrieve").geturl()
@@ -84,7 +84,7 @@ class Http:
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """For each query at most k passages {"title", "text"}, best first."""
-        # Search-R1's server breaks without return_scores.
+        # Search-R1's server fails without return_scores.
         reply = self._post(json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode())
         try:
             result = json.loads(reply)["result"]
@@ -92,12 +92,12 @@ class Http:
                 raise ValueError("wrong counts")
             # Search-R1's web servers send more hits than asked for, and a hit may be the document itself.
             found = [[hit.get("document", hit)["contents"] for hit in hits[:k]] for hits in result]
-            # Half a surrogate pair, which JSON can spell and no tokenizer takes, becomes "?".
+            # Half a surrogate pair, which JSON can hold and tokenizers reject, becomes "?".
             return [[split_contents(text.encode("utf-8", "replace").decode()) for text in texts] for texts in found]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
-                f"{self.url} does not answer {len(queries)} queries for {k} passages each as a Search-R1 server does, "
-                f"but {reply[:80]!r}; is this its URL?"
+                f"{self.url} does not answer {len(queries)} queries for {k} passages each as a Search-R1 server does; "
+                f"its answer is {reply[:80]!r}: check the URL"
             ) from None
 
     def _post(self, body: bytes) -> bytes:

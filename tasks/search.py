@@ -37,12 +37,12 @@ SEARCH = re.compile(r"<search>(.*?)</search>", re.DOTALL)
 
 
 def acted(text: str) -> bool:
-    """Whether a searching agent has ended its turn: with a search or an answer."""
+    """Whether a searching agent has ended its turn, with a search or an answer."""
     return SEARCH.search(text) is not None or answered(text)
 
 
 def result_text(passages: list[dict]) -> str:
-    """The passages that a search found, as the agent reads them: each below its title."""
+    """The passages that a search found, as shown to the agent: each below its title."""
     return "\n\n".join(f"{passage['title']}\n{passage['text']}" for passage in passages)
 
 
@@ -50,11 +50,11 @@ def search(
     sample, documents: list[Document], config, samples: int = 1, progress: str | None = None, *, retriever,
     top: int = 3,
 ) -> list[Trajectory]:
-    """`samples` episodes for each question -> trajectories, question by question.
+    """Run `samples` episodes for each question -> trajectories, those of a question one after the other.
 
-    A turn is notes and then one action, a search or a boxed answer. The next turn sees the question, these notes, this
-    search and its `top` passages. Only text that the model generated is parsed. No action, or a search beyond the last
-    one allowed, ends the episode without an answer.
+    A turn is notes, then one action: a search or a boxed answer. The next turn sees the question, these notes, this
+    search and its `top` passages. Only text that the model generated is parsed. A turn without an action, or a search
+    beyond --searches, ends the episode without an answer.
     """
     trajectories = [Trajectory(document) for document in documents for _ in range(samples)]
     results = [NOTHING] * len(trajectories)
@@ -91,7 +91,7 @@ def search_prompt(trajectory: Trajectory, result: str, left: int) -> str:
 
 
 def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str, list[list[str]]]]:
-    """Every `n` questions in a row as one, joined by "; ", with the answers to each in that order (MEM1).
+    """Every `n` consecutive questions as one, joined by "; ", with the answers to each in that order (MEM1).
 
     A remainder is dropped: objectives([(q1, a1), (q2, a2), (q3, a3)]) is [("q1; q2", [a1, a2])].
     """
@@ -100,7 +100,7 @@ def objectives(items: list[tuple[str, list[str]]], n: int = 2) -> list[tuple[str
 
 
 class SearchQA:
-    """Search QA: questions of n objectives without any text; `answers` holds a list of answers for each objective."""
+    """Search QA: questions of n objectives, without text; a document's `answers` has a list for each objective."""
 
     def __init__(self, questions: dict[str, list[tuple[str, list[list[str]]]]], seed: int):
         self.questions, self.seed = questions, seed
@@ -110,7 +110,7 @@ class SearchQA:
         return max((question for items in self.questions.values() for question, _ in items), key=len)
 
     def lengths(self, asked: list[int], split: str) -> list[int]:
-        """One: the number of objectives."""
+        """Only the number of objectives, in place of a length in chunks."""
         return [len(self.questions[split][0][1])]
 
     def document(self, index: int, split: str = "train", chunks: int | None = None) -> Document:

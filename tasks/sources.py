@@ -1,4 +1,4 @@
-"""The task that --task names: where its questions come from, and which agent answers them."""
+"""The tasks of --task with real questions: where the questions come from, and which agent answers them."""
 
 from collections import Counter
 from functools import partial
@@ -16,7 +16,7 @@ from text.corpus import load_text
 
 def load_questions_task(config: Config, tokenizer, left_out: Counter | None = None) -> tuple:
     """(source, agent): see eval.load_task. Raises UserError."""
-    # In searchqa the split is by question: a file of FlashRAG's fields doesn't name its subjects.
+    # In searchqa the split is by question: a file with FlashRAG's fields doesn't name the subjects.
     load, key = (load_questions, subject) if config.task == "longqa" else (load_search, itemgetter(0))
     other = load(config.eval_questions) if config.eval_questions else None
     questions = split_questions(load(config.questions), other, key)
@@ -31,6 +31,7 @@ def load_questions_task(config: Config, tokenizer, left_out: Counter | None = No
     for name in ("train", config.eval_split):
         if not source.questions[name]:
             raise UserError(
-                f"--questions {config.questions}: no question is left for {name!r}; bring more, or --eval-questions"
+                f"--questions {config.questions}: no question is left for the split {name!r}; use a larger file, or "
+                "give --eval-questions"
             )
     return source, agent

@@ -1,9 +1,10 @@
-"""Five worked changes, to copy from: each shows what a fork would write, runs it, and looks at what it changed."""
+"""Seven worked changes, to copy from: each shows what a fork would write, runs it, and looks at what it changed."""
 
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from unittest.mock import patch
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
@@ -15,8 +16,8 @@ import rollout
 from engine.config import Config
 from engine.models import load_model
 from masking import Corpus, Document
-from rewards import boxed
-from rollout import Budget, Sampler, Trajectory, Turn, finished_turn, read, until_end
+from rewards import answer_reward, boxed
+from rollout import EMPTY_MEMORY, Budget, Sampler, Trajectory, Turn, draw_targets, finished_turn, read, until_end
 from tasks.evaluate import f1_score
 from text.corpus import Passage
 from text.thoughts import listener
@@ -139,3 +140,78 @@ def test_another_sampler(tiny, url):
     local_sample = Sampler(rollout.generate, *tiny, Budget(10_000), greedy=True)
     (remote,), (local,) = (read(sample, documents, Config()) for sample in (remote_sample, local_sample))
     assert remote == local and len(remote.turns) == 3
+
+
+def scripted(*script):
+    """A generate whose calls say these texts in turn; for None, and after the last, what the model itself says."""
+    texts, sample = iter(script), rollout.generate
+
+    def generate(model, tokenizer, prompts, *how):
+        text = next(texts, None)
+        if text is None:
+            return sample(model, tokenizer, prompts, *how)
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        return [Turn(prompt, ids, True, text) for prompt in prompts]
+
+    return generate
+
+
+def one_step(out, *flags):
+    """One step of memtrain.py -> its trajectories, advantages set, and the prompts of each call of its sampler."""
+    with (
+        patch.object(rollout, "generate", wraps=rollout.generate) as generate,
+        patch.object(memtrain, "assign_advantages", wraps=memtrain.assign_advantages) as advantages,
+    ):
+        done = command(*SMALL, *flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return advantages.call_args.args[0], [call.args[2] for call in generate.call_args_list]
+
+
+def test_an_update_gate(tiny, monkeypatch, tmp_path):
+    """A turn of reading may answer UNCHANGED: its memory stays, and this word is trained instead of a copy."""
+
+    class Memories(list):
+        def append(self, memory: str) -> None:
+            super().append([EMPTY_MEMORY, *self][-1] if memory == "UNCHANGED" else memory)
+
+    gate = " If the section adds nothing that may help, answer UNCHANGED, and the memory stays as it is."
+    monkeypatch.setattr(rollout, "READ_PROMPT", rollout.READ_PROMPT + gate)
+    monkeypatch.setattr(rollout, "Trajectory", lambda document: Trajectory(document, memories=Memories()))
+
+    first, second = "Ulm stands in Germany. Ulm is known for its church.", "Albert Einstein was born in Ulm."
+    said = ["UNCHANGED", first, "UNCHANGED", second]  # the tiny model never says it by itself
+    monkeypatch.setattr(rollout, "generate", scripted(None, *said))  # None: the check at a run's start
+    trajectories, _ = one_step(tmp_path / "run", "--chunks", 4)
+    for t in trajectories:
+        assert t.memories == [EMPTY_MEMORY, first, first, second]  # what recall shows, too
+        shown = [tiny[1].decode(turn.prompt_ids) for turn in t.turns]
+        for text, memory in zip(shown, [EMPTY_MEMORY, *t.memories], strict=True):
+            assert f"<memory>\n{memory}\n</memory>" in text and (gate in text) == ("<section>" in text)
+        trained = [tiny[1].decode(turn.completion_ids, skip_special_tokens=True) for turn in t.turns[:-1]]
+        assert trained == said and len(t.turns[2].completion_ids) < len(t.turns[1].completion_ids)  # that of a copy
+
+
+def test_screening(monkeypatch, tmp_path):
+    """No recall for documents whose answers are all right or all wrong: DAPO's screening (arXiv 2503.14476), no refill.
+
+    Their recall answers could still differ, in groups of their own and through R^E (Eq. 2): that signal is lost.
+    """
+
+    def screened(trajectories, config, step):
+        draw_targets(trajectories, config, step)
+        for start in range(0, len(trajectories), config.g1):
+            group = trajectories[start : start + config.g1]
+            if len({answer_reward(t.prediction, t.document.answers) for t in group}) == 1:
+                for t in group:
+                    t.target = None
+
+    monkeypatch.setattr(memtrain, "recall_reward", lambda text, _: len(text) % 2)  # the tiny model's are mostly 0
+    full, full_prompts = one_step(tmp_path / "full", "--documents", 8, "--chunks", 3)
+    monkeypatch.setattr(memtrain, "draw_targets", screened)
+    part, part_prompts = one_step(tmp_path / "part", "--documents", 8, "--chunks", 3)
+    agreeing = {a.document.place for a, b in zip(part[::2], part[1::2], strict=True) if a.em == b.em}
+    assert 0 < len(agreeing) < 8 and [t.em for t in part] == [t.em for t in full]  # the same reading
+    assert all(len(t.recalls) == 2 * (t.document.place not in agreeing) for t in part)
+    assert len(full_prompts[-1]) - len(part_prompts[-1]) == 2 * 2 * len(agreeing)  # recall's prompts, sampled last
+    kept = [{t.document.place for t in ts for turn in t.turns + t.recalls if turn.advantage} for ts in (full, part)]
+    assert kept[1] == set(range(8)) - agreeing and kept[0] > kept[1]  # what is lost

@@ -136,7 +136,7 @@ def test_a_length_that_cannot_be_built_is_left_out_with_a_line(corpus, monkeypat
         (task, chunks, memory, 4)
         for task in ("end_to_end", "recall") for chunks in (2, 6) for memory in ("kept", "empty")
     ]
-    assert capsys.readouterr().out == "evaluation at 5 chunks is left out: too few passages\n"
+    assert capsys.readouterr().out == "evaluation at 5 chunks is skipped: too few passages\n"
 
 
 def test_the_controls_of_an_evaluation_have_no_memory(corpus, monkeypatch):

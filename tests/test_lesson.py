@@ -112,10 +112,10 @@ def test_imports_go_down():
 
 
 def test_the_worked_changes_stay_short():
-    """Each of the five in tests/test_change_it.py has at most 25 lines, its check included."""
+    """Each of the seven in tests/test_change_it.py has at most 25 lines, its check included."""
     tree = ast.parse((ROOT / "tests/test_change_it.py").read_text())
     changes = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    assert len(changes) == 5 and max(node.end_lineno - node.lineno + 1 for node in changes) <= 25
+    assert len(changes) == 7 and max(node.end_lineno - node.lineno + 1 for node in changes) <= 25
 
 
 def test_no_link_is_dead():

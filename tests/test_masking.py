@@ -513,7 +513,7 @@ def test_a_long_document_is_cut_two_or_three_times(bpe, monkeypatch, chunk_token
 
 
 def test_recall_asks_for_a_name_that_is_gone_from_its_chunk():
-    """Where a chunk has one: a name none of whose long words is left. Else any, and it says so."""
+    """Where a chunk has one: a name none of whose giveaway words is left. Else any, and it says so."""
     chunks = ["Ada Lovelace and Charles Babbage met. Lovelace spoke.", "Rome is old.", "Ulm is new."]
     document = Document(0, "", "", ["y"], chunks, [["Ada Lovelace", "Charles Babbage"], [], []])
     draws = [draw_recall(document, np.random.default_rng(n)) for n in range(30)]

@@ -1,11 +1,11 @@
-"""The text of an encyclopedia's article: where it ends, and its pieces."""
+"""The text of an encyclopedia article: where it ends, and how it is split."""
 
 import re
 
 from text.chunking import CLOSING, SENTENCE_ENDS
 
-# A heading of what is no text of its own, alone on a line; so are "Notes and references", "== Notes ==", and
-# "Section::::Notes.", as KILT has it.
+# A heading after which the article's own text has ended, alone on a line; also "Notes and references", "== Notes =="
+# and KILT's "Section::::Notes.".
 _LAST = (
     "(?:see also|references|(?:foot|end)?notes|citations|works cited|sources|bibliography|further reading|external "
     "links)"
@@ -19,22 +19,22 @@ def lines_of(text: str) -> list[str]:
 
 
 def is_disambiguation(title: str, text: str) -> bool:
-    """Whether an article lists what a name stands for: "Ulm may refer to:" is one of its first three lines."""
+    """Whether an article lists the meanings of a name, with "Ulm may refer to:" in its first three lines."""
     return title.endswith("(disambiguation)") or any(
         line.endswith(":") and MEANINGS.fullmatch(line) for line in lines_of(text)[:3]
     )
 
 
 def without_references(text: str) -> str:
-    """`text` up to the first heading of references and the like; nothing ends it before its second line."""
+    """`text` up to the first heading of references and the like, but at least its first line."""
     lines = lines_of(text)
     last = (n for n, line in enumerate(lines) if n and len(line) < 100 and LAST_SECTION.fullmatch(line))
     return "\n".join(lines[: next(last, None)])
 
 
 def split_paragraphs(text: str, words: int) -> list[str]:
-    """`text` in pieces of about `words` words, cut at line ends only; a heading stays with the text below it."""
-    pieces, size, few = [], 0, words // 8  # a line of few words may be a heading
+    """`text` in pieces of about `words` words, cut only at line breaks; a heading stays with the text below it."""
+    pieces, size, few = [], 0, words // 8  # a line of at most `few` words may be a heading
     for paragraph in lines_of(text):
         length = count_words([paragraph])
         if not pieces or (size + length > words and size > few):
@@ -46,7 +46,7 @@ def split_paragraphs(text: str, words: int) -> list[str]:
 
 
 def take_headings(piece: list[str], few: int) -> list[str]:
-    """Remove the last lines of `piece` that no full stop ends, `few` words at most."""
+    """Remove and return the last lines of `piece` that don't end a sentence, at most `few` words in all."""
     n = len(piece)
     while n and count_words(piece[n - 1 :]) <= few and not piece[n - 1].rstrip(CLOSING).endswith(SENTENCE_ENDS):
         n -= 1

@@ -1,4 +1,4 @@
-"""Unlabelled text as passages, the material of the proxy tasks (paper 3.2), and a cache of what is found in them."""
+"""Unlabelled text as passages, the data of the proxy tasks (paper 3.2), and a cache of what is found in them."""
 
 import json
 import os
@@ -23,16 +23,16 @@ from text.matching import MASK, TARGET, Span, without_spaces
 from text.rows import hub_revision, hub_rows, read_rows
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-PASSAGE_WORDS = 200  # of a passage, about
-LEAST_WORDS = 15  # of a piece of an article: with fewer it is a heading or a list's rest
-PASSAGES_FORMAT = 1  # raise when load_passages makes something else of the same rows: it is part of a kept file's name
-SHARD, BLOCK = 20_000, 1000  # passages of a file of the cache, and of a process at a time
-FEW = 5  # blocks for which one process is enough
+PASSAGE_WORDS = 200  # words of a passage, roughly
+LEAST_WORDS = 15  # of a piece of an article: a shorter one is a heading or the rest of a list
+PASSAGES_FORMAT = 1  # raise it when load_passages changes its results: it is part of the cached file's name
+SHARD, BLOCK = 20_000, 1000  # passages in a file of the cache, and those a process takes at a time
+FEW = 5  # up to this many blocks, one process is enough
 
 
 @dataclass
 class Passage:
-    """A paragraph or a few of one article; entities are character spans of `text`, in order, none overlapping."""
+    """One or more paragraphs of an article; entities are character spans of `text`, in order, not overlapping."""
 
     title: str
     text: str
@@ -40,17 +40,17 @@ class Passage:
 
     @property
     def name(self) -> str:
-        """The title as it stands in running text: "Mercury (planet)" without what tells it from its namesakes."""
+        """The title as in running text: "Mercury (planet)" without the disambiguation in parentheses."""
         return re.sub(r"\s*\([^()]*\)$", "", self.title).strip()
 
 
 def load_text(config, left_out: Counter | None = None) -> list[Passage]:
-    """The passages of --corpus, as the settings beside it say.
+    """The passages of --corpus, loaded with its other settings; `left_out` counts unusable ones. Raises UserError.
 
-    Those of a hub data set are kept beside the entities: other processes, a resumed run and the runs beside it read the
-    same text, with no hub, and whatever became of the data set. That is why the file's name leaves the revision out.
+    Those of a hub data set are cached next to the entities: other processes, a resumed run and runs in the same folder
+    read the same text offline, even if the data set changes. That is why the file's name has no revision.
     """
-    spaced = config.task == "memtrain" and config.ner == "rules"  # which finds no names in other scripts
+    spaced = config.task == "memtrain" and config.ner == "rules"  # which finds no names in scripts without spaces
     left_out = Counter() if left_out is None else left_out
     settings = config.corpus_name, config.corpus_config, config.text_field, config.max_passages
     if not is_of_hub(config.corpus_name):
@@ -67,7 +67,7 @@ def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     with file.open() as lines:
         about = json.loads(next(lines))
         left_out.update(about["left_out"])
-        _tell(f"{config.corpus_name}: as kept in {file} (revision {about['revision']}); delete it to load anew")
+        _tell(f"{config.corpus_name}: read from {file} (revision {about['revision']}); delete it to download again")
         _tell_left_out(config.corpus_name, left_out)
         return [Passage(*json.loads(line)) for line in lines]
 
@@ -78,10 +78,10 @@ def load_passages(
 ) -> list[Passage]:
     """Passages of a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set OWNER/NAME (streamed).
 
-    An article ends at its references and the like; one of more than PASSAGE_WORDS words is split at paragraph ends.
-    What can't be used is told on stderr and counted in `left_out`; if `spaced`, so are scripts without spaces between
-    words. A text without a title goes by its .txt file's name, if it is one passage, else by its first words. Raises
-    UserError.
+    An article ends at its references and the like; one of more than PASSAGE_WORDS words is split between paragraphs.
+    Unusable passages are reported on stderr and counted in `left_out`; if `spaced`, these include scripts without
+    spaces between words. A text without a title is named after its .txt file if it is one passage, else by its first
+    words. Raises UserError.
     """
     passages, left_out = [], Counter() if left_out is None else left_out
     with closing(hub_rows(corpus, config) if is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
@@ -104,7 +104,7 @@ def load_passages(
                 break
     _tell_left_out(corpus, left_out)
     if not passages:
-        raise UserError(f"--corpus {corpus}: holds no passage")
+        raise UserError(f"--corpus {corpus}: contains no usable passage; use another corpus")
     return passages[:max_passages]
 
 
@@ -123,7 +123,7 @@ def _tell_left_out(corpus: str, left_out: Counter) -> None:
 
 
 def is_of_hub(corpus: str) -> bool:
-    """Whether this is a hub data set. Raises UserError where it is neither that nor a file or folder that exists."""
+    """Whether this names a hub data set. Raises UserError if it looks like a path and no such file or folder exists."""
     path = Path(corpus)
     if not path.exists() and (path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
         raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
@@ -131,13 +131,13 @@ def is_of_hub(corpus: str) -> bool:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, the place where it stands) of a file or folder, one by one; each row with the fields of its file's first.
+    """Yields (row, its file and line or record) from a file or folder; each row has the fields of its file's first row.
 
     Raises UserError.
     """
     files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
     if not files:
-        raise UserError(f"--corpus {path}: no {', '.join(FORMATS)} file, nor a folder that holds one")
+        raise UserError(f"--corpus {path}: is neither a {', '.join(FORMATS)} file nor a folder that contains one")
     for file in files:
         if file.suffix == ".txt":
             yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
@@ -162,10 +162,10 @@ def _text_of(row: dict, where: str, field: str) -> str:
 
 
 def _unusable(piece: str, is_part: bool, spaced: bool) -> str | None:
-    """Why a piece can't be a passage, or None. A short one can, unless it is a part of a longer text."""
+    """Why a piece can't be a passage, or None. A short piece can, unless it is part of a longer text."""
     if MASK.lower() in piece.lower() or TARGET.lower() in piece.lower():
         return f"with a literal {MASK} or {TARGET}"
-    if "\ufffd" in piece:  # what decoding puts where bytes made no sense
+    if "\ufffd" in piece:  # decoding's replacement for invalid bytes
         return "not UTF-8"
     if spaced and without_spaces(piece):
         return "written without spaces (--ner rules finds no name there)"
@@ -180,10 +180,10 @@ def _unusable(piece: str, is_part: bool, spaced: bool) -> str | None:
 def kept_by_passage(
     name: str, passages: list[Passage], settings: tuple, folder: Path, prepare: Callable[[], Callable]
 ) -> Iterator:
-    """One JSON value for each passage: what find = prepare() finds, or what an earlier run has kept in `folder`.
+    """Yields one JSON value for each passage: found by find = prepare(), or cached in `folder` by an earlier run.
 
-    find(texts) is a list that depends on nothing but `settings` and the passages. It is written in shards: a run that
-    was stopped resumes after the last one. Under torchrun the first process finds; the others wait for its files.
+    find(texts) returns a list that depends only on `settings` and the passages. It is cached in shards: a stopped run
+    resumes after the last one. Under torchrun process 0 finds; the others wait for its files. Raises UserError.
     """
     texts = chain.from_iterable((passage.title, passage.text) for passage in passages)
     shards, find = folder / f"{name}-{digest(settings, texts)}", cache(prepare)
@@ -191,18 +191,18 @@ def kept_by_passage(
         file = shards / f"{start:09}.json"
         if must_write(file):
             shard = [passage.text for passage in passages[start : start + SHARD]]
-            with tqdm(desc=name, total=len(passages), initial=start, unit=" passages") as bar:
+            with tqdm(desc=name, total=len(passages), initial=start, unit=" passages", delay=5) as bar:
                 replace_text(file, json.dumps(_find_all(find(), shard, bar)))
         yield from json.loads(file.read_text())
 
 
 def _find_all(find: Callable, texts: list[str], bar: tqdm) -> list:
-    """find(texts), a block at a time; if there are many, by all cores. Raises UserError."""
+    """find(texts), block by block; on all cores if there are many blocks. Raises UserError."""
     blocks, found = [texts[n : n + BLOCK] for n in range(0, len(texts), BLOCK)], []
     try:
-        # Linux tells which cores are ours; macOS only how many there are.
+        # Linux can tell which cores this process may use; macOS only how many there are.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        with ProcessPoolExecutor(cores) as pool:  # it starts no process before it has work
+        with ProcessPoolExecutor(cores) as pool:  # it starts processes only when it has work
             for some in pool.map(find, blocks) if len(blocks) > FEW else map(find, blocks):
                 found += some
                 bar.update(len(some))

@@ -1,4 +1,4 @@
-"""LaTeX and HTML taken off an answer, so that its text is left."""
+"""Removes LaTeX and HTML from an answer, leaving its text."""
 
 import html
 import re
@@ -6,15 +6,15 @@ import unicodedata
 from html.entities import html5
 
 THIN_SPACE = "\u2009"
-# What stands behind an accent's backslash -> its combining character.
+# What follows an accent's backslash -> its combining character.
 ACCENTS = {
     "`": "\u0300", "'": "\u0301", "^": "\u0302", "~": "\u0303", "=": "\u0304", "u": "\u0306", ".": "\u0307",
     '"': "\u0308", "r": "\u030a", "H": "\u030b", "v": "\u030c", "d": "\u0323", "c": "\u0327", "k": "\u0328",
     "b": "\u0331", "grave": "\u0300", "acute": "\u0301", "hat": "\u0302", "tilde": "\u0303", "bar": "\u0304",
     "breve": "\u0306", "dot": "\u0307", "ddot": "\u0308", "mathring": "\u030a", "check": "\u030c",
 }
-# Commands that stand for a character, Greek letters first. Others without an argument have the name that HTML gives the
-# character, as \times, or are dropped.
+# Commands for a character, Greek letters first. Other commands without an argument are looked up among HTML's character
+# names, as \times, or dropped.
 CHARACTERS = {name[:-1]: letter for name, letter in html5.items() if name[-1] == ";" and "Α" <= letter[0] <= "ϵ"}
 CHARACTERS |= {
     "ss": "ß", "SS": "SS", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ",
@@ -26,17 +26,17 @@ CHARACTERS |= {
 } | dict.fromkeys(
     "quad qquad enspace enskip space nobreakspace medspace thickspace newline linebreak par hfill".split(), " "
 )
-# What a backslash and a sign stand for; nothing where they aren't listed: \! \( \] \- \{.
+# What a backslash and a sign mean; those not listed mean nothing: \! \( \] \- \{.
 SIGNS = {"~": " ", "\\,": THIN_SPACE}
 SIGNS |= {f"\\{sign}": " " for sign in "\\:;> \n\t"} | {f"\\{sign}": sign for sign in "%$&#_"}
-# Commands whose first argument is not text; of some, and where a table begins, neither is the second.
+# Commands whose first argument is not text; for some, and at the start of a table, neither is the second.
 NO_TEXT = set(
     "color textcolor colorbox pagecolor href hyperlink hypertarget phantom hphantom vphantom label begin end parbox "
     "raisebox scalebox rotatebox tag ref eqref pageref cite citep citet footnote includegraphics index".split()
 )
 TWICE_NO_TEXT = {"fcolorbox", "rule", "fontsize", "resizebox"}
 TABLES = {"array", "tabular", "longtable", "minipage"}
-DEEPEST = 50  # rounds: what is nested deeper loses its braces, but nothing else
+DEEPEST = 50  # rounds: content nested deeper only loses its braces
 
 # Quotes escaped as in a string: \"Emma\", \'Emma\'; apostrophes of Emma\'s, don\'t, O\'Neill.
 QUOTED = re.compile(r"""\\(?<!\w\\)(['"])((?:(?!\\\1).)*)\\\1(?![\w\\{])""", re.DOTALL)
@@ -65,7 +65,7 @@ TAG = re.compile(
 def unwrap(text: str) -> str:
     r"""`text` without its LaTeX, then without HTML's tags and escapes.
 
-    A command gives way to its content, an accent to the letter that has it, a spacing command to a space:
+    A command becomes its content, an accent the accented letter, a spacing command a space:
     `unwrap(r"$\text{Z\"urich}$,~1{,}500 \& \frac{1}{2}")` is "Zürich, 1,500 & 1/2".
     """
     if any(sign in text for sign in "\\$~{}"):
@@ -86,7 +86,7 @@ def unwrap(text: str) -> str:
 
 
 def _token(found: re.Match) -> str:
-    """What stands for a sign, a space or a command without an argument; a command that has one stays as it is."""
+    """The replacement of a sign, a space or a command without an argument; a command with one is left unchanged."""
     whole, name = found[0], found["name"]
     if found["space"]:
         return " "
@@ -102,26 +102,26 @@ def _token(found: re.Match) -> str:
 
 
 def _accented(found: re.Match) -> str:
-    """The letter with its accent; \\'B, without a letter of that kind, is an escaped quote."""
+    """The letter with its accent; if no such letter exists, as for \\'B, it is an escaped quote."""
     accent, letter = found[1] or found[2], found[3] or found[4]
     accented = unicodedata.normalize("NFC", {"ı": "i", "ȷ": "j"}.get(letter, letter) + ACCENTS[accent])
     return accent + letter if len(accented) > 1 and found[4] and accent in "'\"" else accented
 
 
 def _fraction(found: re.Match) -> str:
-    """1/2; behind a digit with a space before it, since a whole number and a half are not eleven halves."""
+    """1/2, with a space before it after a digit: 1 1/2 is not 11/2."""
     above, below = (part for part in found.groups() if part is not None)
     before = found.string[found.start() - 1 : found.start()]
     return f"{' ' if before.isdecimal() else ''}{above}/{below}"
 
 
 def _content(found: re.Match) -> str:
-    """What a command with an argument, or a group without a command, leaves."""
+    """What is left of a command with an argument, or of a group without a command."""
     command, argument, group = found.groups()
     if command is None:
         return group
     if command in TWICE_NO_TEXT or command == "begin" and argument in TABLES:
-        return "\\color "  # which drops the next
+        return "\\color "  # which drops the next argument
     if command in NO_TEXT or not argument.strip() and command == "sqrt":
         return ""
     return {"sqrt": "√", "textsuperscript": "^"}.get(command, "") + argument

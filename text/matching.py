@@ -12,15 +12,15 @@ MASK, TARGET = "[MASK]", "[TARGET]"
 Span = tuple[int, int]  # character positions, the end excluded
 # Superscripts that make a power: 10², m⁻¹; not the charge of Ca²⁺, nor the 14 of ¹⁴C.
 POWER = re.compile(r"(?<=[\w)\]}\u0300-\u036f])(?<![⁰¹²³⁴-⁹⁺⁻])⁻?[⁰¹²³⁴-⁹]+(?![⁰¹²³⁴-⁹⁺⁻])")
-# What isn't seen besides Unicode's category Cf: what chooses between two shapes of a character, and fillers.
+# Invisible characters outside Unicode's category Cf: variation selectors and fillers.
 IGNORED = re.compile("[\u034f\u115f\u1160\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 class _Alike(dict):
-    """A table for str.translate that grows by what it meets.
+    """A table for str.translate, filled as characters are looked up.
 
-    Dashes and digits of every script become ASCII; zero-width characters, soft hyphens, marks of direction and all that
-    is IGNORED become nothing. All else stays.
+    Dashes and digits of every script become ASCII; zero-width characters, soft hyphens, direction marks and IGNORED
+    characters are removed. All others stay.
     """
 
     def __missing__(self, code: int) -> str:
@@ -35,25 +35,26 @@ class _Alike(dict):
         return character
 
 
-# Signs that make no other name; the last two are an Arabic comma of thousands and a blank of Braille.
+# Signs that don't change a name; the last two are the Arabic thousands separator and the Braille blank.
 ALIKE = _Alike(str.maketrans("−⁄∕♯٬\u2800", "-//#, "))
 ALIKE |= str.maketrans(dict.fromkeys("’‘‚‛′´ʹʻʼʽʾʿꞌ", "'") | dict.fromkeys("“”„‟″«»‹›", '"'))
 
-INVISIBLE = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"  # those that one meets, to be used in a pattern
-# Scripts written without spaces: thai, lao, myanmar, khmer, kana, bopomofo, han, and their punctuation.
+INVISIBLE = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"  # the common ones, for use in a pattern
+# Scripts written without spaces: Thai, Lao, Myanmar, Khmer, kana, Bopomofo, Han, and their punctuation.
 BARE = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff"
     "\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
-# Of their letters those that begin no word (small kana, n, vowels written behind), and those that end none.
+# Their letters that never begin a word (small kana, n, vowels written after), and those that never end one.
 NEVER_FIRST = "ぁぃぅぇぉっゃゅょゎんァィゥェォッャュョヮンヵヶะาำๅະາຳ"
 NEVER_LAST = "เแโใไເແໂໃໄ\u1039\u17d2"
-# 1,500.0, .763, 10^2, 1'500, 1 1/2, and 1 500 000 (folding makes every such space plain): groups of three digits.
+# 1,500.0, .763, 10^2, 1'500, 1 1/2, and 1 500 000: groups of three digits (folding makes all such spaces plain).
 NUMBER = re.compile(
     r"(?=[\d.^])(?:(?<!\w)\d{1,3}(?:(?: \d{3})+(?!\d)| \d\d?/\d\d?(?![\w/]))|(?:\^-?)?\d+|(?<![\w.])\.\d+)"
     r"(?:[.,]\d+|'\d{3}(?!\d))*(?:\^-?\d+)?"
 )
-# What makes another name of the letters before it: C++, Disney+; of a single one (or ab) also C#, O-; of two m^2, km^2.
+# Signs that make the letters before them a different name: C++, Disney+; after one letter (or ab) also C#, O-; after
+# one or two m^2, km^2.
 SIGN = re.compile(
     r"(?<=[^\W\d_])\+(?:\+|(?!\w))|(?<=\+)\+|(?:(?<=\b[^\W\d_])|(?<=\bab))(?:-(?![\w-])|#(?!\w))"
     r"|(?:(?<=\b[^\W\d_])|(?<=\b[^\W\d_]{2}))\^(?=-?\d)"
@@ -66,10 +67,10 @@ PARTICLES = re.compile(
 
 
 def fold(text: str) -> tuple[str, range | list[int]]:
-    """(`text` in NFKC and caseless; the place in `text` of each folded character, and of the end).
+    """(`text` in NFKC and caseless, the position in `text` of each folded character and of the end).
 
-    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`. Invisible characters are nothing.
-    CO₂ becomes co2 and Na⁺ na+, but 10² becomes 10^2, and 1½ becomes 1 1/2: neither is another number.
+    `fold("Ⅳ é")` (the é written as e and an accent) is `("iv é", [0, 0, 1, 2, 4])`. Invisible characters are removed.
+    CO₂ becomes co2 and Na⁺ na+, but 10² becomes 10^2 and 1½ becomes 1 1/2, so numbers keep their value.
     """
     return _fold_cached(text) if len(text) < 100_000 else _fold(text)
 
@@ -83,7 +84,7 @@ def _fold(text: str) -> tuple[str, range | list[int]]:
         folded = folded.translate(ALIKE)
         if len(folded) == len(text):
             return folded, range(len(text) + 1)
-    whole, text = text, text.translate(ALIKE)  # before NFKC, which makes a space and an accent of ´
+    whole, text = text, text.translate(ALIKE)  # before NFKC, which turns ´ into a space and an accent
     pieces, origin = [], []
     for run in re.finditer(r"[\x00-\x7f]+(?=[\x00-\x7f]|\Z)|[\x00-\x7f]?[^\x00-\x7f]+", text):
         if run[0].isascii():
@@ -112,7 +113,7 @@ def _fold(text: str) -> tuple[str, range | list[int]]:
     return "".join(pieces).translate(ALIKE), origin
 
 
-_fold_cached = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are looked at many times
+_fold_cached = lru_cache(maxsize=512)(_fold)  # names, passages and chunks are folded many times
 
 
 def merges(before: str, character: str) -> bool:
@@ -129,7 +130,7 @@ def without_spaces(text: str) -> bool:
 
 
 def is_whole(text: str, start: int, end: int) -> bool:
-    """Whether folded text[start:end] ends at words' edges, and not inside a number or a name such as C++ or [MASK].
+    """Whether folded text[start:end] is at word boundaries, and not inside a number or a name such as C++ or [MASK].
 
     A Korean particle may follow, as 's may in English.
     """
@@ -137,7 +138,7 @@ def is_whole(text: str, start: int, end: int) -> bool:
         return False
     if (text[start].isdigit() or text[end - 1].isdigit()) and not _inside_numbers(text).isdisjoint((start, end)):
         return False
-    short = end - start == 1  # one character of han, kana or thai is no word in the midst of others
+    short = end - start == 1  # one character of Han, kana or Thai is not a word between others
     if start and _wordy(text[start - 1]) and joined(text[start - 1], text[start], short):
         return False
     if end == len(text) or not _wordy(text[end]) or not joined(text[end - 1], text[end], short):
@@ -147,14 +148,14 @@ def is_whole(text: str, start: int, end: int) -> bool:
 
 @lru_cache(maxsize=512)
 def _inside_numbers(text: str) -> frozenset[int]:
-    """The places in a text that lie inside a number."""
+    """The positions in a text that are inside a number."""
     return frozenset(place for number in NUMBER.finditer(text) for place in range(number.start() + 1, number.end()))
 
 
 def joined(before: str, after: str, short: bool = False) -> bool:
-    """Whether no word can end between these two characters, of which one is a letter, mark or digit.
+    """Whether no word can end between these two characters, one of which is a letter, mark or digit.
 
-    One can where the script changes, and nearly everywhere in the scripts without spaces.
+    A word can end where the script changes, and nearly everywhere in scripts without spaces.
     """
     if before.isascii() and after.isascii() or unicodedata.category(after) in ("Lm", "Mc", "Me", "Mn"):
         return True
@@ -166,14 +167,14 @@ def joined(before: str, after: str, short: bool = False) -> bool:
 
 @lru_cache(maxsize=4096)
 def _script(character: str) -> str:
-    """The first word of a letter's Unicode name: LATIN, HANGUL, CJK; "" for what belongs to no script or to many."""
-    name = "CJK" if character in "ヵヶ" else unicodedata.name(character, "")  # written among han, as in 関ヶ原
+    """The first word of a letter's Unicode name: LATIN, HANGUL, CJK; "" for characters of no script or of many."""
+    name = "CJK" if character in "ヵヶ" else unicodedata.name(character, "")  # used among Han, as in 関ヶ原
     script = re.match(r"\w*", name)[0].replace("IDEOGRAPHIC", "CJK")
     return script if unicodedata.category(character)[0] in "LM" and script not in ("COMBINING", "MODIFIER") else ""
 
 
 def _wordy(character: str) -> bool:
-    """A letter, a digit, an underscore, or a mark that combines with the letter before it."""
+    """Whether it is a letter, a digit, an underscore, or a mark that combines with the letter before it."""
     return character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"
 
 
@@ -192,10 +193,10 @@ def occurrences(text: str, entity: str) -> list[Span]:
         place = start + 1
         if is_whole(folded, start, end) and not text.startswith(("⁺", "⁻"), origin[end]):
             place = end
-            while origin[end] == origin[end - 1]:  # half of one character, as 1 in ½: masked with all of it
+            while origin[end] == origin[end - 1]:  # half of one character, as the 1 in ½: mask the whole character
                 end += 1
             first, last = origin[start], origin[end]
-            while unicodedata.category(text[last - 1]) == "Cf":  # the invisible behind a form is not of it
+            while unicodedata.category(text[last - 1]) == "Cf":  # invisible characters after a form aren't part of it
                 last -= 1
             if not found or first >= found[-1][1]:
                 found.append((first, last))
@@ -204,10 +205,10 @@ def occurrences(text: str, entity: str) -> list[Span]:
 
 @lru_cache(maxsize=4096)
 def name_words(entity: str) -> list[str]:
-    """The parts of a name that would give it away.
+    """The giveaway words of a name: parts from which the whole can be guessed.
 
-    Words of four letters or more, with a capital or in a script without case; katakana of two or more; and of a word in
-    han or hangul the first two and the last two characters: "東京大学" gives 東京 and 大学.
+    Words of four letters or more, capitalised or in a script without case; katakana of two letters or more; of a Han or
+    Hangul word the first two and the last two characters: "東京大学" gives 東京 and 大学.
     """
     name = "".join(c for c in unicodedata.normalize("NFKC", entity) if ALIKE[ord(c)])
     found = []
@@ -221,7 +222,7 @@ def name_words(entity: str) -> list[str]:
 
 
 def _telling(script: str) -> int:
-    """How many letters a word must have to tell of a name."""
+    """How many letters a word in this script needs to give a name away."""
     return 2 if script in ("CJK", "HANGUL", "KATAKANA") else 4
 
 
@@ -235,9 +236,9 @@ def _initials(name: str) -> str:
 
 
 def may_be_same_entity(one: str, other: str) -> bool:
-    """Whether two names may mean the same: one is a part of the other or its initials, or they share a long word."""
+    """Whether two names may mean one entity: one is part or initials of the other, or they share a long word."""
     shared = _words(one) & _words(other)
-    if shared or not (one.isascii() or other.isascii()):  # without spaces a part is no word of its own
+    if shared or not (one.isascii() or other.isascii()):  # in scripts without spaces, a part isn't a separate word
         long = any(len(word) >= _telling(_script(word[0])) and word.isalpha() for word in shared)
         if long or occurrences(one, other) or occurrences(other, one):
             return True

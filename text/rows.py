@@ -12,21 +12,21 @@ from pathlib import Path
 
 from engine.errors import UserError, reason_of
 
-BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are a mark that some programs begin a file with
-HALF = re.compile(rb"\\u[dD]")  # maybe of a surrogate pair, which JSON can spell and no tokenizer takes
+BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three bytes are the UTF-8 byte order mark
+HALF = re.compile(rb"\\u[dD]")  # possibly half a surrogate pair, which JSON can hold and tokenizers reject
 
 
 def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
-    """(record, "FILE: line 3") of a .jsonl file, "record 3" of a .json list, "row 3" of a .parquet file.
+    """Yields (record, "FILE: line 3") for a .jsonl file, "record 3" for a .json list, "row 3" for a .parquet file.
 
-    A first character "[" makes a list, whatever the file is called. `errors` is bytes.decode's, for bytes that are not
-    UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place.
+    A file that begins with "[" is a list, whatever its name. `errors` is that of bytes.decode, for bytes that are not
+    UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place in it.
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
         return
     try:
-        lines = file.open("rb")  # in bytes only "\n" ends a line: JSON allows U+2028 inside a text
+        lines = file.open("rb")  # in binary mode only "\n" ends a line: JSON strings may contain U+2028
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror})") from None
     with lines:
@@ -50,12 +50,12 @@ def _parquet_rows(file: Path) -> Iterator[tuple[dict, str]]:
         batches = (batch.to_pylist() for batch in ParquetFile(file).iter_batches(1000))
         for number, row in enumerate(chain.from_iterable(batches), 1):
             yield row, f"{file}: row {number}"
-    except Exception as error:  # each kind of damage has its own
-        raise UserError(f"{file}: is no readable .parquet file ({reason_of(error)})") from None
+    except Exception as error:  # its type depends on the damage
+        raise UserError(f"{file}: is not a readable .parquet file ({reason_of(error)})") from None
 
 
 def _parsed(text: bytes, where: str, errors: str):
-    """The JSON value of `text`, which stands at `where`."""
+    """The JSON value of `text`; `where` is its place, for error messages."""
     try:
         value = json.loads(text.decode("utf-8-sig", errors))
     except UnicodeDecodeError as error:
@@ -68,30 +68,30 @@ def _parsed(text: bytes, where: str, errors: str):
 
 
 def hub_rows(corpus: str, config: str | None) -> Iterator[tuple[dict, str]]:
-    """(row, `corpus`) of a data set of the hub, as they come. Raises UserError."""
+    """Yields (row, `corpus`) from a data set on the hub, streamed. Raises UserError."""
     from datasets import get_dataset_config_names, load_dataset  # here, as it is slow to import
 
     try:
         for row in load_dataset(corpus, config, split="train", streaming=True):
             yield row, corpus
-    except Exception as error:  # the network, the name, the configuration: all the user's to fix
+    except Exception as error:  # the network, the name, the configuration: for the user to fix
         why = reason_of(error)
-        if isinstance(error, ValueError) and "config" in why.lower():  # none is given, or one that isn't there
+        if isinstance(error, ValueError) and "config" in why.lower():  # it is missing, or doesn't exist
             with suppress(Exception):
                 names = get_dataset_config_names(corpus)
                 some = ", ".join(get_close_matches(config or "en", names, 5, 0))
                 why = f"set --corpus-config to one of its configurations ({len(names)} in all), such as {some}"
-        raise UserError(f"--corpus {corpus}: no local file, and not to be had from the hub: {why}") from None
+        raise UserError(f"--corpus {corpus}: no local file, and can't be loaded from the hub: {why}") from None
     finally:
         gc.collect()
-        time.sleep(0.5)  # pyarrow still reads ahead in a thread, and a process that ends meanwhile aborts or hangs
+        time.sleep(0.5)  # pyarrow still reads ahead in a thread; a process that ends too early aborts or hangs
 
 
 def hub_revision(corpus: str) -> str | None:
-    """The commit of a data set on the hub, if it can be had."""
+    """The commit of a data set on the hub; None if it can't be fetched."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(corpus).sha
-    except Exception:  # loading says what is wrong
+    except Exception:  # loading will report what is wrong
         return None

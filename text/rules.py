@@ -1,4 +1,4 @@
-"""A spaCy pipeline that needs no training: names, dates and numbers by how they are written, and known names."""
+"""A spaCy pipeline without a trained model: names, dates and numbers by their spelling, and a list of known names."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LINKS = "of de la le du des van von der den di da del al bin ibn - &".split()
 
 
 def rules_pipeline(names=()) -> spacy.Language:
-    """It sets doc.ents, labelled NAME, DATE, NUMBER, and TITLE for those of `names` that begin with a capital."""
+    """The pipeline. It sets doc.ents, labelled NAME, DATE, NUMBER, or TITLE for capitalised names of `names`."""
     capital, link = {"SHAPE": {"REGEX": "^X"}, "IS_STOP": False}, {"LOWER": {"IN": LINKS}, "OP": "{1,3}"}
     month, year = {"TEXT": {"IN": MONTHS}}, {"TEXT": {"REGEX": r"^(1\d|20)\d\d$"}}
     day, comma = {"TEXT": {"REGEX": r"^\d{1,2}(st|nd|rd|th)?$"}}, {"TEXT": ",", "OP": "?"}
@@ -22,7 +22,7 @@ def rules_pipeline(names=()) -> spacy.Language:
             [capitals, capital, {"TEXT": "I", "OP": "?"}],  # World War I: I is a stop word elsewhere
             [capitals, link, capitals], [capitals, link, capitals, link, capitals],
             [capitals, {"LOWER": "of"}, {"LOWER": "the"}, capitals],
-            [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # inside a sentence a capital means a name
+            [capital | {"IS_SENT_START": False, "LENGTH": {">=": 2}}],  # within a sentence, a capital means a name
         ],
         "DATE": [
             [month, day, comma, year], [day, month, year], [month, year], [month, day], [day, month], [month], [year],
@@ -39,6 +39,6 @@ def rules_pipeline(names=()) -> spacy.Language:
 
 
 def check_ner(ner: str) -> None:
-    """Raises UserError where the pipeline `ner` is not installed. Loads nothing, so it can come before all else."""
+    """Raises UserError if the pipeline `ner` is not installed. Loads nothing, so it can come first."""
     if ner != "rules" and not spacy.util.is_package(ner) and not Path(ner, "meta.json").is_file():
         raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules")

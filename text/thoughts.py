@@ -1,6 +1,6 @@
-"""What a model said, apart from what it thought: thoughts stand in tags, or in channels as gpt-oss writes them.
+"""Separates a model's text from its thoughts, which are in tags, or in channels as gpt-oss writes them.
 
-A model thinks although its template is asked not to, or the template itself opens a thought. Only what follows the last
+A model may think even with thinking switched off, or its template may open a thought. Only the text after the last
 closed thought is a memory, an answer or a search.
 """
 
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 # think, reasoning, chain_of_thought, seed:think, longcat_think, reasoning_content, ...
 _NAME = r"(?:\w+[:_])?(?:think(?:ing)?|reasoning|monologue)(?:_content)?"
-# Words that may be another tag's: they open a thought only where nothing is before them.
+# Words that other tags may use, too: they open a thought only at the start of a text.
 _WORD = r"(?:\w+[:_])?(?:thoughts?|reason|reflection|scratch_?pad|analysis)"
 _BOTH = f"(?:{_NAME}|{_WORD})"
 OPENING = re.compile(
@@ -23,7 +23,7 @@ CLOSING = re.compile(
     rf"(?i:<\s*/\s*{_BOTH}\s*>|<\|(?:/|end_(?:of_)?){_BOTH}\|>|<\|{_BOTH}_end\|>)"
     r"|\[/(?:THINK|REASON)(?:ING)?\]|◁/think▷|<\|inner_suffix\|>|<channel\|>|<unused95>"
 )
-# What some put around what they say.
+# Tags that some models put around their text.
 WRAPPED = re.compile(r"(?s)\s*<(answer|response|output)>((?:(?!</\1>).)*)(?:</\1>\s*)?")
 CHANNELS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 FINAL = re.compile(r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|start|return|channel|call)\|>|\Z)")
@@ -31,10 +31,10 @@ OTHER_CHANNEL = re.compile(r"<\|channel\|>\s*(?!final\b)\w+[^<]*<\|message\|>\s*
 
 
 def said(text: str, opened: bool = False) -> tuple[str, bool]:
-    """(what follows the last thought in `text`, whether there is a thought). `opened`: the text begins inside one.
+    """(the text after the last thought in `text`, whether there is a thought). `opened`: `text` begins inside one.
 
-    Nothing is said before the thought is closed: `said("<think>Rome? No</think> Ulm")` is `(" Ulm", True)`, and
-    `said("<think>Rome?")` is `("", True)`. Of channels the last one called final is what is said.
+    An unclosed thought leaves no text: `said("<think>Rome? No</think> Ulm")` is `(" Ulm", True)`, and
+    `said("<think>Rome?")` is `("", True)`. With channels, it is the text of the last one called final.
     """
     if CHANNELS[0] in text:
         finals = FINAL.findall(text)
@@ -49,19 +49,19 @@ def said(text: str, opened: bool = False) -> tuple[str, bool]:
 
 
 def opens_thought(text: str) -> bool:
-    """Whether `text`, what a template puts before a completion, ends in a thought that it has opened."""
+    """Whether `text`, the template's text before a completion, ends inside a thought."""
     opening = list(OPENING.finditer(text, _closed(text)))
     return bool(OTHER_CHANNEL.search(text) or opening and not text[opening[-1].end() :].strip())
 
 
 def _closed(text: str) -> int:
-    """Where the last thought that is closed in `text` ends; 0 without one."""
+    """The position after the last closed thought in `text`; 0 if there is none."""
     return max((mark.end() for mark in CLOSING.finditer(text)), default=0)
 
 
 @lru_cache(maxsize=4)
 def special_marks(tokenizer) -> dict[int, str]:
-    """The special tokens around thoughts and channels, by id: decoding would drop them with the other special ones."""
+    """The special tokens around thoughts and channels, by id: decoding would drop them like other special tokens."""
     tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     channels = CHANNELS if CHANNELS[0] in tokens.values() else ()
 
@@ -73,7 +73,7 @@ def special_marks(tokenizer) -> dict[int, str]:
 
 
 def decode_with_marks(tokenizer, ids: list[int]) -> str:
-    """The text of a completion without special tokens, but for the marks of thoughts and channels."""
+    """The text of a completion without special tokens, except those that mark thoughts and channels."""
     marks = special_marks(tokenizer)
     cuts = [n for n, i in enumerate(ids) if i in marks]
     if not cuts:
@@ -85,7 +85,7 @@ def decode_with_marks(tokenizer, ids: list[int]) -> str:
 
 
 def listener(tokenizer, ends: list[int], opened: bool) -> Callable[[list[int]], tuple[str, bool]]:
-    """hear(token ids of a completion) -> (what it said, whether it thought). `ends` are the ids that end one."""
+    """A function: token ids of a completion -> (its text, whether it has a thought). `ends` are the end tokens' ids."""
     def hear(ids: list[int]) -> tuple[str, bool]:
         spoken = ids[:-1] if ids and ids[-1] in ends else ids  # an end marker need not be a special token
         return said(decode_with_marks(tokenizer, spoken), opened)

@@ -27,7 +27,7 @@ def test_every_part_runs_on_a_cpu(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "CPU", SimpleNamespace(**small))
     gpu.main()
     text = capsys.readouterr().out
-    tables, end = text.split("**Out of line, failed or left out**")
+    tables, end = text.split("**Out of range, failed or left out**")
     assert tables.startswith("`python -m benchmarks.gpu`: a CPU, so tiny shapes") and torch.__version__ in tables
     rows = [[line.count("|") for line in part.split("\n") if line[:1] == "|"] for part in tables.split("\n\n")[1:]]
     rows = [own for own in rows if own]
@@ -67,7 +67,7 @@ real_logprobs, real_generate = packing.token_logprobs, sampling.generate
         (sampling, "generate", real_generate, {"float32": set(), "bfloat16": set()}),
     ],
 )
-def test_a_wrong_twin_is_out_of_line(bench, monkeypatch, module, name, wrong, columns, dtype):
+def test_a_wrong_twin_is_out_of_range(bench, monkeypatch, module, name, wrong, columns, dtype):
     """Log-probs half off, other tokens, the likeliest token in place of a drawn one; nothing of the right twins."""
     monkeypatch.setattr(module, name, wrong)
     cells = bench.compare(dtype, 4)
@@ -82,7 +82,7 @@ def test_a_wrong_twin_is_out_of_line(bench, monkeypatch, module, name, wrong, co
      (-0.1, 0, 1, True), (float("nan"), 0, 1, True), (float("inf"), 0, 1e9, True)],
 )
 def test_a_figure_beyond_its_bound_is_marked(value, low, high, marked):
-    assert gpu.within(value, low, high).endswith("out of line**") == marked
+    assert gpu.within(value, low, high).endswith("out of range**") == marked
 
 
 def test_a_part_that_fails_says_why_and_the_next_goes_on(bench, capsys, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_part_that_fails_says_why_and_the_next_goes_on(bench, capsys, monkeypa
     out = capsys.readouterr().out
     lasts = [line.split("|")[-2].strip() for line in out.split("\n") if line.startswith("| ")]
     assert lasts == [
-        "b", "good", "OutOfMemoryError: CUDA out of memory. Tried / 2 GiB", "left out: no card", "7 **out of line**",
+        "b", "good", "OutOfMemoryError: CUDA out of memory. Tried / 2 GiB", "left out: no card", "7 **out of range**",
         "last", "d", "left out: no time left",
     ]
     assert len(bench.found) == 4 and all(what.split(": ", 1)[1] for what in bench.found) and "told" not in out
@@ -122,7 +122,7 @@ def test_speeds_are_tokens_by_seconds(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("gib, marked", [(1.0, False), (1.05, False), (0.75, False), (1.2, True), (0.5, True)])
-def test_memory_beyond_what_is_counted_is_out_of_line(bench, monkeypatch, gib, marked):
+def test_memory_beyond_what_is_counted_is_out_of_range(bench, monkeypatch, gib, marked):
     """The measured peak is given as a share of what benchmarks/hours.py counts, on a GPU only."""
     shape, card, more = gpu.CPU.recipes[0]
     config = parse(Config, arguments=["--config", str(ROOT / f"recipes/wiki-{card}.args"), *more.split()])
@@ -139,7 +139,7 @@ def test_recipes_that_need_more_gpus_or_memory_are_left_out(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24e9))
     bench.cuda = True
     for recipe in (("qwen2.5-7b", "80gb", "qwen2.5-7b-8gpus.args"), ("qwen3-4b", "80gb", "")):
-        with pytest.raises(UserError, match=r"left out: \d+ GB are counted"):
+        with pytest.raises(UserError, match=r"left out: estimated at \d+ GB"):
             bench.memory(*recipe)
 
 

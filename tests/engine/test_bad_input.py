@@ -69,13 +69,13 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--corpus {bad}/few.jsonl --passages 50",
-        "the corpus has 3 passages, too few for --passages 50 (a document takes one passage of the pivot's title): use "
-        "a larger corpus, or ask for less",
+        "the corpus has 3 passages, too few for --passages 50 (a document uses only one passage with the pivot's "
+        "title): use a larger corpus, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/one.jsonl",
-        "the corpus has 1 passages, too few for --related 2 (a document takes one passage of the pivot's title): use "
-        "a larger corpus, or ask for less",
+        "the corpus has 1 passages, too few for --related 2 (a document uses only one passage with the pivot's "
+        "title): use a larger corpus, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl",
@@ -89,20 +89,24 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "memtrain", "--corpus {bad}/number.jsonl",
         "--corpus {bad}/number.jsonl: line 1: field 'text' holds int, not text",
     ),
-    ("memtrain", "--corpus {bad}/empty.jsonl", "--corpus {bad}/empty.jsonl: holds no passage"),
-    ("memtrain", "--corpus {bad}/blank.jsonl", "--corpus {bad}/blank.jsonl: holds no passage"),
-    ("memtrain", "--corpus {bad}/masks.jsonl", "--corpus {bad}/masks.jsonl: holds no passage"),
+    *(
+        (
+            "memtrain", f"--corpus {{bad}}/{name}.jsonl",
+            f"--corpus {{bad}}/{name}.jsonl: contains no usable passage; use another corpus",
+        )
+        for name in ("empty", "blank", "masks")
+    ),
     (
         "memtrain", "--corpus {bad}/notes.csv",
-        "--corpus {bad}/notes.csv: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one",
+        "--corpus {bad}/notes.csv: is neither a .jsonl, .json, .parquet, .txt file nor a folder that contains one",
     ),
     (
         "memtrain", "--corpus {bad}/nothing",
-        "--corpus {bad}/nothing: no .jsonl, .json, .parquet, .txt file, nor a folder that holds one",
+        "--corpus {bad}/nothing: is neither a .jsonl, .json, .parquet, .txt file nor a folder that contains one",
     ),
     (
         "memtrain", "--corpus {bad}/fake.parquet",
-        "--corpus {bad}/fake.parquet: is no readable .parquet file (Parquet file size is 3 bytes, smaller than the "
+        "--corpus {bad}/fake.parquet: is not a readable .parquet file (Parquet file size is 3 bytes, smaller than the "
         "minimum file footer (8 bytes)); fix or remove it",
     ),
     (
@@ -112,15 +116,15 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--chunk_tokens 5120",
-        "--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5253 tokens, "
+        "--chunk-tokens 5120, --memory-tokens 64 and --answer-tokens 16 need a window of 5253 tokens, but "
         "{root}/tiny/model has 2048; make them smaller",
     ),
-    ("memtrain", "--chunk_tokens 3", "--chunk-tokens 3: a chunk needs at least 16"),
+    ("memtrain", "--chunk_tokens 3", "--chunk-tokens 3: a chunk needs at least 16 tokens"),
     ("memtrain", "--chunk_tokens 0", "--chunk-tokens 0: must be a number of at least 1"),
     ("memtrain", "--chunks 0", "--chunks 0: must be a number of at least 1"),
     ("memtrain", "--memory_tokens -4", "--memory-tokens -4: must be a number of at least 1"),
     ("memtrain", "--answer_tokens 0", "--answer-tokens 0: must be a number of at least 1"),
-    ("memtrain", "--heldout 1", "--heldout 1.0: must be a share, less than 1"),
+    ("memtrain", "--heldout 1", "--heldout 1.0: is a share of the titles, so it must be less than 1"),
     ("memtrain", "--steps 0", "--steps 0: must be a number of at least 1"),
     ("memtrain", "--steps two", "argument --steps: invalid int value: 'two'; --help lists all arguments"),
     ("memtrain", "--lr nan", "--lr nan: must be a number of at least 0"),
@@ -148,16 +152,16 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--model {bad}/not_a_model",
-        "--model {bad}/not_a_model: holds no config.json, so it is no model folder",
+        "--model {bad}/not_a_model: has no config.json, so it is not a model folder; name another",
     ),
     (
         "memtrain", "--model {bad}/nowhere",
-        "--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+        "--model {bad}/nowhere: no such folder (a model on the hub is called OWNER/NAME)",
     ),
     ("memtrain", "--no_such_flag 1", "unknown argument --no_such_flag; --help lists all of them"),
     (
         "memtrain", "--config {bad}/none.args",
-        "--config {bad}/none.args: no such file; recipes/ holds those that come with the project",
+        "--config {bad}/none.args: no such file; those of the project are in recipes/",
     ),
     (
         "memtrain", "--config {bad}/bad.args",
@@ -205,7 +209,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_question.json",
-        "{bad}/no_question.json: record 1: no field 'question' that holds a text",
+        "{bad}/no_question.json: record 1: no text in field 'question'",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_answer.json",
@@ -223,11 +227,12 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task longqa --questions {bad}/questions.json",
-        "--questions {bad}/questions.json: no question is left for 'test'; bring more, or --eval-questions",
+        "--questions {bad}/questions.json: no question is left for the split 'test'; use a larger file, or give "
+        "--eval-questions",
     ),
     (
         "memtrain", "--task searchqa --result_tokens 4000",
-        "--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4244 tokens, "
+        "--result-tokens 4000, --memory-tokens 64 and --answer-tokens 16 need a window of 4244 tokens, but "
         "{root}/tiny/model has 2048; make them smaller",
     ),
     (
@@ -243,13 +248,13 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "--retriever dense: neither bm25 nor a URL like http://127.0.0.1:8000/retrieve",
     ),
     ("eval", "--eval_documents 0", "--eval-documents 0: nothing to evaluate; ask for at least one"),
-    ("eval", "--controls full", "--controls full: --task memtrain has the control empty only"),
+    ("eval", "--controls full", "--controls full: --task memtrain supports only the control empty"),
     (
         "eval", "--task longqa --controls half",
         "argument --controls: invalid choice: 'half' (choose from 'empty', 'full', 'oracle'); --help lists all "
         "arguments",
     ),
-    ("eval", "--task searchqa --controls full", "--controls full: --task searchqa has the control empty only"),
+    ("eval", "--task searchqa --controls full", "--controls full: --task searchqa supports only the control empty"),
     (
         "eval", "--out {bad}/nowhere/rows.json",
         "{bad}/nowhere/rows.json: its folder is missing or can't be written to; name another",
@@ -259,12 +264,12 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ("eval", "--lengths many", "argument --lengths: invalid int value: 'many'; --help lists all arguments"),
     (
         "eval", "--against {bad}/nowhere",
-        "--against {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+        "--against {bad}/nowhere: no such folder (a model on the hub is called OWNER/NAME)",
     ),
     ("memtrain", "--lr inf", "--lr inf: must be a number of at least 0"),
     (
         "eval", "--model {bad}/nowhere",
-        "--model {bad}/nowhere: no such folder (a model of the hub is called OWNER/NAME)",
+        "--model {bad}/nowhere: no such folder (a model on the hub is called OWNER/NAME)",
     ),
     ("eval", "--plot {bad}/curve.foo", "--plot {bad}/curve.foo: must end in .png, .svg or .pdf"),
 ]

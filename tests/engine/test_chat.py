@@ -279,9 +279,9 @@ def test_a_day_in_any_format(format, told):
 @pytest.mark.parametrize("tokenizer", ["byte level"], indirect=True)
 @pytest.mark.parametrize("template, why", [
     ("{% for c in messages[0].content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}",
-     "doesn't show the text of a user message once"),
-    ("{{ messages[0].content }} {{ messages[0].content }}", "doesn't show the text of a user message once"),
-    ("hello", "doesn't show the text of a user message once"),
+     "doesn't show the text of a user message exactly once"),
+    ("{{ messages[0].content }} {{ messages[0].content }}", "doesn't show the text of a user message exactly once"),
+    ("hello", "doesn't show the text of a user message exactly once"),
     ("{{ raise_exception('only images') }}", "can't be rendered with one user message (only images)"),
     ({"tool_use": "{{ messages[0].content }}"}, "can't be rendered with one user message ("),
     ("{{ messages[0].content | tojson }}", "doesn't show the text"),

@@ -109,8 +109,8 @@ def test_each_process_joins_with_the_gpu_that_is_its_own(cards, number, backend,
 
 # ---- bfloat16
 
-DRIVER = "torch is built for CUDA 13.0 but finds no GPU: install or update its driver until `nvidia-smi` lists it"
-OLD = r"Tesla T4 can't compute in it \(compute capability {}, needed: 8.0\); use --dtype float32 with --lora, as "
+DRIVER = "torch is built for CUDA 13.0 but finds no GPU: install or update the driver until `nvidia-smi` lists "
+OLD = r"Tesla T4 doesn't support it \(compute capability {}, needed: 8.0\); use --dtype float32 with --lora, as "
 BFLOAT16 = [  # dtype, cards, capability, CUDA that torch is built for, CUDA_VISIBLE_DEVICES, what is told
     ("bfloat16", 0, None, "13.0", None, DRIVER), ("bfloat16", 0, None, "13.0", "0", DRIVER),
     ("bfloat16", 0, None, "13.0", "NoDevFiles", DRIVER),

@@ -231,10 +231,10 @@ def test_the_merged_model_on_request(adapter, tmp_path, monkeypatch):
     merge.main()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(exact_logprobs(merged), exact_logprobs(policy), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="merged: is there already"):
+    with pytest.raises(UserError, match="merged: already exists"):
         merge.main()
     monkeypatch.setattr(sys, "argv", ["merge", Config().model, str(tmp_path / "other")])
-    with pytest.raises(UserError, match="holds no adapter_config.json, so it is no adapter"):
+    with pytest.raises(UserError, match="has no adapter_config.json, so it is not an adapter"):
         merge.main()
 
 
@@ -243,7 +243,7 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     folder, _ = adapter
     with pytest.raises(UserError, match=f"--lora 9: the adapter in .* has rank {RANK}; give --lora {RANK}"):
         models.load_policy(Config(model=str(folder), lora=9), "cpu")
-    with pytest.raises(UserError, match="is an adapter; train it further by --lora RANK, or merge it by"):
+    with pytest.raises(UserError, match="is an adapter; train it further with --lora RANK, or merge it with"):
         models.load_policy(Config(model=str(folder)), "cpu")
     with pytest.raises(UserError, match="--offload-reference: with --lora the reference is the policy"):
         models.load_policy(config(offload_reference=True), "cpu")
@@ -251,7 +251,7 @@ def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     shutil.copytree(folder, lost)
     settings = json.loads((lost / lora.CONFIG).read_text())
     (lost / lora.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/model"}))
-    with pytest.raises(UserError, match="is an adapter of /no/such/model, which is not there"):
+    with pytest.raises(UserError, match="is an adapter of /no/such/model, which doesn't exist"):
         models.load_model(str(lost), "cpu")
     (lost / lora.CONFIG).write_text(json.dumps(settings))
     (lost / lora.WEIGHTS).rename(tmp_path / "weights")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from engine.metrics import row, step_metrics, step_values, table, wilson
+from engine.metrics import changes, row, sample_line, step_metrics, step_values, summary, table, wilson
 from engine.run import append
 from masking import Document, RecallTarget
 from rollout import Trajectory, Turn
@@ -37,23 +37,61 @@ def test_wilson_known_value_and_edges():
     assert 0 <= wilson(0, 20)[0] < 1e-9 and 1 - 1e-9 < wilson(20, 20)[1] <= 1 and wilson(0, 0) == (0.0, 1.0)
 
 
-def test_table_has_a_cell_for_every_row():
-    """A line per task, time and memory, a column per length, and a dash where nothing was measured."""
-    row = dict(n=10, low=0.1, high=0.9)
+def test_a_table_has_a_cell_for_every_row():
+    """A line per task, memory and length, a column per time, a dash where nothing was measured; of the same width."""
     rows = [
-        dict(row, when="before", task="recall", chunks=2, memory="kept", accuracy=0.25),
-        dict(row, when="before", task="recall", chunks=4, memory="kept", accuracy=0.5),
-        dict(row, when="after", task="recall", chunks=4, memory="kept", accuracy=0.75),
+        row("before", "recall", 2, "kept", {0: 1.0, 1: 0.0}), row("before", "recall", 4, "kept", {0: 1.0}),
+        row("after", "recall", 4, "kept", {0: 0.0}),
+    ]
+    assert table(rows).splitlines() == [
+        "|        | memory | chunks | n | before            | after             |",
+        "| ------ | ------ | ------ | - | ----------------- | ----------------- |",
+        "| recall | kept   | 2      | 2 | 0.50 [0.09, 0.91] | -                 |",
+        "| recall | kept   | 4      | 1 | 1.00 [0.21, 1.00] | 0.00 [0.00, 0.79] |",
+    ]
+
+
+def test_no_two_lines_of_a_table_say_the_same():
+    """Neighbouring lengths of the same cells share a line; F1 and substring have one only where they aren't the EM."""
+    rows = [row("now", "longqa", n, "empty", {0: 0.0}, f1=0.0, substring=0.0) for n in (2, 4, 8, 16)]
+    rows[2]["f1"] = 0.375
+    assert [line.split("|")[1:4] for line in table(rows).splitlines()[2:]] == [
+        [" longqa     ", " empty  ", " 2-16   "], [" longqa, F1 ", " empty  ", " 8      "],
+    ]
+    rows[1]["n"] = 2
+    assert [line.split("|")[3].strip() for line in table(rows).splitlines()[2:]] == ["2", "4", "8-16", "8"]
+
+
+def test_the_tables_of_the_default_fit_a_terminal():
+    """Two tasks, two memories, five lengths, before and after, no two lines alike: within 80 columns and 24 lines."""
+    rows = [
+        row(when, task, chunks, memory, dict.fromkeys(range(64 + chunks), float(when == "after")))
+        for when in ("before", "after") for task in ("end_to_end", "recall") for chunks in (2, 4, 8, 16, 32)
+        for memory in ("kept", "empty")
     ]
     lines = table(rows).splitlines()
-    assert lines[0].count("chunks") == 2 and len(lines) == 4
-    assert "0.25" in lines[2] and "0.50" in lines[2] and "before" in lines[2]
-    assert "0.75" in lines[3] and "| - |" in lines[3]
-    row |= dict(when="now", task="longqa", memory="kept", accuracy=0.25, f1=0.375, substring=0.5)
-    rows = [dict(row, n=n, chunks=n) for n in (4, 8)]
-    lines = table(rows).splitlines()
-    assert len(lines) == 5 and all("| 4-8 |" in line for line in lines[2:])
-    assert "0.38" in lines[3] and "F1" in lines[3] and "0.50" in lines[4] and "substring" in lines[4]
+    assert len(lines) == 22 and {len(line) for line in lines} == {77}
+    assert summary(rows[:20]) == "end_to_end 0.00 to 0.00, recall 0.00 to 0.00 at 2-32 chunks"
+    assert summary([*rows[:2], rows[22]]) == "end_to_end 0.00 to 1.00 at 2-4 chunks"
+
+
+def test_a_line_says_what_rose():
+    """Since the first step, where that was measured at both."""
+    first = {"end_to_end": 0.25, "recall": None, "entropy": 0.5}
+    assert changes(first, {"end_to_end": 0.75, "recall": 0.5, "entropy": 0.25}) == (
+        "end_to_end 0.75 (+0.50), recall 0.50, entropy 0.25"
+    )
+    assert changes(first, first | {"end_to_end": 0.2499}) == "end_to_end 0.25 (+0.00), entropy 0.50"
+
+
+def test_a_sample_is_one_line():
+    """The answer and the last memory, cut where the terminal ends; searchqa may have no memory and no answer."""
+    document = Document(0, "", "Who?", ["Ada", "Ada Lovelace"], [], [])
+    trajectory = Trajectory(document, [], memories=["before", "In [MASK].\n\nShe"], prediction=" Ulm\n")
+    line = "  y = Ada, Ada Lovelace, answered Ulm, from: In [MASK]. / She"
+    assert sample_line(trajectory, len(line)) == line
+    assert sample_line(trajectory, len(line) - 1) == "  y = Ada, Ada Lovelace, answered Ulm, from: In [MASK]. /..."
+    assert sample_line(Trajectory(document, []), 80) == "  y = Ada, Ada Lovelace, answered nothing, from: "
 
 
 def turn(prompt: int, completion: int, advantage: float, ended: bool = True) -> Turn:

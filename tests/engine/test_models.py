@@ -107,7 +107,7 @@ def test_weights_that_give_no_distribution_are_refused(tmp_path):
         model.model.norm.weight[0] = torch.nan
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="its logits are not finite; look at its weights, or try another --dtype"):
+    with pytest.raises(UserError, match="its logits are not finite; check its weights, or try another --dtype"):
         load_model(str(tmp_path), "cpu")
 
 
@@ -270,10 +270,13 @@ def saved(folder: Path, kind: str, **more) -> str:
 
 
 ONE_LINE = [
-    ("llama4_text", {}, {}, "Llama4ForCausalLM can't be trained here, get_decoder() gives no decoder"),
-    ("modernbert-decoder", {}, {}, "ModernBertDecoderForCausalLM can't be trained here, get_decoder() gives no"),
+    ("llama4_text", {}, {}, "Llama4ForCausalLM can't be trained here, get_decoder() returns no decoder"),
+    ("modernbert-decoder", {}, {}, "ModernBertDecoderForCausalLM can't be trained here, get_decoder() returns no"),
     ("bert", {}, {}, "BertLMHeadModel scales or caps its logits"),
-    ("openai-gpt", {}, {"gradient_checkpointing": True}, "--gradient-checkpointing: OpenAIGPTLMHeadModel can't; leave"),
+    (
+        "openai-gpt", {}, {"gradient_checkpointing": True},
+        "--gradient-checkpointing: OpenAIGPTLMHeadModel doesn't support it; leave it out",
+    ),
     ("mamba", {}, {"gradient_checkpointing": True}, None), ("openai-gpt", {}, {}, None), ("llama", {}, {}, None),
     ("mixtral", {"output_router_logits": True}, {}, None), ("qwen3_moe", {"output_router_logits": True}, {}, None),
     ("jamba", {"attn_layer_period": 9, "attn_layer_offset": 8}, {}, "JambaForCausalLM can't compute a row of two"),

@@ -1,6 +1,5 @@
 """engine/run.py and engine/checkpoints.py under faults: errors, kills, signals, full disks, bad gradients, two at once.
 
-from datetime import date
 Resumed runs are compared with one that was never stopped: the same weights to the bit, the same metrics but for times.
 """
 
@@ -101,6 +100,35 @@ def test_a_resumed_run_equals_one_never_stopped(task, out, tmp_path):
     assert_same_run(whole, out)
     first = load_file(whole / "checkpoints/step-000001/model.safetensors")  # and there was something to learn since
     assert any(not torch.equal(first[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_what_the_terminal_shows(tmp_path, monkeypatch):
+    """A line for each step, what rose since the first one (of a resumed run, too), and no bar for work of a second."""
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--eval_documents", 2, "--steps", 3, "--sample_every", 2, "--out", out]
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert not re.findall("Loading|Writing|entities", done.stderr)
+    told = done.stdout.splitlines()
+    (place,) = (n for n, line in enumerate(told) if line.startswith("step 1: "))
+    assert told[0].startswith("before: end_to_end ") and place == 2 and max(map(len, told[:-1])) <= 80
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in told if line.startswith("step ")]
+    for n, (line, now) in enumerate(zip(steps, metrics, strict=True), 1):
+        found = re.fullmatch(rf"step {n}: end_to_end (\S+) \((\S+)\), recall .*, entropy \S+, \d+ min", line)
+        assert float(found[1]) == pytest.approx(now["end_to_end"], abs=0.006)
+        assert float(found[2]) == pytest.approx(now["end_to_end"] - metrics[0]["end_to_end"], abs=0.006)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    shown = [told[place + 1], told[place + 4]]  # after steps 1 and 3
+    for line, sample in zip(shown, samples, strict=True):
+        assert line.startswith(f"  y = {sample['answers'][0]}, answered ")
+    as_if_killed(out, 1)
+    (out / "eval.json").write_text(json.dumps([row("before", "recall", 2, "kept", {0: 1.0})]))
+    again = command(*arguments).stdout.splitlines()
+    assert [line.split(", entropy")[0] for line in again if line.startswith("step ")] == [
+        line.split(", entropy")[0] for line in steps[1:]
+    ]
 
 
 def start(arguments: list, deadly: str | None = None, ranks: int = 1) -> list:
@@ -452,4 +480,4 @@ def test_a_run_keeps_the_day_on_which_it_began(out, monkeypatch):
     done = command(*SMALL, "--steps", 2, "--out", out, "--date", "2026-02-02")
     assert done.returncode == 2 and "another run, with --date 2026-01-31" in done.stderr
     done = command(*SMALL, "--out", out / "new", "--date", "today")
-    assert done.returncode == 2 and done.stderr.strip() == "error: --date today: must be a day, as 2026-07-31"
+    assert done.returncode == 2 and done.stderr.strip() == "error: --date today: must be a date such as 2026-07-31"

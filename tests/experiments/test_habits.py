@@ -73,5 +73,5 @@ def test_the_chunk_of_the_gold_paragraph():
     chunks = ["Ulm and Bern", "The Danube flows to the sea.", "Ulm lies\n\non the Danube."]
     assert place(chunks) == 2 and place(chunks[::2]) == 2
     assert place(["Ulm lies\n\n", "on the Danube."]) == 0
-    with pytest.raises(UserError, match="question q: comes without gold paragraphs"):
+    with pytest.raises(UserError, match="question q: has no gold paragraphs"):
         place(chunks, gold=())

@@ -47,20 +47,23 @@ def test_the_loss_by_hand_is_the_loss_by_code(tmp_path, monkeypatch, flags):
     assert not (tmp_path / "run").exists() and [file.name for file in tmp_path.iterdir()] == [".entities"]
 
 
-def test_every_part_of_a_step_is_shown(tmp_path):
-    """The document, a prompt, memories, recall, the group's rewards by Eq. 2 and 3, tokens and their ratios."""
+def test_every_part_of_a_step_is_shown(tmp_path, monkeypatch):
+    """The document, a prompt, memories, recall, the group's rewards by Eq. 2 and 3, tokens and their ratios; in lines
+    that the terminal holds."""
+    monkeypatch.setenv("COLUMNS", "80")
     done = command("--explain", *SMALL, "--fast", "--advantage", "mean", "--out", tmp_path / "run")
     assert re.findall(r"^(\d)\. ", done.stdout, re.MULTILINE) == list("123345678")
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "[MASK]" in done.stdout and "[TARGET]" in done.stdout and "<section>" in done.stdout
     group = re.findall(r"^ +\d: .* +(\S+) +(\S+) +(\S+) +(\S+)$", done.stdout.split("\n5. ")[1].split("\n6. ")[0], re.M)
-    group = torch.tensor([[float(value) for value in row] for row in group])  # (samples, EM, lambda x recall, R^E, A)
-    assert len(group) == 4 and torch.allclose(group[:, 0] + group[:, 1], group[:, 2])
-    assert torch.allclose(group[:, 3], group[:, 2] - group[:, 2].mean(), atol=1e-4) and group[:, 3].any()
+    group = torch.tensor([[float(value) for value in row] for row in group])  # (samples, EM, recall, R^E, A)
+    assert len(group) == 4 and torch.allclose(group[:, 0] + group[:, 1] / 2, group[:, 2], atol=1e-3)
+    assert torch.allclose(group[:, 3], group[:, 2] - group[:, 2].mean(), atol=2e-3) and group[:, 3].any()
     tokens = re.findall(r"^ +'.*' +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE)
     assert 0 < len(tokens) <= 12
     for token in tokens:
         before, after, ratio = map(float, token)
-        assert ratio == pytest.approx(torch.tensor(after - before).exp().item(), abs=2e-4)
+        assert ratio == pytest.approx(torch.tensor(after - before).exp().item(), abs=2e-3)
 
 
 def test_the_loss_by_hand_clips():

@@ -12,7 +12,7 @@ import pytest
 from helpers import command
 
 from engine.metrics import row
-from look.page import ceiling, difference, figure, marked, write
+from look.page import ceiling, change, difference, figure, marked, write
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"y\""
 SAMPLE = {
@@ -123,6 +123,41 @@ def test_a_chart_places_its_points():
     assert x2 - x1 == pytest.approx(x3 - x2) and y1 > y2 > y3 and y2 == pytest.approx((y1 + y3) / 2, abs=0.11)
     low, high = map(float, re.search(r'class="line c0" x1="\S+" x2="\S+" y1="(\S+)" y2="(\S+)"', drawn).groups())
     assert low == pytest.approx(y1 + (y3 - y1) / 4, abs=0.11) and high == y3
+
+
+def sampled(step: int, *rewards: float) -> dict:
+    """A line of samples.jsonl: trajectories of these rewards, of hostile texts."""
+    trajectory = SAMPLE["trajectories"][0]
+    return SAMPLE | {"step": step, "trajectories": [trajectory | {"reward": reward} for reward in rewards]}
+
+
+def test_the_page_opens_on_what_changed_most():
+    """The worst of the first step and the best of the last where the mean rose, else the other way round; with both
+    means, and no text that became an element."""
+    between = sampled(5, 9.0, -9.0)
+    shown = change([sampled(1, 0.5, 0.0, 1.0), between, sampled(9, 0.5, 1.5, 1.0)])
+    assert re.findall(r"<h3>(.*?) <", shown) == ["Step 1, trajectory 2: R^E 0.00", "Step 9, trajectory 2: R^E 1.50"]
+    assert "from 0.50 to 1.00" in shown
+    assert re.findall(r'data-sample="(\d+)" data-trajectory="(\d+)"', shown) == [("0", "1"), ("2", "1")]
+    assert "read the same document" in shown
+    shown = change([sampled(1, 0.5, 0.0, 1.0), between, sampled(9, 0.5, 0.25) | {"document": ["another"]}])
+    assert "read different documents" in shown
+    assert re.findall(r"<h3>(.*?) <", shown) == ["Step 1, trajectory 3: R^E 1.00", "Step 9, trajectory 2: R^E 0.25"]
+    page = Elements(shown)
+    assert not {"script", "img"} & set(page.tags) and page.attributes == {"class", "data-sample", "data-trajectory"}
+    assert change([]) == change([between]) == ""
+
+
+@pytest.mark.skipif(not chromium, reason="no Chromium is installed")
+def test_a_browser_opens_on_the_later_of_two(run):
+    """The trajectories stand at that of the last step; the other's button leads to the other."""
+    lines = [sampled(1, 1.0, 0.0), sampled(9, 0.5, 1.0, 2.0)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write(run).read_text()
+    where = 'class="panel on" data-sample="{}" data-step="step {}" data-trajectory="{}"'
+    assert where.format(1, 9, 2) in opened(run / "report.html", page)
+    click = "document.querySelector('h3 button').click()"
+    assert where.format(0, 1, 1) in opened(run / "click.html", without_policy(page, click))
 
 
 @pytest.mark.skipif(not chromium, reason="no Chromium is installed")

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "134.5 M parameters; a text ends with ['<|im_end|>']" in done.stdout, done.stderr
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
     return out
 
 

@@ -125,7 +125,7 @@ def test_an_oracle_needs_gold_paragraphs():
     source = Made()
     source.document = lambda i, split, length: LongDocument(i, f"q{i}", "Q?", ["A"], ["text"], [[]])
     config = Config(task="longqa", eval_documents=2)
-    with pytest.raises(UserError, match="--controls oracle: question q0 comes without gold paragraphs"):
+    with pytest.raises(UserError, match="--controls oracle: question q0 has no gold paragraphs"):
         evaluate_questions(None, None, source, config, "now", [1], controls=("oracle",))
 
 
@@ -144,7 +144,7 @@ def test_an_evaluation_asks_each_question_once_and_the_same_at_every_length(caps
     config = Config(eval_documents=64)
     built = documents_by_length(Source(), config, [1, 2, 8], True)
     assert built == {length: [(i, length) for i in range(30) if i != 3] for length in (2, 8)}
-    assert "at 1 chunks is left out, 10 of 20" in capsys.readouterr().out
+    assert "at 1 chunks is skipped, 10 of 20" in capsys.readouterr().out
     config.eval_documents = 5
     assert [i for i, _ in documents_by_length(Source(), config, [2, 8], True)[8]] == [0, 1, 2, 4, 5]
     assert documents_by_length(Source(), config, [1], False) == {} and capsys.readouterr().out == ""

@@ -181,8 +181,8 @@ def test_own_distractors_come_first(pool):
 
 
 @pytest.mark.parametrize("chunk_tokens, chunks, why", [
-    (16, 2, r"its 2 gold paragraphs take \d+ chunks of 16 tokens, 2 wanted; ask for a longer text or longer chunks"),
-    (64, 99, r"99 chunks wanted, but all 12 passages make \d; bring a larger pool"),
+    (16, 2, r"its 2 gold paragraphs take \d+ chunks of 16 tokens, but 2 are wanted; ask for more or longer chunks"),
+    (64, 99, r"99 chunks wanted, but all 12 passages make \d; use a larger corpus"),
 ])
 def test_texts_that_cannot_be_made(pool, chunk_tokens, chunks, why):
     """Gold that is too long, and a pool that is too small: the error tells the question and both numbers."""

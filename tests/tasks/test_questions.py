@@ -104,7 +104,7 @@ def test_the_official_files(name):
         ([HOTPOT, [1]], ["record 2", "not a JSON object"]),
         ([HOTPOT, {"question": "Q?", "answer": "A"}], ["record 2", "'context'", "question, answer"]),
         ([HOTPOT | {"question": " "}], ["record 1", "'question'"]),
-        ([{k: v for k, v in HOTPOT.items() if k != "question"}], ["record 1", "no field 'question'"]),
+        ([{k: v for k, v in HOTPOT.items() if k != "question"}], ["record 1", "no text in field 'question'"]),
         ([HOTPOT | {"answer": None}], ["record 1", "'answer'"]),
         ([HOTPOT | {"supporting_facts": []}], ["record 1", "'supporting_facts'"]),
         ([HOTPOT | {"supporting_facts": [["Rome", 0]]}], ["record 1", "'Rome'"]),
@@ -181,7 +181,7 @@ def test_a_malformed_file_of_memagents(tmp_path, row, words):
         load_questions(tmp_path / "x.json")
     assert all(word in str(caught.value) for word in ["x.json", *words]), caught.value
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match=r"x\.parquet: is no readable"):
+    with pytest.raises(UserError, match=r"x\.parquet: is not a readable"):
         load_questions(tmp_path / "x.parquet")
 
 
@@ -265,11 +265,12 @@ def test_answers_are_read_as_they_are_published(tmp_path, record, answers):
 @pytest.mark.parametrize("record, words", [
     ({"answer": "['Ulm' 'U']"}, "looks like a list"), ({"answer": "['Ulm'\n 'U']"}, "looks like a list"),
     ({"answer": "['a', " + "-" * 50_000 + "1]"}, "looks like a list"),
-    ({"answer": float("inf")}, "no text, number or list"),
+    ({"answer": float("inf")}, "not a text, a number or a list"),
     ({"answer": "['Ulm\n', 'U' 'V']"}, "looks like a list"),
     ({"answer": "['Ulm', U, 'V']"}, "looks like a list"), ({"answer": "['Ulm'', 'V']"}, "looks like a list"),
-    ({"answer": True}, "no text, number or list"), ({"answer": [["Ulm", False]]}, "no text, number or list"),
-    ({"answer": {"name": "Ulm"}}, "no text, number or list"), ({"answer": []}, "no answer in field"),
+    ({"answer": True}, "not a text, a number or a list"),
+    ({"answer": [["Ulm", False]]}, "not a text, a number or a list"),
+    ({"answer": {"name": "Ulm"}}, "not a text, a number or a list"), ({"answer": []}, "no answer in field"),
     ({"answer": "[]"}, "no answer in field"), ({"answer": {"value": ""}}, "no answer in field"),
     ({"answer": "['']"}, "no answer in field"), ({}, "no answer in field"),
 ])

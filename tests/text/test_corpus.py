@@ -56,7 +56,7 @@ def test_a_malformed_line_is_named(tmp_path, bad):
         ("bytes.jsonl", b'{"text": "a"}\n\xff\xfe\n', ["bytes.jsonl: line 2"]),
         ("bad.json", b'[{"text": "a"},', ["bad.json"]),
         ("bad.parquet", b"not parquet", ["bad.parquet"]),
-        ("empty.jsonl", b"", ["empty.jsonl", "no passage"]),
+        ("empty.jsonl", b"", ["empty.jsonl", "no usable passage"]),
         ("field.jsonl", b'{"body": "a"}\n', ["field.jsonl", "'text'", "body"]),
         ("number.jsonl", b'{"text": 7}\n', ["number.jsonl", "int"]),
         ("a.csv", b"text\na\n", ["a.csv", ".parquet"]),
@@ -79,7 +79,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
     assert load_passages("owner/name", config="en") == [Passage("T", "Body."), Passage("More.", "More.")]
     assert asked == [(("owner/name", "en"), {"split": "train", "streaming": True})]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {}["no such\nconfiguration"])
-    with pytest.raises(UserError, match="^--corpus owner/name: no local file, and not to be had from the hub: .*$"):
+    with pytest.raises(UserError, match="^--corpus owner/name: no local file, and can't be loaded from the hub: .*$"):
         load_passages("owner/name")
 
 

@@ -297,7 +297,7 @@ def test_name_words():
 
 
 def test_what_gives_a_name_away():
-    """One of its telling words in the text, whole and in any case; not a shorter word, nor a part of a longer one."""
+    """One of its giveaway words in the text, whole and in any case; not a shorter word, nor a part of a longer one."""
     for text, away in [
         ("the old king", True), ("LOVELACE\u2019s letters", True), ("Ada of the kings", False), ("Lovelaces", False),
     ]:

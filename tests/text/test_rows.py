@@ -58,8 +58,8 @@ def test_rows_come_one_by_one(tmp_path):
         ("a.json", b"[" * 100_000, "a.json: is not JSON"),
         ("a.json", b'[{"n": 1}, 2]', "a.json: record 2 is not a JSON object"),
         ("a.jsonl", b'{"n": 1}\n\n"text"\n', "a.jsonl: line 3 is not a JSON object"),
-        ("a.parquet", b"PAR1 no", "a.parquet: is no readable .parquet file"),
-        ("a.parquet", None, "a.parquet: is no readable .parquet file"),
+        ("a.parquet", b"PAR1 no", "a.parquet: is not a readable .parquet file"),
+        ("a.parquet", None, "a.parquet: is not a readable .parquet file"),
     ],
 )
 def test_a_bad_file_is_one_line_with_the_place(tmp_path, name, content, message):
