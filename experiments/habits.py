@@ -1,13 +1,13 @@
-"""How a model keeps its memory, sampled greedily: recall by distance, unchanged memories, what it keeps of a long text.
+"""How a model keeps its memory: recall by distance, copied and unchanged memories, what it keeps of a long text.
 
     python -m experiments.habits --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
     python -m experiments.habits --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
         --eval-questions runs/reproduce/test-0.jsonl
 
 On held-out masked documents, recall asks for several entities of each. Its distance is k - l, the number of chunks from
-the chunk asked about to the memory that must supply the entity. With --task longqa, exact match by the chunk that has
-the gold paragraph: does a memory keep what it read first, or last? For a question of two hops, the chunk is that of its
-first uncut gold paragraph.
+the chunk asked about to the memory that must supply the entity. A sentence is copied if it stands word for word in the
+memory before or in the chunk. With --task longqa, exact match by the chunk that has the gold paragraph: does a memory
+keep what it read first, or last? For a question of two hops, the chunk is that of its first uncut gold paragraph.
 """
 
 import json
@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from engine.config import Config, check, option, run_with_flags
 from engine.errors import UserError
@@ -24,8 +25,9 @@ from engine.files import check_writable
 from engine.metrics import share
 from eval import heldout_documents, load_sampler, load_task
 from masking import draw_recall
+from recipes.cold_start import sentences
 from rewards import answer_reward, recall_reward
-from rollout import read, recall
+from rollout import EMPTY_MEMORY, read, recall
 from tasks.evaluate import documents_by_length
 from tasks.longqa import LongDocument
 
@@ -37,6 +39,7 @@ class Habits(Config):
     out: str = option("habits.json", "JSON file for the figures of masked documents")
     lengths: list[int] | None = option(None, "document lengths in chunks (default: --chunks)")
     questions_a_document: int = option(8, "recall questions per document")
+    sampled: bool = option(False, "sample at temperature 1, instead of greedily")
 
 
 def main(config: Habits) -> None:
@@ -49,7 +52,8 @@ def main(config: Habits) -> None:
         raise UserError("recall needs an earlier chunk: give --lengths of at least 2")
     check(config)
     check_writable(Path(config.out))
-    sample = replace(load_sampler(config.model, config), greedy=True)
+    torch.manual_seed(config.seed)
+    sample = replace(load_sampler(config.model, config), greedy=not config.sampled)
     source, _ = load_task(config, sample.model, sample.tokenizer)
     if config.task == "longqa":
         return print_positions(sample, source, lengths, config)
@@ -58,26 +62,45 @@ def main(config: Habits) -> None:
         documents = heldout_documents(source, config, chunks)
         if not documents:
             raise UserError(f"--lengths {chunks}: the corpus can't fill that many chunks; give fewer, or more text")
-        recalled, unchanged = habits_of(sample, documents, config)
-        rows.append({"chunks": chunks, "recall": recalled, "unchanged": unchanged})
-        print(f"{chunks} chunks: {np.mean(unchanged):.2f} of {len(unchanged)} memories are unchanged")
-        for distance, hits in recalled.items():
-            print(f"  recall at distance {distance}: {np.mean(hits):.2f} of {len(hits)}")
+        found = habits_of(sample, documents, config)
+        rows.append({"chunks": chunks} | found)
+        print(f"| {chunks} chunks | share | n |\n|---|---|---|")
+        for name, hits in found.items():
+            by_distance = hits if isinstance(hits, dict) else {"": hits}
+            for distance, own in by_distance.items():
+                print(f"| {name} {distance} | {share(sum(own), len(own))} | {len(own)} |".replace("  ", " "))
     Path(config.out).write_text(json.dumps(rows))
 
 
-def habits_of(sample, documents: list, config: Habits) -> tuple[dict[int, list[float]], list[bool]]:
-    """(recall rewards by distance, for each turn after the first: whether it left the memory unchanged)."""
+def habits_of(sample, documents: list, config: Habits) -> dict:
+    """{measure: hits}: "recall" and "recall, empty memory" by distance, of memories and sentences, and end-to-end."""
     trajectories = read(sample, documents, config, progress="reading")
+    empty = read(sample, documents, config, empty_memory=True)
     rng = np.random.default_rng(config.seed)
     asked = [replace(t, target=draw_recall(t.document, rng)) for t in trajectories * config.questions_a_document]
-    recall(sample, asked, config)
-    hits = defaultdict(list)
-    for t in asked:
-        for turn in t.recalls:
-            hits[t.target.memory_turn - t.target.chunk].append(recall_reward(turn.text, t.target.entity))
-    unchanged = [after == before for t in trajectories for before, after in pairwise(t.memories)]
-    return dict(sorted(hits.items())), unchanged
+    found = {
+        "end-to-end": [answer_reward(t.prediction, t.document.answers) for t in trajectories],
+        "end-to-end, empty memory": [answer_reward(t.prediction, t.document.answers) for t in empty],
+    }
+    for name in ("recall", "recall, empty memory"):
+        recall(sample, asked, config, empty_memory=name != "recall")
+        hits = defaultdict(list)
+        for t in asked:
+            for turn in t.recalls:
+                hits[t.target.memory_turn - t.target.chunk].append(recall_reward(turn.text, t.target.entity))
+        found[name] = dict(sorted(hits.items()))
+    copied, repeating = [], []
+    for t in trajectories:
+        for chunk, before, after in zip(t.document.chunks, ["", *t.memories], t.memories, strict=False):
+            source, lines = " ".join(f"{before} {chunk}".split()), sentences(after)
+            copied.append([line in source for line in lines if line != EMPTY_MEMORY])
+            repeating.append(len(set(lines)) < len(lines))
+    return found | {
+        "unchanged": [after == before for t in trajectories for before, after in pairwise(t.memories)],
+        "sentences copied": [hit for own in copied for hit in own],
+        "memories copied": [all(own) for own in copied],
+        "memories that repeat a sentence": repeating,
+    }
 
 
 def print_positions(sample, source, lengths: list[int], config: Habits) -> None:

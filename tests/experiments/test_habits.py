@@ -39,17 +39,37 @@ def reader(prompts, new_tokens, done=None):
 def test_habits_of_a_reader_that_forgets_at_once(documents):
     """Its memory changes with each section, and nothing is recalled at any distance; one that keeps all recalls all."""
     config = Habits(questions_a_document=40)
-    recalled, unchanged = habits_of(Scripted(reader), documents, config)
-    assert unchanged == [False] * 9 and sorted(recalled) == [1, 2, 3]
+    found = habits_of(Scripted(reader), documents, config)
+    recalled = found["recall"]
+    assert found["unchanged"] == [False] * 9 and sorted(recalled) == [1, 2, 3]
     assert not any(sum(hits) for hits in recalled.values()) and sum(map(len, recalled.values())) == 120
+    assert found["end-to-end"] == found["end-to-end, empty memory"] == [1.0] * 3
+    assert found["sentences copied"] == [True] * 12 and found["memories that repeat a sentence"] == [False] * 12
 
     def keeper(prompts, new_tokens, done=None):
         everything = " ".join(TOLD.values())
         turns = reader([prompt.replace("(empty)", everything) for prompt in prompts], new_tokens)
         return [turn if turn.text.startswith("\\boxed") else Turn([1], [1], True, everything) for turn in turns]
 
-    recalled, unchanged = habits_of(Scripted(keeper), documents, config)
-    assert unchanged == [True] * 9 and all(sum(hits) == len(hits) for hits in recalled.values())
+    found = habits_of(Scripted(keeper), documents, config)
+    assert found["unchanged"] == [True] * 9 and all(sum(hits) == len(hits) for hits in found["recall"].values())
+    # Of its first memory only the sentence of the first chunk was read; from then on the memory before holds all four.
+    assert found["sentences copied"] == [True, *[False] * 3, *[True] * 12] * 3
+    assert found["memories copied"] == [False, True, True, True] * 3
+
+
+def test_what_is_copied_and_what_repeats(documents):
+    """A changed word isn't copied, a cut sentence and one over two lines are; (empty) has no sentence."""
+    memories = iter(["Ulm lies on the Rhine. Ulm lies", "Bern lies\non the Aare. Ulm is old.", "(empty)", ""])
+
+    def script(prompts, new_tokens, done=None):
+        text = next(memories) if "<section>" in prompts[0] and TARGET not in prompts[0] else "\\boxed{no}"
+        return [Turn([1], [1], True, text) for _ in prompts]
+
+    found = habits_of(Scripted(script), documents[:1], Habits(questions_a_document=1))
+    assert found["sentences copied"] == [False, True, True, True, False]
+    assert found["memories copied"] == [False, False, True, True]
+    assert found["memories that repeat a sentence"] == [False, False, False, False]
 
 
 def test_nothing_to_read_is_refused():
