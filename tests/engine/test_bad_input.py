@@ -240,6 +240,11 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'",
     ),
     (
+        "memtrain", "--task searchqa --corpus wikimedia/wikipedia --corpus_config 20231101.en",
+        "--corpus wikimedia/wikipedia: no such file; searchqa needs one .jsonl file of {title, text} or {contents}, "
+        "not a folder or a hub data set",
+    ),
+    (
         "memtrain", "--task searchqa --retriever tfidf",
         "--retriever tfidf: neither bm25 nor a URL like http://127.0.0.1:8000/retrieve",
     ),

@@ -1,5 +1,6 @@
 """recipes/*.args: a task's file, and where a model needs other settings, the model's file after it."""
 
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -114,3 +115,24 @@ def test_the_command_line_wins_over_all_files():
 @pytest.mark.parametrize("task, size", [name.split("-") for name in TASKS if not name.startswith("wiki")])
 def test_a_task_starts_where_its_memtrain_ends(task, size):
     assert settings(f"{task}-{size}").model == f"{settings(f'wiki-{size}').out}/checkpoint"
+
+
+@pytest.mark.parametrize("smoke, passages", [("--smoke", "2000"), ("", "100000")])
+def test_smollm2_wiki_loads_few_passages_of_the_hub_in_its_smoke_size(tmp_path, smoke, passages):
+    """Its cold start's command, as a stand-in for python sees it: the last --max-passages counts."""
+    for name in ("hotpot_train.json", "hotpot_dev_distractor.json", "musique_train.json", "musique_ans_dev.jsonl"):
+        (tmp_path / "data/qa").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/qa" / name).touch()
+    (tmp_path / "data/wiki").mkdir()
+    (tmp_path / "data/wiki/passages.jsonl").touch()
+    (tmp_path / "out/model").mkdir(parents=True)  # this part is done
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec echo rules\necho "$@" >> {tmp_path}/log\nexit 3\n')
+    python.chmod(0o755)
+    script = [RECIPES / "smollm2-wiki.sh", "--data", tmp_path / "data", "--out", tmp_path / "out", *smoke.split()]
+    command = ["bash", *script, "--corpus", "wikimedia/wikipedia"]
+    done = subprocess.run(command, env={"PATH": f"{python.parent}:/usr/bin:/bin"}, capture_output=True)
+    (cold,) = (tmp_path / "log").read_text().splitlines()
+    assert done.returncode == 1 and cold.startswith("-m recipes.cold_start ")
+    assert cold.split("--max-passages ")[-1].split()[0] == passages

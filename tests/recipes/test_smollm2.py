@@ -172,6 +172,7 @@ def test_the_whole_recipe_in_its_smoke_size(tmp_path):
     assert done.returncode == 0, done.stderr
     out = tmp_path / "run"
     assert all((out / run / "finished").exists() for run in ("memtrain", "task-from-cold", "task-from-memtrain"))
+    assert json.loads((out / "cold/cold_start.json").read_text())["settings"]["max_passages"] == 2000
     rows = json.loads((out / "single_hop.json").read_text())
     assert {row["chunks"] for row in rows} == {3, 6, 12} and {row["memory"] for row in rows} == {"kept", "empty"}
     trained = [f"{out}/task-from-{start}/checkpoint" for start in ("cold", "memtrain")]
