@@ -66,9 +66,9 @@ def main(config: Habits) -> None:
         rows.append({"chunks": chunks} | found)
         print(f"| {chunks} chunks | share | n |\n|---|---|---|")
         for name, hits in found.items():
-            by_distance = hits if isinstance(hits, dict) else {"": hits}
-            for distance, own in by_distance.items():
-                print(f"| {name} {distance} | {share(sum(own), len(own))} | {len(own)} |".replace("  ", " "))
+            lines = {f"{name}, distance {k}": own for k, own in hits.items()} if "recall" in name else {name: hits}
+            for line, own in lines.items():
+                print(f"| {line} | {share(sum(own), len(own))} | {len(own)} |")
     Path(config.out).write_text(json.dumps(rows))
 
 
