@@ -243,7 +243,8 @@ def test_a_run_that_an_exception_ended_resumes(tmp_path, monkeypatch):
             done = command(*arguments, tmp_path / "run")
         gc.collect()  # the folder's lock goes with the last frame that holds it, here not with a process
         folder = (tmp_path / "run/checkpoint").resolve().name
-        return done.returncode, done.stderr.strip().splitlines()[-1], "Traceback" in done.stderr, folder, done.stdout
+        last = done.stderr.strip().rpartition("\n")[2]
+        return done.returncode, last, "Traceback" in done.stderr, folder, done.stdout
 
     *ended, _ = stopped_at(1, UserError)
     assert ended == [2, "error: it gave out", False, "step-000001"]
