@@ -45,7 +45,7 @@ def cells(kind: str) -> list[dict]:
 def text_of(output: dict) -> str:
     """An output's text; of pictures, none."""
     data = output.get("data", {})
-    parts = [output.get("text", ""), *(part for mime, part in data.items() if mime.startswith("text/"))]
+    parts = [output.get("text", ""), *(data[mime] for mime in sorted(data) if mime.startswith("text/"))]
     return "".join("".join(part) for part in parts)
 
 
