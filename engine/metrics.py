@@ -57,7 +57,7 @@ def table(rows: list[dict]) -> str:
             mine = [row for row in rows if (row["task"], row["memory"], row["chunks"]) == (task, memory, length)]
             cells = {row["when"]: cell(row, measure) for row in mine if measure in row}
             if cells and (measure == "accuracy" or any(cells[row["when"]] != f"{row['accuracy']:.2f}" for row in mine)):
-                found.append((length, count_of(mine), *(cells.get(when, "-") for when in whens)))
+                found.append((length, ends([row["n"] for row in mine]), *(cells.get(when, "-") for when in whens)))
         for cells, same in groupby(found, key=lambda line: line[1:]):
             lines.append([task + MEASURES[measure], memory, ends([length for length, *_ in same]), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -78,11 +78,6 @@ def summary(rows: list[dict]) -> str:
 def unit_of(rows: list[dict]) -> str:
     """The unit of the rows' lengths."""
     return "objectives" if rows[0]["task"] == "searchqa" else "chunks"
-
-
-def count_of(rows) -> str:
-    """How many documents the rows stand on: "64", or the least and the most, "60-64"."""
-    return ends([row["n"] for row in rows])
 
 
 def ends(numbers: list[int]) -> str:

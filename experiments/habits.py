@@ -66,7 +66,8 @@ def main(config: Habits) -> None:
         rows.append({"chunks": chunks} | found)
         print(f"| {chunks} chunks | share | n |\n|---|---|---|")
         for name, hits in found.items():
-            lines = {f"{name}, distance {k}": own for k, own in hits.items()} if "recall" in name else {name: hits}
+            by_distance = isinstance(hits, dict)
+            lines = {f"{name}, distance {k}": own for k, own in hits.items()} if by_distance else {name: hits}
             for line, own in lines.items():
                 print(f"| {line} | {share(sum(own), len(own))} | {len(own)} |")
     Path(config.out).write_text(json.dumps(rows))
@@ -82,8 +83,8 @@ def habits_of(sample, documents: list, config: Habits) -> dict:
         "end-to-end": [answer_reward(t.prediction, t.document.answers) for t in trajectories],
         "end-to-end, empty memory": [answer_reward(t.prediction, t.document.answers) for t in empty],
     }
-    for name in ("recall", "recall, empty memory"):
-        recall(sample, asked, config, empty_memory=name != "recall")
+    for name, empty_memory in (("recall", False), ("recall, empty memory", True)):
+        recall(sample, asked, config, empty_memory=empty_memory)
         hits = defaultdict(list)
         for t in asked:
             for turn in t.recalls:
