@@ -1,9 +1,10 @@
-"""Begin a reproduction: split the questions, and save the settings, so runs with other settings can't be mixed in.
+"""Begin a reproduction: split the questions, and note the settings, so that no other settings mix with them.
 
     python -m experiments.begin FOLDER SETTING=VALUE ...      # called by experiments/reproduce-tiny.sh
 
-Questions are split by subject. Each seed has its own share of the test questions, so that no question counts twice, and
-its own few labelled questions. experiments/tables.py reads the settings.
+Questions are split by subject. Each seed is tested on a share of the test questions of its own, so that no question
+counts twice, and learns from few labels of its own. The ceiling is asked the same, told to focus.
+experiments/tables.py reads the settings.
 """
 
 import hashlib
@@ -16,34 +17,41 @@ from engine.config import ROOT
 from engine.errors import UserError, run_script
 from experiments.tables import STUDENT
 from tasks.questions import load_questions, split_questions, subject
+from tiny.build.demonstrations import FOCUS
 
 QUESTIONS, MODEL = ROOT / "tiny/questions.jsonl", ROOT / "tiny/model/model.safetensors"
 
 
 def parts_of(file: Path, seeds: list[str], labels: list[str]) -> dict[str, list[str]]:
-    """{part: lines of the question file}, for the parts train, dev, test, test-SEED and train-LABELS-SEED."""
+    """The question file's lines by the name of their part: train, dev, test, test-SEED(-told), train-LABELS-SEED."""
     rows = list(zip(load_questions(file), file.read_text().splitlines(), strict=True))
     random.Random(0).shuffle(rows)
     split = split_questions(rows, None, key=lambda row: subject(row[0]))
     parts = {name: [line for _, line in some] for name, some in split.items()}
     for n, seed in enumerate(seeds):
-        parts[f"test-{seed}"] = parts["test"][n :: len(seeds)]
+        parts[f"test-{seed}"] = asked = parts["test"][n :: len(seeds)]
+        parts[f"test-{seed}-told"] = [told_to_focus(line) for line in asked]
         few = random.Random(int(seed)).sample(parts["train"], len(parts["train"]))
         parts |= {f"train-{label}-{seed}": few[: int(label)] for label in labels}
     return parts
+
+
+def told_to_focus(line: str) -> str:
+    row = json.loads(line)
+    return json.dumps(row | {"question": f"{row['question']} {FOCUS}"})
 
 
 def main() -> None:
     out, *arguments = sys.argv[1:] or [""]
     settings = {name: values.split() for name, _, values in (argument.partition("=") for argument in arguments)}
     if not out or not {"seeds", "labels"} <= settings.keys():
-        raise UserError("give a folder, seeds=... and labels=..., as experiments/reproduce-tiny.sh does")
+        raise UserError("give a folder, seeds=... and labels=...; experiments/reproduce-tiny.sh does")
     if any(letter.isspace() for letter in out):
-        raise UserError(f"{out}: name a folder without white space, as its name goes through xargs")
+        raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")
     seeds, labels = settings["seeds"], settings["labels"]
     if not 2 <= len(set(seeds)) == len(seeds) <= max(STUDENT) or not all(word.isdecimal() for word in seeds + labels):
         raise UserError(
-            f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers; an interval over seeds needs 2 to "
+            f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers, and for an interval over seeds 2 to "
             f"{max(STUDENT)} different seeds"
         )
     for name, file in (("questions", QUESTIONS), ("model", MODEL)):  # what the runs start from

@@ -1,7 +1,7 @@
 """How a model keeps its memory: recall by distance, copied and unchanged memories, what it keeps of a long text.
 
     python -m experiments.habits --model runs/tiny/checkpoint --lengths 4 16 --out habits.json
-    python -m experiments.habits --model runs/reproduce/0/memtrain-task/checkpoint --lengths 8 --eval-documents 48 \\
+    python -m experiments.habits --model runs/reproduce/0/memtrain-task/checkpoint --lengths 16 --eval-documents 48 \\
         --eval-questions runs/reproduce/test-0.jsonl
 
 On held-out masked documents, recall asks for several entities of each. Its distance is k - l, the number of chunks from

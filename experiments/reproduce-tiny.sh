@@ -1,38 +1,40 @@
 #!/usr/bin/env bash
-# Reproduces the claim on the tiny default, with curves: five seeds, no download, on 2 CPU cores.
+# The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores.
 #     experiments/reproduce-tiny.sh [FOLDER]
-# Rerun the same command to resume: finished parts are skipped, an unfinished one continues. Runs go to
-# runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), everything goes there.
-# The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the learning rate of task RL.
+# Rerun the same command to resume: a finished part is not run again, one begun goes on. Runs go to
+# runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), all of it goes there.
+# The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the rate.
 set -euo pipefail
 case ${1:-} in
 -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit ;;
--*) echo "error: unknown argument $1; the only argument is a folder" >&2 && exit 2 ;;
+-*) echo "error: unknown argument $1; a folder can be given" >&2 && exit 2 ;;
 esac
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
 docs=$([ $# -gt 0 ] && echo "$out" || echo docs)
 seeds=${SEEDS:-0 1 2 3 4}
-export steps="2 4 8 16 32 64" # of task RL, at which it is measured
-budget=16                     # steps of task RL with few labels, and after an ablation
-labels="4 16 64"              # numbers of labelled questions, besides all
-chunks=2                      # of a training text, both for MemTrain and for the task
-lengths="2 8 32"              # 1, 4 and 16 times that
-shorter="2 8"                 # with few labels, and after an ablation
-rate=${TASK_RATE:-5e-5}       # of task RL, by the rule in docs/results-tiny.md
+export steps="0 2 4 8 16 32" # of task RL, where it is measured
+budget=16                    # steps of task RL with few labels, and after an ablation; the claim is the mean up to it
+labels="4 64"                # questions to learn from, besides all
+chunks=4                     # of a training text, of MemTrain and of the task alike
+lengths="4 16 32"            # 1, 4 (the claim) and 8 times that
+shorter="4 16"               # with few labels, after an ablation, and of habits
+search_steps="0 16 32"       # of task RL in search, some of $steps
+search_seeds=$(echo $seeds | cut -d " " -f 1-3)
+rate=${TASK_RATE:-5e-5}      # of task RL, by the rule in docs/results-tiny.md
 
-# One core for each part: such a small model makes poor use of two. nproc comes first, as it obeys OMP_NUM_THREADS.
+# A core for each part: so small a model makes poor use of two. Counted first, as nproc counts by this variable.
 cores=$(nproc)
 export OMP_NUM_THREADS=1
 
-part() { # NAME FILE COMMAND: run it, unless FILE exists; it writes FILE, or NAME.part, which becomes FILE
+part() { # NAME FILE COMMAND: the command, which leaves FILE, or first NAME.part; not if FILE is there
     [ -e "$2" ] && return
     mkdir -p "$out/${1%/*}"
     if "${@:3}" >> "$out/$1.log" 2>&1; then
         [ ! -e "$out/$1.part" ] || mv "$out/$1.part" "$2"
-        [ -e "$2" ] && echo "$(date +%H:%M) $1" && return # after Ctrl-C a run exits with 0, but unfinished
+        [ -e "$2" ] && echo "$(date +%H:%M) $1" && return # a run that Ctrl-C stopped ends well, but isn't finished
     fi
-    tail -n 3 "$out/$1.log" >&2 && return 255 # makes xargs stop
+    tail -n 3 "$out/$1.log" >&2 && return 255 # after which xargs starts nothing more
 }
 
 train() { # NAME ARGUMENTS: the run in $out/NAME
@@ -40,7 +42,7 @@ train() { # NAME ARGUMENTS: the run in $out/NAME
         python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 --fast True "${@:2}"
 }
 
-curve() { # NAME ARGUMENTS: a run to be measured at each of $steps; its other checkpoints are deleted
+curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other checkpoints of it are deleted
     train "$1" --steps "${steps##* }" --save-every 2 --keep 64 "${@:2}" || return
     for checkpoint in "$out/$1"/checkpoints/step-*; do
         [ -d "$checkpoint" ] || continue
@@ -49,16 +51,22 @@ curve() { # NAME ARGUMENTS: a run to be measured at each of $steps; its other ch
     done
 }
 
-measure() { # NAME MODULE MODEL ARGUMENTS: the module's results, in $out/NAME.json
+measure() { # NAME MODULE MODEL ARGUMENTS: what the module measures, in $out/NAME.json
     part "$1" "$out/$1.json" python -m "$2" --model "$3" --out "$out/$1.part" --fast True "${@:4}"
 }
 
 export -f part train curve measure
-all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above and its arguments
-start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint"; } # RUN: its final model
+all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
+start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint"; } # RUN: the model that it leaves
+after() { # STEPS RUN TASK: the model that RUN has become by then
+    [ "$1" = 0 ] && start "$2" || echo "$out/$seed/$2-$3/checkpoints/step-$(printf %06d "$1")"
+}
+searches() { [[ " $search_seeds " = *" $seed "* ]]; } # whether this seed does
 
-python -m experiments.begin "$out" seeds="$seeds" steps="0 $steps" budget="$budget" labels="$labels" rate="$rate"
+python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
+    chunks="$chunks" lengths="$lengths" shorter="$shorter" search_steps="$search_steps" search_seeds="$search_seeds"
 longqa="--task longqa --chunks $chunks"
+search="--task searchqa --objectives 1"
 ablations="end_to_end decoupled shuffled_rewards"
 
 for seed in $seeds; do
@@ -67,26 +75,32 @@ for seed in $seeds; do
     for run in $ablations; do echo train $seed/$run $memtrain --ablation $run; done
 done | all
 for seed in $seeds; do
-    # The dev questions are never asked here, but without --eval-questions the training questions would be split again.
-    task="$longqa --seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
+    # The development questions are never asked here. Without them the questions to learn from would be split again.
+    task="--seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
     learn="$task --questions $out/train.jsonl"
-    for run in base memtrain; do echo curve $seed/$run-task $learn --model $(start $run); done
-    for run in $ablations; do echo train $seed/$run-task $learn --steps $budget --model $(start $run); done
+    for run in base memtrain; do
+        if searches; then echo curve $seed/$run-search $search $learn --model $(start $run); fi
+        echo curve $seed/$run-task $longqa $learn --model $(start $run)
+    done
+    for run in $ablations; do echo train $seed/$run-task $longqa $learn --steps $budget --model $(start $run); done
     for label in $labels; do
-        few="$task --questions $out/train-$label-$seed.jsonl --steps $budget"
+        few="$longqa $task --questions $out/train-$label-$seed.jsonl --steps $budget"
         for run in base memtrain; do echo train $seed/$run-task-$label $few --model $(start $run); done
     done
 done | all
 for seed in $seeds; do
-    ask="$longqa --seed $seed --eval-questions $out/test-$seed.jsonl --eval-documents 48 --lengths"
+    test="--seed $seed --eval-documents 48 --eval-questions $out/test-$seed"
+    ask="$longqa $test.jsonl --lengths"
+    echo measure $seed/qa/ceiling eval tiny/model $longqa $test-told.jsonl --lengths $lengths
     for run in base memtrain; do
-        echo measure $seed/qa/$run-0 eval $(start $run) $ask $lengths
         for step in $steps; do
-            model=$out/$seed/$run-task/checkpoints/step-$(printf %06d $step)
-            echo measure $seed/qa/$run-$step eval $model $ask $lengths
+            echo measure $seed/qa/$run-$step eval $(after $step $run task) $ask $lengths
         done
         for label in $labels; do
             echo measure $seed/qa/$run-label-$label eval $(start $run-task-$label) $ask $shorter
+        done
+        for step in $(searches && echo $search_steps); do
+            echo measure $seed/qa/$run-search-$step eval $(after $step $run search) $search $test.jsonl
         done
     done
     for run in $ablations; do
@@ -94,7 +108,8 @@ for seed in $seeds; do
         echo measure $seed/qa/$run-$budget eval $(start $run-task) $ask $shorter
     done
     for run in base memtrain $ablations; do
-        echo measure $seed/habits/$run experiments.habits $(start $run) --seed $seed --eval-documents 64 --lengths 4 16
+        habits="--seed $seed --eval-documents 64 --lengths $shorter"
+        echo measure $seed/habits/$run experiments.habits $(start $run) $habits
     done
 done | all
 python -m experiments.tables "$out" "$docs"

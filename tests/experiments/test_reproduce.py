@@ -3,13 +3,18 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from engine.config import Config
 from engine.errors import UserError
 from experiments import begin
-from tasks.questions import load_questions, subject
+from tasks.questions import load_questions, load_search, subject
+from tasks.sources import load_questions_task
+from tiny.build.demonstrations import FOCUS
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +34,22 @@ def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_
         file.write_text("".join(f"{line}\n" for line in parts[name]))
         about[name] = {subject(question) for question in load_questions(file)}
     assert not about["train"] & about["test"] and not about["dev"] & (about["test"] | about["train"])
+
+
+def test_the_ceiling_is_asked_the_same_of_the_same_texts(tmp_path):
+    """Told to focus, a question keeps its number, its answer and its text at each length; and search can read it."""
+    parts = begin.parts_of(begin.QUESTIONS, ["0", "1"], [])
+    tokenizer, sources = AutoTokenizer.from_pretrained(ROOT / "tiny/model"), []
+    for name in ("test-1", "test-1-told"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(f"{line}\n" for line in parts[name]))
+        assert load_search(file) == [(question.question, question.answers) for question in load_questions(file)]
+        config = Config(task="longqa", seed=1, eval_questions=str(file))
+        sources.append(load_questions_task(config, tokenizer)[0])
+    assert len(parts["test-1"]) == len(parts["test-1-told"])
+    for number, chunks in ((0, 4), (1, 4), (7, 16)):
+        asked, told = (source.document(number, "test", chunks) for source in sources)
+        assert told == replace(asked, question=f"{asked.question} {FOCUS}") and len(told.chunks) >= chunks - 1
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):
@@ -93,7 +114,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     for at in (stops_at, "never"):
         shim.write_text(SHIM.format(python=sys.executable, log=log, stops_at=at, code=code))
         shim.chmod(0o755)
-        path = {"PATH": f"{shim.parent}:/usr/bin:/bin", "SEEDS": "0 1"}
+        path = {"PATH": f"{shim.parent}:/usr/bin:/bin", "SEEDS": "0 1 2 5"}
         done = subprocess.run([ROOT / "experiments/reproduce-tiny.sh", tmp_path / "out"], env=path, capture_output=True)
         assert (done.returncode == 0) == (at == "never"), done.stderr
     calls = [line.split() for line in log.read_text().splitlines()]
@@ -110,6 +131,14 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
     assert {threads for _, threads in at_once} == {"1"}
     habits = [call for call in calls if call[1] == "experiments.habits"]
-    assert len({(call[call.index("--out") + 1], call[call.index("--seed") + 1]) for call in habits}) == 2 * 5
+    assert len({(call[call.index("--out") + 1], call[call.index("--seed") + 1]) for call in habits}) == 4 * 5
     assert all(call[call.index("--out") + 1].split("/")[-3] == call[call.index("--seed") + 1] for call in habits)
-    assert len(trained) == 2 * (4 + 2 + 3 + 6) and sum("/qa/base-" in out for out in set(outs)) == 2 * (1 + 6 + 3)
+    assert len(trained) == 4 * (4 + 2 + 3 + 4) + 3 * 2
+    assert sum("/qa/base-" in out for out in set(outs)) == 4 * (1 + 5 + 2) + 3 * 3
+    asked = {call[call.index("--out") + 1].split(".part")[0]: " ".join(call) for call in calls}
+    for seed in "0125":  # the ceiling is the base; search is for three seeds
+        ceiling = asked[f"{tmp_path}/out/{seed}/qa/ceiling"]
+        assert "--model tiny/model" in ceiling and f"/test-{seed}-told.jsonl" in ceiling
+        searched = asked.get(f"{tmp_path}/out/{seed}/qa/memtrain-search-16")
+        assert (searched is None) == (seed == "5")
+        assert seed == "5" or f"{seed}/memtrain-search/checkpoints/step-000016 " in searched

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from rewards import boxed
 from rollout import EMPTY_MEMORY, READ_PROMPT, Turn, encode_prompt
+from tasks.questions import split_of
 from tasks.search import SEARCH
 from text.matching import MASK, TARGET, occurrences
 from tiny.build.demonstrations import (
@@ -29,7 +30,7 @@ from tiny.build.demonstrations import (
     written,
 )
 from tiny.build.measure import Skills, slot
-from tiny.build.world import PATTERNS, encyclopedia, forms, questions, sentences, split
+from tiny.build.world import ARTICLES, PATTERNS, Inventor, encyclopedia, forms, questions, split, versions
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tiny"
@@ -50,11 +51,12 @@ def tokenizer():
 
 
 def test_the_encyclopedia_is_as_large_and_as_regular_as_promised():
-    """150 subjects of four kinds, six attributes each, years are years, nobody dies before birth, titles differ."""
+    """330 subjects of four kinds, six attributes each, years are years, nobody dies before birth, titles differ."""
     subjects = encyclopedia()
     kinds = Counter(s["kind"] for s in subjects)
     titles = [s["title"] for s in subjects]
-    assert len(subjects) >= 150 and set(kinds) == set(PATTERNS) and len(set(titles)) == len(titles)
+    assert len(subjects) >= 330 and set(kinds) == set(PATTERNS) and len(set(titles)) == len(titles)
+    assert min(kinds.values()) >= 60 and json.dumps(subjects, ensure_ascii=False).isascii()
     for s in subjects:
         assert len([a for a in s["facts"] if a in PATTERNS[s["kind"]]]) >= 6, s["title"]
         for attribute in ("born", "died", "year", "founded"):
@@ -63,6 +65,16 @@ def test_the_encyclopedia_is_as_large_and_as_regular_as_promised():
             assert 10 < int(s["facts"]["died"]) - int(s["facts"]["born"]) < 105
     for one in titles:
         assert not any(occurrences(other, one) for other in titles if other != one), one
+
+
+def test_names_have_every_shape(known_and_unseen):
+    """One word, two, three and more, and an article of their own; each among the known and among the unseen."""
+    for subjects in known_and_unseen:
+        names = [s["title"].split() for s in subjects]
+        lengths = Counter(min(len(name), 3) for name in names)
+        assert min(lengths.values()) >= len(names) / 8 and set(lengths) == {1, 2, 3}
+        assert sum(name[0] in ARTICLES for name in names) >= len(names) / 12
+        assert max(len(name) for name in names) >= 4
 
 
 def test_facts_that_mirror_each_other_agree():
@@ -79,6 +91,31 @@ def test_facts_that_mirror_each_other_agree():
         work = facts.get(s["facts"].get("known_for"))
         if s["kind"] == "person" and work and work["kind"] == "work":
             assert work["facts"]["author"] == s["title"]
+
+
+def test_there_are_enough_unseen_subjects_to_choose_by_and_to_test_with(known_and_unseen):
+    """Of every kind in each split of the questions; those that the fewest facts mention."""
+    known, unseen = known_and_unseen
+    assert len(known) >= 220 and {s["title"] for s in known + unseen} == {s["title"] for s in encyclopedia()}
+    found = Counter((split_of(s["title"]), s["kind"]) for s in unseen)
+    for name, least in (("dev", 24), ("test", 36), ("train", 42)):
+        of_kind = [found[name, kind] for kind in PATTERNS]
+        assert sum(of_kind) >= least and min(of_kind) >= 4, name
+    mentions = Counter(value for s in encyclopedia() for value in s["facts"].values())
+    for key in found:
+        own, others = (
+            [mentions[s["title"]] for s in some if (split_of(s["title"]), s["kind"]) == key] for some in (unseen, known)
+        )
+        assert max(own) <= min(others), key
+
+
+def test_known_subjects_keep_enough_facts_and_name_no_unseen_one(known_and_unseen):
+    """Five facts or more of each; an unseen title isn't a part of a known value either."""
+    known, unseen = known_and_unseen
+    for s in known:
+        assert len([a for a in s["facts"] if a in PATTERNS[s["kind"]]]) >= 5, s["title"]
+    values = "\n".join(value for s in known for value in s["facts"].values())
+    assert not [s["title"] for s in unseen if occurrences(values, s["title"])]
 
 
 def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and_unseen):
@@ -98,12 +135,76 @@ def test_unseen_subjects_are_a_third_and_appear_in_no_training_passage(known_and
 
 
 def test_sentences_state_the_facts():
-    """One sentence for each fact, with the subject's name and the value in it."""
+    """Every sentence about a fact has the subject's name and the value in it; each fact has two or three."""
+    for s in encyclopedia():
+        stated = forms(s)
+        assert set(stated) == {a for a in s["facts"] if a != "placed"}
+        for a, lines in stated.items():
+            assert 2 <= len(lines) <= 3
+            assert all(s["title"] in line and s["facts"][a] in line and line.endswith(".") for line in lines)
+
+
+def test_passages_about_a_subject_never_say_the_same_twice():
+    """Two or three sentences each, the first of which begins with the subject."""
     rng = random.Random(0)
     for s in encyclopedia():
-        made = dict(sentences(s, rng))
-        assert set(made) == {a for a in s["facts"] if a != "placed"}
-        assert all(s["title"] in text and s["facts"][a] in text and text.endswith(".") for a, text in made.items())
+        told = versions(s, rng, 6)
+        lines = [line for lines in told for line in lines]
+        assert len(told) >= 3 and len(set(lines)) == len(lines)
+        assert all(len(passage) <= 3 and re.match(f"(The )?{re.escape(s['title'])}", passage[0]) for passage in told)
+
+
+# What follows stands in this wording, by hand: the article of a name, or none, at the start and inside of a sentence.
+SENTENCES = {
+    "Louvre": ["Paris became the home of the Louvre.", "The Mona Lisa made the Louvre famous."],
+    "Bodleian": ["The Bodleian is a library.", "Old Manuscripts brought the Bodleian fame."],
+    "La Scala": ["La Scala is an opera house.", "Milan became the home of La Scala."],
+    "La Fenice": ["La Fenice is an opera house.", "Giuseppe Verdi is a great name of La Fenice."],
+    "Royal Opera House": ["The Royal Opera House is an opera house.", "John Rich founded the Royal Opera House."],
+    "Uraniborg": ["Uraniborg is an observatory.", "Tycho Brahe founded Uraniborg."],
+    "Carnegie Hall": ["Carnegie Hall was founded in 1891.", "Andrew Carnegie founded Carnegie Hall."],
+    "Red Cross": ["The Red Cross is a relief movement.", "Henry Dunant founded the Red Cross."],
+    "Le Monde": ["Le Monde is a newspaper.", "Paris became the home of Le Monde."],
+    "Der Spiegel": ["Der Spiegel is a news magazine.", "1947 saw the founding of Der Spiegel."],
+    "The Economist": ["The Economist is a news magazine.", "The Big Mac Index made The Economist famous."],
+    "The Kiss": ["Gustav Klimt gave the world The Kiss.", "Vienna is where The Kiss is kept."],
+    "Las Meninas": ["Las Meninas is a painting.", "1656 was the year of Las Meninas."],
+    "Mona Lisa": ["The Mona Lisa is a painting.", "Italy is where the Mona Lisa comes from."],
+    "Hamlet": ["Hamlet is a play.", "Elsinore is where Hamlet is set."],
+    "La Boheme": ["La Boheme is an opera.", "Turin is where La Boheme premiered."],
+    "The Hague": ["The Hague lies in the Netherlands.", "The Netherlands counts The Hague among its cities."],
+    "Le Havre": ["Le Havre lies on the English Channel.", "French is spoken in Le Havre."],
+    "Paris": ["Paris is known for the Eiffel Tower.", "The Eiffel Tower is a landmark of Paris."],
+    "London": ["London is known for Tower Bridge.", "The United Kingdom has London as its capital."],
+    "El Greco": ["El Greco was a painter.", "Spain counts El Greco among its great names."],
+    "Baruch Spinoza": ["The Hague saw the last days of Baruch Spinoza.", "Baruch Spinoza died in The Hague."],
+    "Gustav Klimt": ["Gustav Klimt is known for The Kiss.", "The Kiss made Gustav Klimt famous."],
+    "Walter Gropius": ["Walter Gropius is known for the Bauhaus.", "The Bauhaus brought Walter Gropius fame."],
+}
+# Two articles, one before a name that takes none, none before a name that takes one.
+WRONG = "[Tt]he (The|La|Le|Las|Les|El|Der|Die|Das|L'|Paris|Uraniborg)\\b|(?<![Tt]he )(Louvre|Netherlands|Eiffel Tower)"
+
+
+def test_sentences_have_the_right_article():
+    """A table by hand. At least one sentence of every fact begins with the subject."""
+    facts = {s["title"]: s for s in encyclopedia()}
+    for title, wanted in SENTENCES.items():
+        stated = [sentence for found in forms(facts[title]).values() for sentence in found]
+        assert set(wanted) <= set(stated), title
+    for title, subject in facts.items():
+        for attribute, found in forms(subject).items():
+            assert 2 <= len(found) <= 3 and found[0].startswith((title, f"The {title}")), (title, attribute)
+            assert not [sentence for sentence in found if re.search(WRONG, sentence)], (title, attribute)
+
+
+def test_questions_have_the_right_article():
+    """By hand: the subject of a question, and what leads on from it, are called as in a sentence."""
+    asked = {row["question"]: row["answer"] for row in questions(encyclopedia())}
+    assert asked["In what year was the Louvre founded?"] == "1793"
+    assert asked["Whose work is The Kiss?"] == "Gustav Klimt"
+    assert asked["What language is spoken in the home city of La Scala?"] == "Italian"
+    assert asked["In what year was the founder of the Bayreuth Festival born?"] == "1813"
+    assert asked["What is a landmark of the place where Baruch Spinoza died?"] == "Peace Palace"
 
 
 def test_questions_have_their_evidence_and_start_at_unseen_subjects(known_and_unseen):
@@ -215,14 +316,14 @@ def test_who_is_told_how_to_read_does_so(known_and_unseen, tokenizer):
     assert min(told.values()) > 20 and len(told) == 3
 
 
-def test_untold_readers_differ_and_hardly_any_is_good(known_and_unseen, tokenizer):
-    """Chances and limits spread; what is named is never less likely; a few attend to it, most hardly."""
+def test_untold_readers_note_what_is_named_and_most_forget_it(known_and_unseen, tokenizer):
+    """Told nothing, all note what the problem names; few keep it, many note other things, half don't make room."""
     rng = random.Random(0)
     readers = [some_reader(rng) for _ in range(2000)]
-    assert len(set(readers)) == len(readers) and len({reader.limit for reader in readers}) == 3
-    assert all(r.copy_named >= r.copy_other and r.keep_named >= r.keep_other for r in readers)
-    gain = [r.copy_named - r.copy_other for r in readers]
-    assert sum(g > 0.5 for g in gain) > 100 and sum(g < 0.1 for g in gain) > 500
+    assert len(set(readers)) == len(readers) and len({reader.limit for reader in readers}) == 2
+    assert all(r.copy_named == 0.95 and r.copy_named >= r.copy_other and r.keep_named >= r.keep_other for r in readers)
+    assert 400 < sum(r.keep_named > 0.9 for r in readers) < 600 and sum(r.keep_named < 0.5 for r in readers) > 1300
+    assert sum(r.copy_other > 0.25 for r in readers) > 700 and 900 < sum(r.makes_room for r in readers) < 1100
     demonstrations = Demonstrations(*known_and_unseen, tokenizer, seed="6", free=1.0)
     assert not any(slot(demonstrations.reading()[0], "problem").endswith(tuple(TOLD)) for _ in range(50))
 
@@ -265,7 +366,7 @@ class Oracle:
     def __init__(self, worlds: list[list[dict]]):
         self.worlds = worlds
         self.answers = {row["question"]: row["answer"] for world in worlds for row in questions(world)}
-        self.titles = {subject["title"] for world in worlds for subject in world}
+        self.trails = {row["question"]: dict(row["hops"]) for world in worlds for row in questions(world)}
 
     def __call__(self, prompts, new_tokens):
         return [Turn([], [], True, self.solve(prompt)) for prompt in prompts]
@@ -274,12 +375,10 @@ class Oracle:
         memory = slot(prompt, "memory")
         if TARGET in prompt:
             return f"\\boxed{{{self.target(memory, slot(prompt, 'section'))}}}"
-        problem = slot(prompt, "problem")
+        problem = slot(prompt, "problem").removesuffix(FOCUS).strip()
         if "<section>" not in prompt:
             return f"\\boxed{{{self.answers.get(problem) or self.stands_for_mask(memory)}}}"
-        if not problem.endswith(FOCUS):
-            return memory
-        names = [title for title in self.titles if title in problem]
+        names = self.trails.get(problem, [MASK])
         shown = paragraphs_of(memory) + paragraphs_of(slot(prompt, "section"))
         return written([p for p in dict.fromkeys(shown) if any(name in p for name in names)])
 
@@ -300,14 +399,14 @@ class Oracle:
 
 def test_skills_are_all_met_by_an_oracle_and_by_no_mute(known_and_unseen, tokenizer):
     """Whoever solves the prompts by rules of its own meets every bar; one who writes nothing repeats no
-    sentence, and meets no other bar."""
+    sentence, notes no [MASK], and meets no other bar."""
     skills = Skills(SimpleNamespace(tokenizer=tokenizer), *known_and_unseen, n=40, seed="a")
     skills.sample = Oracle(list(skills.worlds.values()))
     for name, (least, hits) in skills.measure().items():
         assert least >= 0.85 and len(hits) >= 40 and sum(hits) / len(hits) >= least, name
     skills.sample = lambda prompts, new_tokens: [Turn([], [], True, EMPTY_MEMORY) for _ in prompts]
     for name, (_, hits) in skills.measure().items():
-        assert sum(hits) == 0 or name == "memories that repeat no sentence", name
+        assert sum(hits) == 0 or name.startswith(("memories that repeat no", "a [MASK] that nobody asks")), name
 
 
 def test_invented_worlds_know_words_of_the_unseen_but_none_of_them(known_and_unseen, tokenizer):
@@ -318,6 +417,19 @@ def test_invented_worlds_know_words_of_the_unseen_but_none_of_them(known_and_uns
     named = [name for _ in range(2000) for s in inventor.fresh() for name in (s["title"], *s["facts"].values())]
     assert not titles & set(named)
     assert words <= {word for name in named for word in name.split()}
+
+
+def test_invented_names_have_the_shapes_of_real_ones(known_and_unseen):
+    """Articles and small words stay where they are in some real title of the same kind."""
+    known, unseen = known_and_unseen
+
+    def shape(name: str) -> str:
+        return " ".join(word if word.islower() or word in ARTICLES else "X" for word in name.split())
+
+    shapes = {kind: {shape(s["title"]) for s in known + unseen if s["kind"] == kind} for kind in PATTERNS}
+    inventor = Inventor(known, unseen, random.Random(0))
+    for kind, real in shapes.items():
+        assert {shape(inventor.name(kind)) for _ in range(2000)} == real
 
 
 @pytest.mark.slow

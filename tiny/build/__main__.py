@@ -30,10 +30,10 @@ from tasks.search import SEARCH_PROMPT
 from text.matching import MASK, TARGET, occurrences
 from tiny.build.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations
 from tiny.build.measure import Skills
-from tiny.build.world import TINY, encyclopedia, passage, questions, split, words_of
+from tiny.build.world import TINY, encyclopedia, questions, split, versions, words_of
 
-VERSIONS = 6  # passages of each subject
-VOCABULARY = 2816
+VERSIONS = 6  # most passages of a subject
+VOCABULARY = 3712
 POOL, STEP_TOKENS, RATE = 2048, 6144, 2e-3  # demonstrations drawn at a time, tokens a step, peak learning rate
 POOLS, FREE = [100, 30], 0.6  # of each phase; of the readings in the second phase, those that are told nothing
 EVERY = 10  # pools of the second phase between two measurements of the skills
@@ -156,7 +156,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def passages_about(subjects: list[dict], rng) -> list[dict]:
-    return [{"title": s["title"], "text": " ".join(passage(s, rng))} for s in subjects for _ in range(VERSIONS)]
+    return [{"title": s["title"], "text": " ".join(lines)} for s in subjects for lines in versions(s, rng, VERSIONS)]
 
 
 def write_questions(path: Path, subjects: list[dict], unseen: list[dict], demonstrations: Demonstrations) -> None:
@@ -188,12 +188,12 @@ def main() -> None:
     known, unseen = split(subjects, rng)
     folder = arguments.out / ".build"  # all is made in here, and moved when it is whole
     (folder / "made").mkdir(parents=True, exist_ok=True)
-    passages = passages_about(known, rng)
-    write_jsonl(folder / "made/passages.jsonl", passages)
-    write_jsonl(folder / "made/passages_all.jsonl", passages + passages_about(unseen, rng))  # to search in
+    texts = passages_about(known, rng)
+    write_jsonl(folder / "made/passages.jsonl", texts)
+    write_jsonl(folder / "made/passages_all.jsonl", texts + passages_about(unseen, rng))  # to search in
     words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
-    texts, asked = [p["text"] for p in passages], [row["question"] for row in questions(known)]
-    tokenizer = build_tokenizer(texts * 3 + asked * 3 + words * 60)
+    told, asked = [p["text"] for p in texts], [row["question"] for row in questions(known)]
+    tokenizer = build_tokenizer(told * 3 + asked * 3 + words * 60)
     demonstrations = Demonstrations(known, unseen, tokenizer, seed="questions")
     write_questions(folder / "made/questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer)

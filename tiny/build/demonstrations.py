@@ -12,7 +12,7 @@ from tasks.longqa import numbered_document
 from tasks.search import NOTHING, SEARCH_PROMPT, result_text
 from text.chunking import cut_chunks
 from text.matching import MASK, TARGET, occurrences
-from tiny.build.world import Inventor, names_of, passage, questions, stating
+from tiny.build.world import Inventor, names_of, passage, questions, stating, versions
 
 CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = Config.chunk_tokens, Config.memory_tokens, Config.searches
 NOTES_TOKENS = MEMORY_TOKENS - 2  # of a memory in a demonstration, so that its EOS fits, too
@@ -31,6 +31,7 @@ class Reader:
     keep_named: float
     keep_other: float
     limit: int = NOTES_TOKENS
+    makes_room: bool = True  # where not all fits, what the problem names goes first, not what stands first
 
     def chance(self, old: bool, named: bool) -> float:
         if old:
@@ -47,13 +48,17 @@ TOLD = {FOCUS: Reader(1, 0, 1, 0), EVERYTHING: Reader(1, 1, 1, 1)}
 def some_reader(rng) -> Reader:
     """A reader who was told nothing. Nobody says who reads: it shows only in what was kept.
 
-    Few note much, and few keep long what they noted; what the problem names counts for some of them.
+    All note what the problem names. What decides long texts they do badly: most forget it soon, many note other things
+    too, and half of them don't make room.
     """
-    limit = rng.choice((24, 40, NOTES_TOKENS))
-    copy_other, keep_other = rng.betavariate(1.2, 2.4), rng.betavariate(2, 1.2)
-    attention = rng.betavariate(0.7, 1.5)  # 0: does not look at the problem
-    copy_named, keep_named = (chance + (1 - chance) * attention for chance in (copy_other, keep_other))
-    return Reader(copy_named, copy_other, keep_named, keep_other, limit)
+    limit = rng.choice((40, NOTES_TOKENS, NOTES_TOKENS))
+    copy_other = rng.betavariate(1, 3)
+    keep_named, keep_other = rng.betavariate(1, 4), rng.betavariate(3, 1)
+    if rng.random() < 0.25:
+        keep_named = 1.0
+    else:
+        keep_other *= keep_named
+    return Reader(0.95, copy_other, keep_named, keep_other, limit, rng.random() < 0.5)
 
 
 def holds(text: str, entity: str) -> bool:
@@ -91,7 +96,7 @@ class Demonstrations:
 
     def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: str, free: float = 0.0):
         self.rng, self.free = random.Random(seed), free
-        self.known, self.tokenizer = known, tokenizer
+        self.known, self.tokenizer, self.known_questions = known, tokenizer, questions(known)
         self.inventor = Inventor(known, unseen, self.rng)
         self.cost = lru_cache(200_000)(lambda text: len(tokenizer(text)["input_ids"]))  # in tokens
 
@@ -104,7 +109,10 @@ class Demonstrations:
     def masked(self, world: list[dict], size: int) -> tuple[list[list[str]], str]:
         """Passages of a document (lists of sentences) with one entity of a pivot masked, and that entity."""
         pivot = self.rng.choice(world)
-        passages = [passage(s, self.rng) for s in subjects_around(world, pivot, self.rng, size)]
+        around = subjects_around(world, pivot, self.rng, size)
+        # Some have two passages, as in the documents that MemTrain trains on.
+        passages = [lines for s in around for lines in versions(s, self.rng, self.rng.choice((1, 1, 2)))]
+        passages = self.rng.sample(passages, min(size, len(passages)))
         text = " ".join(s for p in passages for s in p if pivot["title"] in s)
         found = entities([pivot], text)
         if not found:
@@ -114,7 +122,7 @@ class Demonstrations:
 
     def question(self, world: list[dict]) -> dict:
         """A question over `world`, half of the time of two hops."""
-        rows = questions(world)
+        rows = self.known_questions if world is self.known else questions(world)
         two_hops = [r for r in rows if len(r["hops"]) == 2]
         return self.rng.choice(two_hops if two_hops and self.rng.random() < 0.5 else rows)
 
@@ -123,7 +131,9 @@ class Demonstrations:
         by_title, needed = {s["title"]: s for s in world}, dict(row["hops"])
         subjects = [by_title[title] for title in needed]
         around = subjects_around(world, subjects[0], self.rng, size)
-        chosen = [*subjects, *(s for s in around if s not in subjects)][:size]
+        if self.rng.random() < 0.4:  # as a task's text has it: among passages of the known world
+            around = self.rng.sample(self.known, size)
+        chosen = [*subjects, *(s for s in around if s["title"] not in needed)][:size]
         self.rng.shuffle(chosen)
         titles = [s["title"] for s in chosen]
         passages = [passage(s, self.rng, must=needed.get(s["title"], "")) for s in chosen]
@@ -131,11 +141,14 @@ class Demonstrations:
         return titles, passages, evidence
 
     def sections(self, passages: list[list[str]], titles: list[str] | None = None) -> list[str]:
-        """The passages as chunks; with `titles` they are numbered documents, and no heading stands alone."""
-        text, headings = "", []
+        """The passages as chunks; with `titles` they are numbered documents, and no heading stands alone.
+
+        They may be from the middle of a long text, and have its numbers.
+        """
+        text, headings, first = "", [], self.rng.choice((1, self.rng.randrange(1, 80)))
         for n, lines in enumerate(passages):
             body = " ".join(lines)
-            document = numbered_document(n + 1, titles[n], body) if titles else f"{body}\n\n"
+            document = numbered_document(first + n, titles[n], body) if titles else f"{body}\n\n"
             headings.append((len(text), len(text) + len(document) - len(body) - 1))
             text += document
         return cut_chunks(text.rstrip("\n"), headings, self.tokenizer, CHUNK_TOKENS)
@@ -150,15 +163,18 @@ class Demonstrations:
         """The next memory: whole paragraphs of the old one and of the section, each in the order in which they stand.
 
         A paragraph is named if it holds the first name of the `trail`, or the second once some paragraph holds both.
-        Where not all fits, named paragraphs go first, and then what stands first.
+        Where not all fits, what stands first goes first; a reader who makes room takes what is about a name before it,
+        and then what only mentions one.
         """
         new = [re.sub(r"^Document \d+: .*\n", "", paragraph) for paragraph in section.strip().split("\n\n")]
         paragraphs = [p for p in dict.fromkeys(memory + new) if p]
         names = [n for n in trail if n == trail[0] or any(n in p and trail[0] in p for p in paragraphs)]
         named = {p for p in paragraphs if any(n in p for n in names)}
         chosen = [p for p in paragraphs if self.rng.random() < reader.chance(p in memory, p in named)]
+        beginnings = (*names, *(f"The {name}" for name in names))
+        first = sorted(chosen, key=lambda p: (p not in named, not p.startswith(beginnings)))
         kept: set[str] = set()
-        for paragraph in sorted(chosen, key=lambda p: p not in named):
+        for paragraph in first if reader.makes_room else chosen:
             if self.size([*kept, paragraph]) <= reader.limit:
                 kept.add(paragraph)
         return [p for p in chosen if p in kept]
@@ -192,35 +208,62 @@ class Demonstrations:
     def problem(self, world: list[dict]) -> tuple[str, list[str], list[str]]:
         """(problem, trail, sections): about [MASK] or about names, in passages with or without titles.
 
-        Some ask about [MASK] as about any other subject, so that it is read as a name.
+        Some ask about [MASK] as about any other subject, so that it is read as a name. In most others something is
+        masked that nobody asks about, so that [MASK] by itself is not worth a note.
         """
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.4:
             passages, _ = self.masked(world, 10)
             return QUESTION, [MASK], self.sections(passages)
         row = self.question(world)
         titles, passages, _ = self.context(row, world, 10)
         problem, trail = row["question"], [title for title, _ in row["hops"]]
-        if self.rng.random() < 0.3:
-            name, trail = trail[0], [MASK, *trail[1:]]
-            problem, *titles = (mask(text, name, MASK) for text in (problem, *titles))
-            passages = [[mask(s, name, MASK) for s in lines] for lines in passages]
+        asked = self.rng.random() < 0.3
+        if hidden := trail[0] if asked else self.unasked(row, titles, passages):
+            problem, *titles = (mask(text, hidden, MASK) for text in (problem, *titles))
+            passages = [[mask(s, hidden, MASK) for s in lines] for lines in passages]
+            trail = [MASK if name == hidden else name for name in trail]
         return problem, trail, self.sections(passages, titles if self.rng.random() < 0.7 else None)
+
+    def unasked(self, row: dict, titles: list[str], passages: list[list[str]]) -> str | None:
+        """A name to mask that question `row` doesn't lead to: of a passage about something else. Some have none."""
+        trail = [title for title, _ in row["hops"]]
+        others = [lines for title, lines in zip(titles, passages, strict=True) if title not in trail]
+        names = [title for title in titles if title not in trail and not holds(row["question"], title)]
+        if self.rng.random() < 0.2 or not names:
+            return None
+        told_of_trail = " ".join(s for lines in passages for s in lines if any(holds(s, name) for name in trail))
+        names = [name for name in names if not holds(told_of_trail, name) and any(name in s for o in others for s in o)]
+        return self.rng.choice(names) if names else None
+
+    def turn(self, chunks: list[str], trail: list[str]) -> int:
+        """Which section is read: mostly one that names what is looked for, else one of those that come after.
+
+        Or one with a [MASK] that nobody asks about.
+        """
+        naming = [n for n, chunk in enumerate(chunks) if any(holds(chunk, name) for name in trail)]
+        unasked = [n for n, chunk in enumerate(chunks) if MASK in chunk and MASK not in trail]
+        draw = self.rng.random()
+        if unasked and draw < 0.3:
+            return self.rng.choice(unasked)
+        if naming and draw < 0.7:
+            return self.rng.choice(naming)
+        return self.rng.randrange(naming[0] if naming and draw < 0.9 else 0, len(chunks))
 
     def reading(self, world: list[dict] | None = None) -> tuple[str, str]:
         """One turn of a reading. All but a share `free` of the problems say how to read."""
         world = world or self.world(0.65, 0.2)
         problem, trail, chunks = self.problem(world)
-        step = self.rng.randrange(len(chunks))
-        told = self.rng.choice((FOCUS, FOCUS, EVERYTHING)) if self.rng.random() >= self.free else ""
+        now = self.turn(chunks, trail)
+        told = self.rng.choice((FOCUS, FOCUS, FOCUS, EVERYTHING)) if self.rng.random() >= self.free else ""
         reader, memory = some_reader(self.rng), []
-        before = self.rng.choice((reader, TOLD[told])) if told else reader
-        for section in chunks[:step]:
+        before = self.rng.choice((reader, TOLD.get(told, reader), TOLD[EVERYTHING]))  # this one fills the memory
+        for section in chunks[:now]:
             memory = self.notes(before, memory, section, trail)
-        notes = self.notes(TOLD.get(told, reader), memory, chunks[step], trail)
+        notes = self.notes(TOLD.get(told, reader), memory, chunks[now], trail)
         if told == FOCUS and not notes and self.rng.random() < 0.9:  # "(empty)" is soon learned, to find is not
             return self.reading(world)
         problem = f"{problem} {told}".strip()
-        return READ_PROMPT.format(problem=problem, memory=written(memory), section=chunks[step]), written(notes)
+        return READ_PROMPT.format(problem=problem, memory=written(memory), section=chunks[now]), written(notes)
 
     def masked_answer(self) -> tuple[str, str]:
         """[MASK] named from a memory that says something about it."""
@@ -228,7 +271,8 @@ class Demonstrations:
         clues = [s for p in passages for s in p if MASK in s]
         self.rng.shuffle(clues)
         memory = self.some_notes(passages, clues[: self.rng.choice((1, 1, 2, 3))])
-        return ANSWER_PROMPT.format(problem=QUESTION, memory=memory), f"\\boxed{{ {entity}}}"
+        problem = f"{QUESTION} {self.rng.choice(('', '', '', FOCUS))}".strip()
+        return ANSWER_PROMPT.format(problem=problem, memory=memory), f"\\boxed{{ {entity}}}"
 
     def asked_answer(self, world: list[dict] | None = None, row: dict | None = None) -> tuple[str, str]:
         """A question, by default any over any world, answered from a memory that holds its evidence."""
@@ -236,7 +280,8 @@ class Demonstrations:
         row = row or self.question(world)
         _, passages, evidence = self.context(row, world, 5)
         memory = self.some_notes(passages, evidence)
-        return ANSWER_PROMPT.format(problem=row["question"], memory=memory), f"\\boxed{{ {row['answer']}}}"
+        problem = f"{row['question']} {self.rng.choice(('', '', '', FOCUS))}".strip()
+        return ANSWER_PROMPT.format(problem=problem, memory=memory), f"\\boxed{{ {row['answer']}}}"
 
     def recalling(self, world: list[dict] | None = None) -> tuple[str, str]:
         """[TARGET] in a section named from a memory, or said to be unknown."""
@@ -260,8 +305,9 @@ class Demonstrations:
 
     def results(self, world: list[dict], subject: dict, attribute: str) -> list[tuple[str, list[str]]]:
         """Three (title, sentences) that a search for `subject` finds: the first states this fact of it."""
-        musts = [attribute, "", ""][: self.rng.choice((1, 2, 3))]
-        pages = [(subject["title"], passage(subject, self.rng, must)) for must in musts]
+        most, pages = self.rng.choice((1, 2, 3)), [(subject["title"], passage(subject, self.rng, attribute))]
+        while len(pages) < most and (lines := passage(subject, self.rng, said={s for _, own in pages for s in own})):
+            pages.append((subject["title"], lines))
         for other in subjects_around(world, subject, self.rng, 4):
             if len(pages) < 3 and other is not subject:
                 pages.append((other["title"], passage(other, self.rng)))
@@ -308,8 +354,8 @@ class Demonstrations:
     def draw(self) -> Turn:
         """One demonstration, as if it had been sampled, of a kind that is drawn by the shares here."""
         makers = {
-            self.reading: 0.44, self.masked_answer: 0.19, self.recalling: 0.14, self.asked_answer: 0.17,
-            self.searching: 0.06,
+            self.reading: 0.54, self.masked_answer: 0.13, self.recalling: 0.11, self.asked_answer: 0.12,
+            self.searching: 0.10,
         }
         (make,) = self.rng.choices(list(makers), makers.values())
         prompt, completion = make()

@@ -2,7 +2,8 @@
 
     python -m tiny.build.measure [MODEL]
 
-Skills, greedy, each by itself, beside the least that it should reach. Then, sampled, what decides whether GRPO has
+Skills, greedy, each by itself, beside the least that it should reach. Whole readings, greedy: told to focus, which is
+the ceiling of what a policy can reach from here, and told nothing. Then, sampled, what decides whether GRPO has
 anything to learn from: end-to-end and recall on training documents, and questions of tiny/questions.jsonl, of one hop
 and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
 """
@@ -20,16 +21,17 @@ from engine.config import Config
 from engine.errors import UserError, run_script
 from engine.metrics import sample_text, share
 from eval import load_sampler
-from masking import Document, draw_recall, load_corpus
+from masking import Document, draw_recall, load_corpus, mask
 from rewards import answer_reward, boxed, exact_match, recall_reward
 from rollout import EMPTY_MEMORY, READ_PROMPT, Sampler, fill, read, recall
-from tasks.longqa import LongText
-from tasks.questions import load_questions
+from tasks.longqa import LongQA, LongText, measured
+from tasks.questions import load_questions, split_of, subject
 from text.matching import MASK
 from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
 from tiny.build.world import TINY, encyclopedia, forms, names_of, split
 
 DOCUMENTS, SAMPLES = 60, 4
+WHOLE, LENGTHS = 200, (4, 8, 16, 32)  # whole readings of a kind, chunks of each
 
 # ---- skills --------------------------------------------------------------------------------------------
 
@@ -60,26 +62,30 @@ class Skills:
     def measure(self) -> dict[str, tuple[float, list[bool]]]:
         """skill -> (the least share of hits that it should reach, its hits). Each call asks the same."""
         self.demonstrations.rng.seed(self.seed)
+        known, unseen, invented = self.worlds.values()
         faithful, once = self.faithful()
-        kept = [paragraph in memory for paragraph, memory in self.ask(self.keeping(), MEMORY_TOKENS)]
-        one_hop, two_hops = self.right(self.answering(1)), self.right(self.answering(2))
-        named, recalled = self.right(self.naming()), self.right(self.recalling())
-        noted = {}
-        for name, world in self.worlds.items():
-            asked = self.ask(self.noting(world), MEMORY_TOKENS)
-            noted[name] = [sentences <= set(split_sentences(memory)) for sentences, memory in asked]
+        left_out = [MASK not in memory for _, memory in self.ask(self.ignoring(), MEMORY_TOKENS)]
         return {
             "sentences that stand word for word in the old memory or the section": (0.97, faithful),
             "memories that repeat no sentence": (0.98, once),
-            "the asked paragraph is noted, known subjects": (0.95, noted["known"]),
-            "the asked paragraph is noted, unseen subjects": (0.9, noted["unseen"]),
-            "the asked paragraph is noted, invented subjects": (0.9, noted["invented"]),
-            "the asked paragraph is kept": (0.98, kept),
-            "answer, one hop": (0.95, one_hop),
-            "answer, two hops": (0.85, two_hops),
-            "answer, [MASK]": (0.9, named),
-            "recall": (0.9, recalled),
+            "the asked paragraph is noted, known subjects": (0.95, self.noted(self.noting(known))),
+            "the asked paragraph is noted, unseen subjects": (0.95, self.noted(self.noting(unseen))),
+            "the asked paragraph is noted, invented subjects": (0.95, self.noted(self.noting(invented))),
+            "..., at a full memory, unseen subjects": (0.9, self.noted(self.noting(unseen, full=True))),
+            "..., at a full memory, invented subjects": (0.9, self.noted(self.noting(invented, full=True))),
+            "..., told nothing, unseen subjects": (0.85, self.noted(self.noting(unseen, told=""))),
+            "the second hop's paragraph is noted": (0.85, self.noted(self.following())),
+            "the asked paragraph is kept": (0.99, self.noted(self.keeping())),
+            "a [MASK] that nobody asks about is left out": (0.95, left_out),
+            "answer, one hop": (0.95, self.right(self.answering(1))),
+            "answer, two hops": (0.85, self.right(self.answering(2))),
+            "answer, [MASK]": (0.9, self.right(self.naming())),
+            "recall": (0.9, self.right(self.recalling())),
         }
+
+    def noted(self, drawn) -> list[bool]:
+        """Whether all the sentences that are wanted stand in the memory."""
+        return [wanted <= set(split_sentences(memory)) for wanted, memory in self.ask(drawn, MEMORY_TOKENS)]
 
     def ask(self, drawn, new_tokens: int) -> list[tuple]:
         """(what is wanted, one greedy completion) of the first `n` that are drawn as (prompt, what is wanted)."""
@@ -109,35 +115,75 @@ class Skills:
 
     # ---- what is asked, without end: (prompt, what is wanted) ----
 
-    def noting(self, world: list[dict]):
-        """All that the section says about what is asked is to be noted, told to focus.
+    def noting(self, world: list[dict], told: str = FOCUS, full: bool = False):
+        """All that the section says about what is asked is to be noted, from an empty memory or one full of others.
 
         Half of the questions are of two hops; then it is the paragraph about the first.
         """
-        while True:
-            row = self.demonstrations.question(world)
-            titles, passages, _ = self.demonstrations.context(row, world, 10)
+        for row, titles, passages in self.contexts(cycle([world])):
             asked = titles.index(row["hops"][0][0])
-            sections = self.demonstrations.sections(passages, titles)
-            section = next(s for s in sections if f"Document {asked + 1}:" in s)
-            prompt = fill(READ_PROMPT, problem=f"{row['question']} {FOCUS}", memory=EMPTY_MEMORY, section=section)
-            yield prompt, {sentence for sentence in passages[asked] if sentence in section}
+            section = self.section_of(titles, passages, asked)
+            memory = self.others(row, titles, passages, section) if full else []
+            wanted = {sentence for sentence in passages[asked] if sentence in section}
+            yield self.reading(f"{row['question']} {told}".strip(), memory, section), wanted
+
+    def following(self):
+        """The paragraph about the second of two hops is to be noted, once the first stands in the memory."""
+        for row, titles, passages in self.contexts(self.heldout()):
+            if len(row["hops"]) == 2:
+                first, second = (titles.index(title) for title, _ in row["hops"])
+                section, memory = self.section_of(titles, passages, second), [" ".join(passages[first])]
+                wanted = {sentence for sentence in passages[second] if sentence in section}
+                if memory[0] not in section and self.demonstrations.size([*memory, *wanted]) <= NOTES_TOKENS:
+                    yield self.reading(f"{row['question']} {FOCUS}", memory, section), wanted
 
     def keeping(self):
         """A noted paragraph about what is asked is to stand in the next memory, told to focus."""
         rng = self.demonstrations.rng
-        for world in self.heldout():
+        for row, titles, passages in self.contexts(self.heldout()):
+            asked = passages[titles.index(row["hops"][0][0])]
+            others = self.others(row, titles, passages, "")
+            memory = [" ".join(asked), *rng.sample(others, min(len(others), rng.randrange(3)))]
+            if others and self.demonstrations.size(memory) <= NOTES_TOKENS:
+                rng.shuffle(memory)
+                section = rng.choice(self.demonstrations.sections([[other] for other in others]))
+                yield self.reading(f"{row['question']} {FOCUS}", memory, section), set(asked)
+
+    def ignoring(self):
+        """A section tells of a [MASK] that the problem doesn't ask about; the memory holds what is asked or nothing."""
+        rng = self.demonstrations.rng
+        for row, titles, passages in self.contexts(self.heldout()):
+            if hidden := self.demonstrations.unasked(row, titles, passages):
+                titles = [mask(title, hidden, MASK) for title in titles]
+                passages = [[mask(s, hidden, MASK) for s in lines] for lines in passages]
+                section = self.section_of(titles, passages, titles.index(MASK))
+                asked = " ".join(passages[titles.index(row["hops"][0][0])])
+                memory = [asked] if asked not in section and rng.random() < 0.5 else []
+                yield self.reading(f"{row['question']} {FOCUS}", memory, section), None
+
+    def contexts(self, worlds):
+        """(question, titles, passages) over each of the worlds."""
+        for world in worlds:
             row = self.demonstrations.question(world)
             titles, passages, _ = self.demonstrations.context(row, world, 10)
-            paragraphs = dict(zip(titles, map(" ".join, passages), strict=True))
-            asked = paragraphs[row["hops"][0][0]]
-            others = [paragraph for title, paragraph in paragraphs.items() if title not in dict(row["hops"])]
-            memory = [asked, *rng.sample(others, rng.randrange(3))]
-            if self.demonstrations.size(memory) <= NOTES_TOKENS:
-                rng.shuffle(memory)
-                slots = {"problem": f"{row['question']} {FOCUS}", "memory": written(memory)}
-                section = rng.choice(self.demonstrations.sections([[other] for other in others]))
-                yield fill(READ_PROMPT, **slots, section=section), asked
+            yield row, titles, passages
+
+    def section_of(self, titles: list[str], passages: list[list[str]], asked: int) -> str:
+        """The section of this passage, among the numbered documents of a text."""
+        sections = self.demonstrations.sections(passages, titles)
+        return next(section for section in sections if f": {titles[asked]}\n" in section)
+
+    def others(self, row: dict, titles: list[str], passages: list[list[str]], section: str) -> list[str]:
+        """Paragraphs that name nothing that is asked and don't stand in the section, as many as a memory holds."""
+        trail, found = [title for title, _ in row["hops"]], []
+        for paragraph in map(" ".join, passages):
+            fits = self.demonstrations.size([*found, paragraph]) <= NOTES_TOKENS
+            if fits and paragraph not in section and not any(name in paragraph for name in trail):
+                found.append(paragraph)
+        return found
+
+    def reading(self, problem: str, memory: list[str], section: str) -> str:
+        return fill(READ_PROMPT, problem=problem, memory=written(memory), section=section)
 
     def answering(self, hops: int):
         """A question is to be answered from a memory that holds its evidence."""
@@ -163,6 +209,34 @@ class Skills:
             prompt, completion = self.demonstrations.recalling(world)
             if boxed(completion).strip() != UNKNOWN:
                 yield prompt, completion
+
+
+# ---- whole readings ---------------------------------------------------------------------------------------
+
+
+def print_whole(sample: Sampler, corpus, config: Config) -> None:
+    """How many documents of each length are answered right: masked ones, and questions whose subject is in no test."""
+    pool = measured([(passage.title, passage.text) for passage in corpus.passages], sample.tokenizer)
+    asked = [q for q in load_questions(TINY / "questions.jsonl") if split_of(subject(q)) != "test"]
+    sources = {"[MASK]": lambda n, chunks: corpus.document(n, "heldout", chunks=chunks)}
+    for hops, name in ((1, "one hop"), (2, "two hops")):
+        own = [q for q in asked if len(q.gold) == hops]
+        own = own[:: max(1, len(own) // WHOLE)][:WHOLE]
+        how = dict(seed=0, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
+        source = LongQA({"dev": own}, pool, sample.tokenizer, **how)
+        sources[name] = lambda n, chunks, source=source: source.document(n, "dev", chunks)
+    print("\n| whole readings, greedy |", *(f"{n} chunks |" for n in LENGTHS), "n |")
+    print("|---|", "---|" * (len(LENGTHS) + 1))
+    for name, document in sources.items():
+        for told in (FOCUS, ""):
+            cells = [f"{name}, {'told to focus' if told else 'told nothing'}"]
+            for chunks in LENGTHS:
+                documents = [document(n, chunks) for n in range(WHOLE)]
+                documents = [replace(d, question=f"{d.question} {told}".strip()) for d in documents]
+                read_by = read(sample, documents, config, progress=f"{name}, {chunks} chunks")
+                hits = [answer_reward(t.prediction, t.document.answers) for t in read_by]
+                cells.append(share(sum(hits), WHOLE))
+            print("|", " | ".join([*cells, str(WHOLE)]), "|")
 
 
 # ---- success ----------------------------------------------------------------------------------------------
@@ -201,6 +275,7 @@ def main() -> None:
         print_row([name, str(least)], hits)
 
     corpus = load_corpus(config, sample.tokenizer)
+    print_whole(skills.sample, corpus, config)
     print("\n| sampled at temperature 1 | success | n |\n|---|---|---|")
     documents = [corpus.document(i) for i in range(DOCUMENTS)]
     trajectories = read(sample, documents, config, samples=SAMPLES, progress="end-to-end")

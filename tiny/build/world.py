@@ -8,7 +8,10 @@ sorts: the true one (encyclopedia.jsonl), mixed ones (true titles, facts dealt o
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
+
+from tasks.questions import split_of
 
 TINY = Path(__file__).resolve().parents[1]
 
@@ -17,8 +20,9 @@ TINY = Path(__file__).resolve().parents[1]
 # and drop the rest. Most begin with the title or with the value, and so with [MASK] when that is what was masked.
 ENGLISH = json.loads(Path(__file__).with_name("english.json").read_text())
 PATTERNS, QUESTIONS, LINKS = (ENGLISH[name] for name in ("sentences", "questions", "links"))
-PLURALS = ("States", "Kingdom", "Netherlands", "Empire", "Union", "Republic", "Philippines", "Emirates")
-ARTICLED = ("museum", "gallery", "library", "observatory", "orchestra", "academy", "school", "theatre", "opera house")
+WITH_THE = set(ENGLISH["with_the"])  # the names before which English says "the": the Louvre, the Eiffel Tower
+ARTICLED = ("museum", "library", "orchestra", "festival", "theatre", "opera house")  # before all of these forms, too
+ARTICLES = ("The", "La", "Le", "Las", "Les", "Il", "El", "Der", "Die", "Das")  # of a name's own: The Kiss, La Scala
 
 
 def encyclopedia() -> list[dict]:
@@ -33,26 +37,34 @@ def names_of(subjects: list[dict]) -> set[str]:
 
 def words_of(subjects: list[dict]) -> list[str]:
     """The capitalised words in names and facts of `subjects`: what things are called, not what belongs to whom."""
-    return sorted({word for word in re.findall(r"\w+", " ".join(names_of(subjects))) if word[0].isupper()})
+    return sorted({word for word in " ".join(names_of(subjects)).split() if word[0].isupper()})
 
 
 # ---- sentences and passages --------------------------------------------------------------------------
 
 
+def with_the(name: str) -> str:
+    return f"the {name}" if name in WITH_THE else name
+
+
+def called(subject: dict) -> str:
+    """What a sentence calls `subject`: "the Louvre", "La Scala", "Paris"."""
+    title = subject["title"]
+    if subject["facts"].get("form") in ARTICLED and title.split()[0] not in ARTICLES:
+        return f"the {title}"
+    return with_the(title)
+
+
 def forms(subject: dict) -> dict[str, list[str]]:
     """attribute -> every sentence that states this fact of `subject`."""
-    facts, title = subject["facts"], subject["title"]
-    definite = subject["kind"] == "institution" and facts["form"] in ARTICLED
-    found = {}
+    facts, found = subject["facts"], {}
     for attribute, patterns in PATTERNS[subject["kind"]].items():
         if value := facts.get(attribute):
-            words = {
-                "name": f"the {title}" if definite else title, "value": value,
-                "the": f"the {value}" if value.endswith(PLURALS) else value,
-            }
+            words = {"name": called(subject), "value": with_the(value)}
             words |= {key.capitalize(): word[0].upper() + word[1:] for key, word in words.items()}
             words["a"] = "an" if value[0] in "aeiou" and not value.startswith("uni") else "a"
-            words["placed"] = facts.get("placed", "belongs to")
+            words["placed"] = facts.get("placed", "is found in")
+            words["done"] = words["placed"].removesuffix(" in")
             found[attribute] = [pattern.format(**words) for pattern in patterns]
     return found
 
@@ -63,27 +75,36 @@ def stating(subject: dict, attribute: str, lines: list[str]) -> str | None:
     return next((line for line in lines if line in stated), None)
 
 
-def sentences(subject: dict, rng) -> list[tuple[str, str]]:
-    """(attribute, sentence) for every fact of `subject`, in random order, each in one of its forms."""
-    lines = [(attribute, rng.choice(stated)) for attribute, stated in forms(subject).items()]
-    rng.shuffle(lines)
-    return lines
+def passage(subject: dict, rng, must: str = "", said: set[str] = frozenset()) -> list[str]:
+    """Two or three sentences about `subject`, in random order, one of them on the attribute `must`, none of `said`.
 
-
-def passage(subject: dict, rng, must: str = "") -> list[str]:
-    """Two or three sentences about `subject`, in random order, one of them on the attribute `must`.
-
-    The first begins with the subject, as those of an encyclopedia do.
+    The first begins with the subject, as those of an encyclopedia do; [] where no such sentence is left.
     """
-    lines = sentences(subject, rng)
+    left = {a: [line for line in stated if line not in said] for a, stated in forms(subject).items()}
+    lines = [(a, rng.choice(stated)) for a, stated in left.items() if stated]
+    rng.shuffle(lines)
     lines.sort(key=lambda line: line[0] != must)  # stable: the rest stays shuffled
     lines = lines[: rng.choice((2, 3))]
     rng.shuffle(lines)
-    (attribute, first), *others = lines
     beginnings = (subject["title"], f"The {subject['title']}")
+    opening = {a: [line for line in stated if line.startswith(beginnings)] for a, stated in left.items()}
+    lines.sort(key=lambda line: not opening[line[0]])
+    if not (lines and opening[lines[0][0]]):
+        return []
+    (attribute, first), *others = lines
     if not first.startswith(beginnings):
-        first = rng.choice([form for form in forms(subject)[attribute] if form.startswith(beginnings)])
+        first = rng.choice(opening[attribute])
     return [first, *(sentence for _, sentence in others)]
+
+
+def versions(subject: dict, rng, most: int) -> list[list[str]]:
+    """Up to `most` passages about `subject`, no sentence in two of them: a text that repeats itself teaches to."""
+    found, said = [], set()
+    for _ in range(most):
+        if lines := passage(subject, rng, said=said):
+            found.append(lines)
+            said.update(lines)
+    return found
 
 
 def questions(world: list[dict]) -> list[dict]:
@@ -94,12 +115,12 @@ def questions(world: list[dict]) -> list[dict]:
     by_title = {subject["title"]: subject for subject in world}
     found = []
     for subject in world:
-        title = subject["title"]
-        asked = [(title, subject, [])]  # what a question calls its last subject, that subject, the hops that lead to it
+        title, name = subject["title"], called(subject)
+        asked = [(name, subject, [])]  # what a question calls its last subject, that subject, the hops that lead to it
         for link, phrase in LINKS.get(subject["kind"], {}).items():
             bridge = by_title.get(subject["facts"].get(link))
             if bridge not in (None, subject):
-                asked.append((phrase.format(x=title), bridge, [(title, link)]))
+                asked.append((phrase.format(x=name), bridge, [(title, link)]))
         for name, last, hops in asked:
             for attribute, pattern in QUESTIONS[last["kind"]].items():
                 value = last["facts"].get(attribute)
@@ -111,19 +132,22 @@ def questions(world: list[dict]) -> list[dict]:
 
 # ---- the split: a third of the subjects stays unseen ------------------------------------------------
 
+# How many of a kind's subjects in each split of the questions: of the few in dev most, to have enough to choose by.
+UNSEEN = {"train": 0.27, "dev": 0.7, "test": 0.3}
+
 
 def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
-    """(known, unseen): a third of each kind is unseen, those that the fewest facts mention.
+    """(known, unseen): of each kind and in each split of the questions, those that the fewest facts mention are unseen.
 
     Known subjects lose the facts that name an unseen one, so that no demonstration names one.
     """
     mentions = Counter(value for s in subjects for value in s["facts"].values())
     unseen: set[str] = set()
-    for kind in PATTERNS:
-        titles = [s["title"] for s in subjects if s["kind"] == kind]
+    for kind, (name, share) in product(PATTERNS, UNSEEN.items()):
+        titles = [s["title"] for s in subjects if s["kind"] == kind and split_of(s["title"]) == name]
         rng.shuffle(titles)
         titles.sort(key=lambda title: mentions[title])
-        unseen.update(titles[: len(titles) // 3 + 1])
+        unseen.update(titles[: round(share * len(titles))])
     seen = [s for s in subjects if s["title"] not in unseen]
     known = [{**s, "facts": {a: v for a, v in s["facts"].items() if v not in unseen}} for s in seen]
     return known, [s for s in subjects if s["title"] in unseen]
@@ -139,13 +163,18 @@ KIND_OF_LINK = {"birthplace": "place", "deathplace": "place", "city": "place", "
 class Inventor:
     """Invents subjects.
 
-    Names are made of the words of real ones, and of others that look like them: a chain over letter pairs. Of the
-    `unseen` only words are taken, not what belongs to whom: no invented thing has the name of one.
+    Names have the shape of real ones: "The Kiss" gives an article and a word, "War and Peace" two words around "and".
+    The words are those of real names, and others that look like them: a chain over letter pairs. Of the `unseen` only
+    shapes and words are taken, not what belongs to whom: no invented thing has the name of one.
     """
 
     def __init__(self, known: list[dict], unseen: list[dict], rng):
         self.rng, self.known = rng, known
-        self.words, self.taken = words_of(known + unseen), {s["title"] for s in unseen}
+        self.words = [word for word in words_of(known + unseen) if word not in ARTICLES]
+        self.taken = {name for s in unseen for name in (s["title"], s["title"].removeprefix("The "))}
+        self.shapes: dict[str, list[list[str]]] = defaultdict(list)  # kind -> titles, as words
+        for s in known + unseen:
+            self.shapes[s["kind"]].append(s["title"].split())
         self.after: dict[str, list[str]] = defaultdict(list)  # two letters -> all that come next; ^ and $ are the ends
         self.values: dict[tuple[str, str], list[str]] = defaultdict(list)  # (kind, attribute) -> as often as they occur
         for s in known:
@@ -156,19 +185,20 @@ class Inventor:
                 self.values[s["kind"], attribute].append(value)
 
     def word(self) -> str:
-        """A made-up word of 3 to 9 letters; by chance it may be a real one."""
+        """A made-up word of 3 to 9 letters; by chance it may be a real one, but no article."""
         while True:
             letters = "^^"
             while letters[-1] != "$":
                 letters += self.rng.choice(self.after[letters[-2:]])
-            if 3 <= len(letters) - 3 <= 9:
+            if 3 <= len(letters) - 3 <= 9 and letters[2:-1].capitalize() not in ARTICLES:
                 return letters[2:-1]
 
     def proper(self) -> str:
         return self.rng.choice(self.words) if self.rng.random() < 0.7 else self.word().capitalize()
 
     def name(self, kind: str) -> str:
-        name = " ".join(self.proper() for _ in range({"person": 2, "place": 1}.get(kind) or self.rng.choice((1, 2))))
+        shape = self.rng.choice(self.shapes[kind])
+        name = " ".join(word if word.islower() or word in ARTICLES else self.proper() for word in shape)
         return self.name(kind) if name in self.taken else name
 
     def value(self, kind: str, attribute: str) -> str:
