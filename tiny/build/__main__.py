@@ -1,6 +1,6 @@
 """Rebuild the tiny default from tiny/encyclopedia.jsonl: passages, questions, tokenizer and base model.
 
-    python -m tiny.build            # all of it; see docs/tiny.md for the minutes. Rerun it to resume
+    torchrun --nproc_per_node 2 -m tiny.build   # all of it; see docs/tiny.md for the minutes. Rerun it to resume
 
 The base model is taught by imitation, in two phases. Skills first: problems say how to read, so that each token of the
 notes is certain. Then the policy, for a short time: most problems say nothing, and note-takers differ in what they
@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from engine import parallel
 from engine.errors import UserError, run_script
 from fast.sampling import generate
 from grpo import micro_batches, token_logprobs
@@ -97,11 +99,15 @@ def optimizers_of(model) -> list[torch.optim.Optimizer]:
 
 
 def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list[Turn], done: float) -> float:
-    """One step on a batch, when this share of the training is done -> its loss, -log p in nats a token."""
+    """One step on each process's batch, when this share of the training is done -> the own loss, nats a token."""
     with torch.autocast("cpu", torch.bfloat16):
         logprobs, _, mask = token_logprobs(model, batch)  # (turns, longest)
     loss = -logprobs.sum() / mask.sum()
-    loss.backward()
+    (loss / parallel.count()).backward()
+    gradients = [p.grad for p in model.parameters()]
+    together = parameters_to_vector(gradients)  # one message, not sixty: several times as fast
+    parallel.sum_gradients([together])
+    vector_to_parameters(together, gradients)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:  # a linear warm-up over 2 %, constant to the middle, then linear to 0
@@ -112,40 +118,50 @@ def imitate(model, optimizers: list[torch.optim.Optimizer], batch: list[Turn], d
 
 
 def score(skills: Skills) -> tuple[float, str]:
-    """(mean share of its bar that each skill reaches, all skills as text)."""
-    measured = {name: (least, sum(hits) / max(1, len(hits))) for name, (least, hits) in skills.measure().items()}
+    """(mean share of its bar that each skill reaches, all skills as text), over what all processes asked."""
+    asked = parallel.gather(skills.measure())
+    measured = {}
+    for name, (least, _) in asked[0].items():
+        hits = [hit for own in asked for hit in own[name][1]]
+        measured[name] = least, sum(hits) / max(1, len(hits))
     reached = sum(min(1.0, value / least) for least, value in measured.values()) / len(measured)
     return reached, ", ".join(f"{name} {value:.2f}" for name, (_, value) in measured.items())
 
 
 def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: list[int]) -> None:
     """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
-    optimizers, total, first, best = optimizers_of(model), sum(pools), 0, -1.0
+    optimizers, total, first, best, processes = optimizers_of(model), sum(pools), 0, -1.0, parallel.count()
     parts = [model, *optimizers]
     path = folder / f"state-{pools[0]}-{pools[1]}.pt"
     if path.exists():
         first, best, states = torch.load(path, weights_only=True)
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
-    bar = tqdm(range(first, total), desc="pools", initial=first, total=total)
+    bar = tqdm(range(first, total), desc="pools", initial=first, total=total, disable=parallel.rank() > 0)
     for number in bar:
-        demonstrations.rng.seed(f"pool {number}")  # so a resumed build draws the same
+        demonstrations.rng.seed(f"pool {number} of process {parallel.rank()}")  # so a resumed build draws the same
         demonstrations.free = 0.0 if number < pools[0] else FREE
-        batches = micro_batches([demonstrations.draw() for _ in range(POOL)], STEP_TOKENS)
-        demonstrations.rng.shuffle(batches)  # they come longest first
+        batches = micro_batches([demonstrations.draw() for _ in range(POOL // processes)], STEP_TOKENS // processes)
+        batches = batches[: min(parallel.gather(len(batches)))]  # one each a step: a process may have more
+        random.Random(number).shuffle(batches)  # they come longest first; alike for all, so that steps take as long
         shares = [(number + n / len(batches)) / total for n in range(1, len(batches) + 1)]  # of the training
+        model.set_attn_implementation("eager")  # on a CPU, and at these lengths, the fastest to train
         losses = [imitate(model, optimizers, batch, done) for batch, done in zip(batches, shares, strict=True)]
+        model.set_attn_implementation("sdpa")
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
         done = number + 1
         if done > pools[0] and ((done - pools[0]) % EVERY == 0 or done == total):
             reached, text = score(skills)
-            bar.write(f"after {done} pools {reached:.3f}: {text}")
+            if parallel.rank() == 0:
+                bar.write(f"after {done} pools {reached:.3f}: {text}")
             if reached >= best:
                 best = reached
-                model.save_pretrained(folder / "best")
-        fresh = path.with_suffix(".new")  # a kill can't spoil what has been saved before
-        torch.save((done, best, [part.state_dict() for part in parts]), fresh)
-        fresh.rename(path)
+                if parallel.rank() == 0:
+                    model.save_pretrained(folder / "best")
+        if parallel.rank() == 0:
+            fresh = path.with_suffix(".new")  # a kill can't spoil what has been saved before
+            torch.save((done, best, [part.state_dict() for part in parts]), fresh)
+            fresh.rename(path)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------
@@ -183,6 +199,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.pools) < 1:
         raise UserError(f"--pools {arguments.pools}: each phase needs at least one")
+    parallel.start()
+    leads = parallel.rank() == 0  # one process writes
     started, rng = time.perf_counter(), random.Random(0)
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)
@@ -200,7 +218,11 @@ def main() -> None:
     # No subject that a test question starts at helps to choose the model.
     others = [s for s in unseen if split_of(s["title"]) != "test"]
     sample = Sampler(generate, model, tokenizer, Budget(24576), greedy=True)
-    train(model, demonstrations, Skills(sample, known, others, n=100, seed="to choose by"), folder, arguments.pools)
+    asked, seed = 100 // parallel.count(), f"to choose by {parallel.rank()}"
+    train(model, demonstrations, Skills(sample, known, others, asked, seed), folder, arguments.pools)
+    parallel.stop()
+    if not leads:
+        return
     best = Qwen3ForCausalLM.from_pretrained(folder / "best")
     best.half().save_pretrained(folder / "made/model")  # float16: half the bytes in the repository
     tokenizer.save_pretrained(folder / "made/model")

@@ -12,7 +12,7 @@ from tasks.longqa import numbered_document
 from tasks.search import NOTHING, SEARCH_PROMPT, result_text
 from text.chunking import cut_chunks
 from text.matching import MASK, TARGET, occurrences
-from tiny.build.world import Inventor, names_of, passage, questions, stating, versions
+from tiny.build.world import Inventor, names_of, passage, questions, questions_from, stating, versions
 
 CHUNK_TOKENS, MEMORY_TOKENS, SEARCHES = Config.chunk_tokens, Config.memory_tokens, Config.searches
 NOTES_TOKENS = MEMORY_TOKENS - 2  # of a memory in a demonstration, so that its EOS fits, too
@@ -96,7 +96,7 @@ class Demonstrations:
 
     def __init__(self, known: list[dict], unseen: list[dict], tokenizer, seed: str, free: float = 0.0):
         self.rng, self.free = random.Random(seed), free
-        self.known, self.tokenizer, self.known_questions = known, tokenizer, questions(known)
+        self.known, self.tokenizer = known, tokenizer
         self.inventor = Inventor(known, unseen, self.rng)
         self.cost = lru_cache(200_000)(lambda text: len(tokenizer(text)["input_ids"]))  # in tokens
 
@@ -121,10 +121,12 @@ class Demonstrations:
         return [[mask(s, entity, MASK) for s in p] for p in passages], entity
 
     def question(self, world: list[dict]) -> dict:
-        """A question over `world`, half of the time of two hops."""
-        rows = self.known_questions if world is self.known else questions(world)
-        two_hops = [r for r in rows if len(r["hops"]) == 2]
-        return self.rng.choice(two_hops if two_hops and self.rng.random() < 0.5 else rows)
+        """A question over `world`, of two hops more often than of one."""
+        by_title, hops = {subject["title"]: subject for subject in world}, self.rng.choice((1, 1, 2, 2, 2))
+        for start in self.rng.sample(world, len(world)):
+            if rows := [row for row in questions_from(start, by_title) if len(row["hops"]) == hops]:
+                return self.rng.choice(rows)
+        return self.rng.choice(questions(world))  # no link of a small world may lead to another of its subjects
 
     def context(self, row: dict, world: list[dict], size: int) -> tuple[list[str], list[list[str]], list[str]]:
         """(titles, sentences, evidence) of `size` passages that hold what question `row` rests on."""

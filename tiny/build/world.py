@@ -113,20 +113,23 @@ def questions(world: list[dict]) -> list[dict]:
     A hop is a fact that the answer rests on: this attribute of the subject `title`.
     """
     by_title = {subject["title"]: subject for subject in world}
-    found = []
-    for subject in world:
-        title, name = subject["title"], called(subject)
-        asked = [(name, subject, [])]  # what a question calls its last subject, that subject, the hops that lead to it
-        for link, phrase in LINKS.get(subject["kind"], {}).items():
-            bridge = by_title.get(subject["facts"].get(link))
-            if bridge not in (None, subject):
-                asked.append((phrase.format(x=name), bridge, [(title, link)]))
-        for name, last, hops in asked:
-            for attribute, pattern in QUESTIONS[last["kind"]].items():
-                value = last["facts"].get(attribute)
-                if value and not (hops and value == title):  # two hops that come back ask for what they name
-                    whole = [*hops, (last["title"], attribute)]
-                    found.append({"question": pattern.format(x=name), "answer": value, "hops": whole})
+    return [row for subject in world for row in questions_from(subject, by_title)]
+
+
+def questions_from(subject: dict, by_title: dict[str, dict]) -> list[dict]:
+    """The questions that start at `subject`, as `questions` gives them."""
+    title, name, found = subject["title"], called(subject), []
+    asked = [(name, subject, [])]  # what a question calls its last subject, that subject, the hops that lead to it
+    for link, phrase in LINKS.get(subject["kind"], {}).items():
+        bridge = by_title.get(subject["facts"].get(link))
+        if bridge not in (None, subject):
+            asked.append((phrase.format(x=name), bridge, [(title, link)]))
+    for name, last, hops in asked:
+        for attribute, pattern in QUESTIONS[last["kind"]].items():
+            value = last["facts"].get(attribute)
+            if value and not (hops and value == title):  # two hops that come back ask for what they name
+                whole = [*hops, (last["title"], attribute)]
+                found.append({"question": pattern.format(x=name), "answer": value, "hops": whole})
     return found
 
 
