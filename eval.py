@@ -21,7 +21,7 @@ from engine.config import Config, check, flag, option, run_with_flags
 from engine.errors import UserError
 from engine.files import check_writable
 from engine.saved import run_of
-from masking import Document, draw_recall, load_corpus
+from masking import HELDOUT_RECALL_DRAW, Document, draw_recall, load_corpus
 from rewards import answer_reward, recall_reward
 from rollout import ANSWER_PROMPT, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, prompt_overhead, read, recall
 
@@ -82,22 +82,22 @@ def evaluate(
         from tasks.evaluate import evaluate_questions
 
         return evaluate_questions(greedy, agent, source, config, when, lengths, controls)
-    return evaluate_masked(greedy, source, config, when, lengths)
+    return evaluate_masked(greedy, agent, source, config, when, lengths)
 
 
-def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths: list[int]) -> list[dict]:
+def evaluate_masked(greedy: Sampler, agent, corpus, config: Config, when: str, lengths: list[int]) -> list[dict]:
     """A row per task (end_to_end, recall), length and memory (kept, or empty as a control).
 
     One score per document; for recall only if the document has a name to ask for.
     """
     documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
     progress = f"evaluation {when}" if parallel.rank() == 0 else None
-    kept = read(greedy, documents, config, progress=progress)
-    empty = read(greedy, documents, config, empty_memory=True)
+    kept = agent(greedy, documents, config, progress=progress)
+    empty = agent(greedy, documents, config, empty_memory=True)
     for t in kept:
-        rng = np.random.default_rng([config.seed, len(t.document.chunks), t.document.index])
+        rng = np.random.default_rng([config.seed, len(t.document.chunks), t.document.index, HELDOUT_RECALL_DRAW])
         t.target = draw_recall(t.document, rng)
-    found = []  # (task, chunks, memory), document, score
+    found = []  # (task, chunks, memory), index of the document, score
     for memory, trajectories in (("kept", kept), ("empty", empty)):
         for t in trajectories:
             score = answer_reward(t.prediction, t.document.answers)
@@ -109,8 +109,8 @@ def evaluate_masked(greedy: Sampler, corpus, config: Config, when: str, lengths:
                 score = recall_reward(turn.text, t.target.entity)
                 found.append((("recall", len(t.document.chunks), memory), t.document.index, score))
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for key, document, score in chain(*parallel.gather(found)):
-        scores[key][document] = score
+    for key, index, score in chain(*parallel.gather(found)):
+        scores[key][index] = score
     in_order = sorted(scores, key=lambda key: (key[:2], key[2] == "empty"))
     return [metrics.row(when, *key, scores[key]) for key in in_order]
 

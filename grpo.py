@@ -14,8 +14,8 @@ policy to the policy that sampled, training maximises
 over the turns that are kept: those of groups whose rewards differ.
 
     assign_advantages   Eq. 3 -> the kept turns
-    set_weights         the two outer means of Eq. 4
     update_batches      the turns of each optimizer step
+    set_weights         the two outer means of Eq. 4
     micro_batches       turns cut into batches that fit in memory
     token_logprobs      log pi(token_t); fixed_logprobs: the same without gradient, for pi_old and pi_ref
     batch_loss          a micro-batch's share of the loss
@@ -100,13 +100,13 @@ def set_weights(turns: list[Turn]) -> int:
     The weights of all processes sum to 1, those of one process to its share of these documents.
     """
     places = [turn.place for turn in turns]
-    kept = len(set(places))
-    kept_everywhere = sum(parallel.gather(kept))
-    if kept_everywhere:
-        weights = turn_weights(places) * kept / kept_everywhere  # (turns,)
+    n_kept = len(set(places))
+    n_kept_everywhere = sum(parallel.gather(n_kept))
+    if n_kept_everywhere:
+        weights = turn_weights(places) * n_kept / n_kept_everywhere  # (turns,)
         for turn, weight in zip(turns, weights.tolist(), strict=True):
             turn.weight = weight
-    return kept_everywhere
+    return n_kept_everywhere
 
 
 def turn_weights(places: list[int]) -> Tensor:

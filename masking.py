@@ -9,7 +9,7 @@
     draw_recall      draw one of these and replace it with [TARGET] in its chunk; a later memory must supply it
 
 A form of an entity is its whole words in any case. A name's giveaway words are its capitalised words of four letters
-or more (text/matching.py: name_words). What is random follows from [seed, ...]: each such list is a stream of its own.
+or more (text/matching.py: name_words). What is random follows from a list [seed, ..., purpose], a stream of its own.
 """
 
 import hashlib
@@ -40,6 +40,8 @@ SMALLEST_CHUNK = 16  # tokens: fewer may not fit a [MASK] or an emoji
 MAX_DRAWS = 200  # of a pivot and y, in one attempt at a document
 MAX_REPLACEMENTS = 4  # further attempts at a training document, with other draws
 OVERSHOOT = 1.05  # passages may fill up to this multiple of the chunks asked for; the rest is cut off
+# The last number of the list that a random stream follows from: what is drawn from it.
+DOCUMENT_DRAW, RECALL_DRAW, HELDOUT_RECALL_DRAW, SHUFFLE_DRAW = range(4)
 # What _mask_and_cut returns: the chunks; then spans in their joined text: the pivot, each [MASK], the other entities,
 # the held-out passages.
 Draft = tuple[list[str], Span, list[Span], list[Span], list[Span]]
@@ -52,7 +54,7 @@ class Document:
     index: int  # in its split
     title: str  # the pivot's; the model never sees it
     question: str
-    answers: list[str]  # y
+    answers: list[str]  # y; for a task the gold answers, see rewards.answer_reward
     chunks: list[str]  # joined, they are the document
     recall_candidates: list[list[str]]  # for each chunk, the names that recall may ask for
     leaks: int = 0  # draws that gave y away, the kept one included
@@ -215,13 +217,13 @@ class Corpus:
         self.same_title: dict[str, list[int]] = {}
         for n, passage in enumerate(passages):
             self.same_title.setdefault(passage.title, []).append(n)
-        self.heldout = {title for title in self.same_title if is_heldout(title, heldout)}
-        self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout}
+        self.heldout_titles = {title for title in self.same_title if is_heldout(title, heldout)}
+        self.never_in_train = {normalize(passage.name) for passage in passages if passage.title in self.heldout_titles}
         # Keys: the split, and whether a name has several words. Values: passages with such names; number of such names.
         self.pivots: dict[tuple[str, bool], list[int]] = defaultdict(list)
         self.name_counts: dict[tuple[str, bool], int] = Counter()
         for n, passage in enumerate(passages):
-            split = "heldout" if passage.title in self.heldout else "train"
+            split = "heldout" if passage.title in self.heldout_titles else "train"
             kinds = [(split, " " in name) for name in self._names(passage.text, passage.entities, split)]
             self.name_counts.update(kinds)
             for kind in set(kinds):
@@ -251,18 +253,18 @@ class Corpus:
         Names of several words leak, and so are rejected, more often. So whether y has one word or several is drawn
         first, with the frequencies of the corpus.
         """
-        rng = np.random.default_rng([self.seed, split == "heldout", i, *([attempt] if attempt else [])])
+        rng = np.random.default_rng([self.seed, split == "heldout", i, DOCUMENT_DRAW, attempt])
         several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
         if not several_words + one_word:
             raise UserError(
                 f"no passage with an entity is left for the split {split!r}: use a larger corpus, or change --heldout"
             )
-        drawn_kind = bool(rng.random() < several_words / (several_words + one_word))
+        several_drawn = bool(rng.random() < several_words / (several_words + one_word))
         draws = leaks = 0
         while draws < MAX_DRAWS:
-            several = drawn_kind
-            if draws > MAX_DRAWS / 2 and self.pivots[split, not drawn_kind]:  # the drawn kind doesn't work out
-                several = not drawn_kind
+            several = several_drawn
+            if draws > MAX_DRAWS / 2 and self.pivots[split, not several_drawn]:  # what was drawn doesn't work out
+                several = not several_drawn
             pivot = int(rng.choice(self.pivots[split, several]))
             pool, keys = self._pool(pivot, rng)
             passage = self.passages[pivot]
@@ -317,7 +319,7 @@ class Corpus:
         check_passages = not self.keep_leaky and not (self.n_passages and self.n_chunks)
         if check_passages and self._leaks(pool[:size], answer):
             return [], [], True
-        chunks, (pivot_start, pivot_end), masks, others, heldout = self._fill(pool, keys, size, n_chunks, answer)
+        chunks, (pivot_start, pivot_end), masks, entities, heldout = self._fill(pool, keys, size, n_chunks, answer)
         text = "".join(chunks)
         edges = [0, *accumulate(map(len, chunks))]  # chunk n is text[edges[n] : edges[n + 1]]
         # Keep a window of at most `most` chunks: the first ones, or shifted to end with the pivot's last chunk.
@@ -328,19 +330,19 @@ class Corpus:
             return [], [], False
         chunks, edges = chunks[first : first + most], edges[first : first + most + 1]
         mask_edges = {edge for span in masks for edge in span}
-        apart = [span for span in others if mask_edges.isdisjoint(span)]  # without those that touch a [MASK]
-        read = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
-        unseen = [text[start:end] for start, end in read]
+        apart = [span for span in entities if mask_edges.isdisjoint(span)]  # without those that touch a [MASK]
+        in_window = ((max(start, edges[0]), min(end, edges[-1])) for start, end in heldout if split == "train")
+        heldout_texts = [text[start:end] for start, end in in_window]
 
         @cache
-        def stands_in_unseen(name: str) -> bool:
-            return any(occurrences(piece, name) for piece in unseen)
+        def stands_in_heldout(name: str) -> bool:
+            return any(occurrences(piece, name) for piece in heldout_texts)
 
         candidates = []
         for start, end in pairwise(edges):
             inside = [span for span in apart if start <= span[0] and span[1] <= end]
             names = [name for name in self._names(text, inside, split) if not may_be_same_entity(name, answer)]
-            candidates.append([name for name in names if not stands_in_unseen(name)])
+            candidates.append([name for name in names if not stands_in_heldout(name)])
         return chunks, candidates, any(gives_away(chunk, answer) for chunk in chunks)
 
     def _estimate(self, pool: np.ndarray, n_chunks: int) -> int:
@@ -383,18 +385,18 @@ class Corpus:
 
     def _mask_and_cut(self, passages: np.ndarray, pivot: int, answer: str) -> Draft:
         """These passages in this order, with `answer` masked, joined and cut into chunks."""
-        texts, masks, others, heldout, offset = [], [], [], [], 0
+        texts, masks, entities, heldout, offset = [], [], [], [], 0
         for n in passages:
-            text, entities, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
+            text, others, tokens = mask_spans(self.passages[n].text, self.passages[n].entities, answer)
             masks += [(start + offset, end + offset) for start, end in tokens]
-            others += [(start + offset, end + offset) for start, end in entities]
-            heldout += [(offset, offset + len(text))] if self.passages[n].title in self.heldout else []
+            entities += [(start + offset, end + offset) for start, end in others]
+            heldout += [(offset, offset + len(text))] if self.passages[n].title in self.heldout_titles else []
             if n == pivot:
                 whole_pivot = offset, offset + len(text)
             texts.append(text)
             offset += len(text) + len(GAP)
-        chunks = cut_chunks(GAP.join(texts), others, self.tokenizer, self.chunk_tokens)
-        return chunks, whole_pivot, masks, others, heldout
+        chunks = cut_chunks(GAP.join(texts), entities, self.tokenizer, self.chunk_tokens)
+        return chunks, whole_pivot, masks, entities, heldout
 
     def _too_few(self, asked: str) -> UserError:
         return UserError(
@@ -417,7 +419,7 @@ def load_corpus(config, tokenizer, left_out: Counter | None = None) -> Corpus:
 
 
 def draw_recall(document: Document, rng) -> RecallTarget | None:
-    """Draw k in 2..T-1, then a chunk l < k, then one of its names; None if no chunk except the last has names.
+    """Draw k in 2..number of chunks, then a chunk l < k, then one of its names; None if only the last chunk has names.
 
     k is drawn from the turns with such a chunk before them, l from the chunks with names, and the name, if possible,
     from those that leave no giveaway word in the masked chunk.

@@ -49,6 +49,7 @@ from engine.optimizer import AdamW
 from engine.run import Run
 from eval import evaluate, load_task
 from grpo import assign_advantages, batch_loss, fixed_logprobs, set_weights, update_batches
+from masking import SHUFFLE_DRAW
 from rewards import answer_reward, recall_reward, trajectory_reward
 from rollout import Budget, Sampler, draw_documents, draw_targets, recall
 
@@ -92,30 +93,30 @@ def main(config: Config) -> None:
         for t in trajectories:
             t.em = answer_reward(t.prediction, t.document.answers)
             t.recall_rewards = [recall_reward(turn.text, t.target.entity) for turn in t.recalls]  # R^I, Eq. 1
-            t.reward = trajectory_reward(t.em, t.recall_rewards, config.joint_weight)  # R^E, Eq. 2
+            t.reward = trajectory_reward(t.em, t.recall_rewards, config.joint_weight)  # R^E, Eq. 2, with lambda
 
         # 4. Advantages (Eq. 3): one for all turns of a trajectory, one for each recall answer; the kept turns
-        turns = assign_advantages(trajectories, config, shuffle=shuffle_generator(config, step))
+        kept = assign_advantages(trajectories, config, shuffle=shuffle_generator(config, step))
 
         # 5. Update (Eq. 4)
         if reference is not None:
             with models.as_reference(reference, config, device):
-                for turn, logprobs in fixed_logprobs(reference, turns, config, micro_batches, token_logprobs):
+                for turn, logprobs in fixed_logprobs(reference, kept, config, micro_batches, token_logprobs):
                     turn.reference_logprobs = logprobs  # (completion,)
         run.lap("reference")
-        updates = update_batches(turns, config)
+        updates = update_batches(kept, config)
         if len(updates) > 1:  # the first update moves the policy away from the one that sampled
-            for turn, logprobs in fixed_logprobs(policy, turns, config, micro_batches, token_logprobs):
+            for turn, logprobs in fixed_logprobs(policy, kept, config, micro_batches, token_logprobs):
                 turn.old_logprobs = logprobs  # (completion,)
         # transformers checkpoints activations in train mode only. Dropout stays off: engine/models.py has set it to 0.
         policy.train(mode=config.gradient_checkpointing)
         lr = learning_rate(config, step)
         stats, norms = Counter(loss=0.0), []
-        for part in updates:
-            documents_kept = set_weights(part)  # the outer means of Eq. 4
+        for update in updates:
+            documents_kept = set_weights(update)  # the outer means of Eq. 4
             if documents_kept == 0:  # none on any process: all of them skip this update
                 continue
-            for batch in micro_batches(part, config.train_tokens):
+            for batch in micro_batches(update, config.train_tokens):
                 loss, batch_stats = batch_loss(policy, batch, config, token_logprobs)
                 loss.backward()
                 stats["loss"] += loss.item() / len(updates)
@@ -165,7 +166,7 @@ def shuffle_generator(config: Config, step: int):
     """The generator for the control `--ablation shuffled_rewards`, which permutes each group's rewards; else None."""
     if config.ablation != "shuffled_rewards":
         return None
-    return np.random.default_rng([config.seed, step, parallel.rank(), 1])  # the 1 keeps it apart from draw_targets'
+    return np.random.default_rng([config.seed, step, parallel.rank(), SHUFFLE_DRAW])
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -3,8 +3,8 @@
     R^I = 1 if a recall answer matches the entity, else 0                                                (Eq. 1)
     R^E = EM(answer, y) + lambda * mean of the trajectory's R^I                                          (Eq. 2)
 
-An answer is the content of the last closed, non-empty `\\boxed{}` that the model generated. Sampling stops at the first
-such box, so text after it matters only if a server kept sampling. An answer is right if it matches a gold answer
+An answer is the content of a closed, non-empty `\\boxed{}` that the model generated: sampling stops at the first. Of
+several, which only other samplers leave, it is the one that opens last. An answer is right if it matches a gold answer
 exactly (EM): if both have the same normal form.
 """
 
@@ -53,7 +53,7 @@ BRACE = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox|framebox)\s*\{)|\\.|(?P<opens>
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last closed, non-empty \\boxed{} in `text`, with its braces balanced; or None.
+    """The content of the closed, non-empty \\boxed{} that opens last in `text`, with its braces balanced; or None.
 
     `boxed(r"so \\boxed{a} or \\boxed{f{x}} \\boxed{} \\boxed{...} \\boxed{un")` is `"f{x}"`. A box that normalises to
     nothing is ignored: models repeat the instruction to use one. \\fbox{} and \\framebox{} count as boxes.
@@ -67,7 +67,7 @@ def boxed(text: str) -> str | None:
             opening = opened.pop()
             if opening.lastgroup == "box":
                 boxes.append((opening.start(), opening.end(), brace.start()))
-    empty = []  # the spans of empty boxes, which don't count as content of a box around them
+    empty = []  # the spans of empty boxes: \boxed{\boxed{}} is empty, too, as they don't count as content
     for start, inside, end in sorted(boxes, reverse=True):
         parts, place = [], inside
         while empty and empty[-1][0] < end:

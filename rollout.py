@@ -24,7 +24,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from engine import parallel
 from engine.chat import begins_in_thought, encode_prompt
 from engine.models import end_ids
-from masking import Document, RecallTarget, draw_recall
+from masking import RECALL_DRAW, Document, RecallTarget, draw_recall
 from rewards import boxed
 from text.thoughts import listener
 
@@ -75,7 +75,7 @@ stood there, and put it in \\boxed{{}}.
 
 Say what [TARGET] stands for."""
 
-# The slots of all prompts; query and result are those of tasks/search.py.
+# The tags around the texts in all prompts; query and result are those of tasks/search.py.
 SLOT_TAGS = re.compile(r"<(\s*/?\s*(?:problem|memory|section|query|result)\s*/?\s*)>", re.IGNORECASE)
 
 
@@ -158,7 +158,7 @@ def generate(
     are taken in slices of at most `budget` tokens, new tokens and padding included.
     """
     ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
-    hear = listener(tokenizer, ends, begins_in_thought(tokenizer))
+    hear = listener(tokenizer, ends, begins_in_thought(tokenizer))  # token ids -> (text, whether a thought led it)
     # Temperature 1 without top-p or top-k: the log-probs in training are those of the sampling distribution.
     how = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(
@@ -310,7 +310,8 @@ def draw_targets(trajectories: list[Trajectory], config, step: int) -> None:
         # One random stream per trajectory, numbered over all processes, so draws don't depend on their number.
         place = trajectory.document.place
         stream = place if config.shared_recall_draw else place * config.g1 + n % config.g1
-        trajectory.target = draw_recall(trajectory.document, np.random.default_rng([config.seed, step, stream]))
+        rng = np.random.default_rng([config.seed, step, stream, RECALL_DRAW])
+        trajectory.target = draw_recall(trajectory.document, rng)
 
 
 def recall(sample, trajectories: list[Trajectory], config, samples: int = 1, empty_memory: bool = False) -> None:

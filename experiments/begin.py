@@ -1,10 +1,10 @@
-"""Begin a reproduction: split the questions, and note the settings, so that no other settings mix with them.
+"""Begin a reproduction: split the questions, and save the settings, so runs with other settings can't be mixed in.
 
     python -m experiments.begin FOLDER SETTING=VALUE ...      # called by experiments/reproduce-tiny.sh
 
-Questions are split by subject. Each seed is tested on a share of the test questions of its own, so that no question
-counts twice, and learns from few labels of its own. The ceiling is asked the same, told to focus.
-experiments/tables.py reads the settings.
+Questions are split by subject. Each seed has its own share of the test questions, so that no question counts twice, and
+its own few labelled questions. The ceiling has the same test questions, told to focus. experiments/tables.py reads the
+settings.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ QUESTIONS, MODEL = ROOT / "tiny/questions.jsonl", ROOT / "tiny/model/model.safet
 
 
 def parts_of(file: Path, seeds: list[str], labels: list[str]) -> dict[str, list[str]]:
-    """The question file's lines by the name of their part: train, dev, test, test-SEED(-told), train-LABELS-SEED."""
+    """{part: lines of the question file}, for train, dev, test, test-SEED, test-SEED-told and train-LABELS-SEED."""
     rows = list(zip(load_questions(file), file.read_text().splitlines(), strict=True))
     random.Random(0).shuffle(rows)
     split = split_questions(rows, None, key=lambda row: subject(row[0]))
@@ -45,13 +45,13 @@ def main() -> None:
     out, *arguments = sys.argv[1:] or [""]
     settings = {name: values.split() for name, _, values in (argument.partition("=") for argument in arguments)}
     if not out or not {"seeds", "labels"} <= settings.keys():
-        raise UserError("give a folder, seeds=... and labels=...; experiments/reproduce-tiny.sh does")
+        raise UserError("give a folder, seeds=... and labels=..., as experiments/reproduce-tiny.sh does")
     if any(letter.isspace() for letter in out):
-        raise UserError(f"{out}: a folder without white space, please: its name travels through xargs")
+        raise UserError(f"{out}: name a folder without white space, as its name goes through xargs")
     seeds, labels = settings["seeds"], settings["labels"]
     if not 2 <= len(set(seeds)) == len(seeds) <= max(STUDENT) or not all(word.isdecimal() for word in seeds + labels):
         raise UserError(
-            f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers, and for an interval over seeds 2 to "
+            f"seeds={' '.join(seeds)} labels={' '.join(labels)}: must be numbers; an interval over seeds needs 2 to "
             f"{max(STUDENT)} different seeds"
         )
     for name, file in (("questions", QUESTIONS), ("model", MODEL)):  # what the runs start from

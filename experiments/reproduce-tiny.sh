@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# The claim as curves, on the tiny default: five seeds, no download, on 2 CPU cores.
+# Reproduces the claim on the tiny default, with curves: five seeds, no download, on 2 CPU cores.
 #     experiments/reproduce-tiny.sh [FOLDER]
-# Rerun the same command to resume: a finished part is not run again, one begun goes on. Runs go to
-# runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), all of it goes there.
-# The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the rate.
+# Rerun the same command to resume: finished parts are skipped, an unfinished one continues. Runs go to
+# runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), everything goes there.
+# The environment variables SEEDS="0 1" and TASK_RATE=1e-4 change the seeds and the learning rate of task RL.
 set -euo pipefail
 case ${1:-} in
 -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit ;;
--*) echo "error: unknown argument $1; a folder can be given" >&2 && exit 2 ;;
+-*) echo "error: unknown argument $1; the only argument is a folder" >&2 && exit 2 ;;
 esac
 cd "$(dirname "$0")/.."
 export out=${1:-runs/reproduce}
 docs=$([ $# -gt 0 ] && echo "$out" || echo docs)
 seeds=${SEEDS:-0 1 2 3 4}
-export steps="0 2 4 8 16 32" # of task RL, where it is measured
-budget=16                    # steps of task RL with few labels, and after an ablation; the claim is the mean up to it
-labels="4 64"                # questions to learn from, besides all
-chunks=4                     # of a training text, of MemTrain and of the task alike
+export steps="0 2 4 8 16 32" # of task RL, at which it is measured
+budget=16                    # steps of task RL with few labels, and after an ablation; the claim averages up to it
+labels="4 64"                # numbers of labelled questions, besides all
+chunks=4                     # of a training text, both for MemTrain and for the task
 lengths="4 16 32"            # 1, 4 (the claim) and 8 times that
-shorter="4 16"               # with few labels, after an ablation, and of habits
-search_steps="0 16 32"       # of task RL in search, some of $steps
+shorter="4 16"               # with few labels, after an ablation, and for habits
+search_steps="0 16 32"       # of task RL on search QA; each is one of $steps
 search_seeds=$(echo $seeds | cut -d " " -f 1-3)
 rate=${TASK_RATE:-5e-5}      # of task RL, by the rule in docs/results-tiny.md
 
-# A core for each part: so small a model makes poor use of two. Counted first, as nproc counts by this variable.
+# One core for each part: such a small model makes poor use of two. nproc comes first, as it obeys OMP_NUM_THREADS.
 cores=$(nproc)
 export OMP_NUM_THREADS=1
 
-part() { # NAME FILE COMMAND: the command, which leaves FILE, or first NAME.part; not if FILE is there
+part() { # NAME FILE COMMAND: run it, unless FILE exists; it writes FILE, or NAME.part, which becomes FILE
     [ -e "$2" ] && return
     mkdir -p "$out/${1%/*}"
     if "${@:3}" >> "$out/$1.log" 2>&1; then
         [ ! -e "$out/$1.part" ] || mv "$out/$1.part" "$2"
-        [ -e "$2" ] && echo "$(date +%H:%M) $1" && return # a run that Ctrl-C stopped ends well, but isn't finished
+        [ -e "$2" ] && echo "$(date +%H:%M) $1" && return # after Ctrl-C a run exits with 0, but unfinished
     fi
-    tail -n 3 "$out/$1.log" >&2 && return 255 # after which xargs starts nothing more
+    tail -n 3 "$out/$1.log" >&2 && return 255 # makes xargs stop
 }
 
 train() { # NAME ARGUMENTS: the run in $out/NAME
@@ -42,7 +42,7 @@ train() { # NAME ARGUMENTS: the run in $out/NAME
         python memtrain.py --out "$out/$1" --eval-documents 0 --sample-every 100 --fast True "${@:2}"
 }
 
-curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other checkpoints of it are deleted
+curve() { # NAME ARGUMENTS: a run to be measured at each of $steps; its other checkpoints are deleted
     train "$1" --steps "${steps##* }" --save-every 2 --keep 64 "${@:2}" || return
     for checkpoint in "$out/$1"/checkpoints/step-*; do
         [ -d "$checkpoint" ] || continue
@@ -51,17 +51,17 @@ curve() { # NAME ARGUMENTS: a run that is measured at each of $steps; other chec
     done
 }
 
-measure() { # NAME MODULE MODEL ARGUMENTS: what the module measures, in $out/NAME.json
+measure() { # NAME MODULE MODEL ARGUMENTS: the module's results, in $out/NAME.json
     part "$1" "$out/$1.json" python -m "$2" --model "$3" --out "$out/$1.part" --fast True "${@:4}"
 }
 
 export -f part train curve measure
-all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above, and its arguments
-start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint"; } # RUN: the model that it leaves
-after() { # STEPS RUN TASK: the model that RUN has become by then
+all() { xargs -r -P "$cores" -L 1 bash -uc '"$@"' part; } # lines on stdin: a function above and its arguments
+start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint"; } # RUN: its final model
+after() { # STEPS RUN TASK: the model after STEPS of task RL that starts from RUN
     [ "$1" = 0 ] && start "$2" || echo "$out/$seed/$2-$3/checkpoints/step-$(printf %06d "$1")"
 }
-searches() { [[ " $search_seeds " = *" $seed "* ]]; } # whether this seed does
+searches() { [[ " $search_seeds " = *" $seed "* ]]; } # whether this seed trains on search QA, too
 
 python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
     chunks="$chunks" lengths="$lengths" shorter="$shorter" search_steps="$search_steps" search_seeds="$search_seeds"
@@ -75,7 +75,7 @@ for seed in $seeds; do
     for run in $ablations; do echo train $seed/$run $memtrain --ablation $run; done
 done | all
 for seed in $seeds; do
-    # The development questions are never asked here. Without them the questions to learn from would be split again.
+    # The dev questions are never asked here, but without --eval-questions the training questions would be split again.
     task="--seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
     learn="$task --questions $out/train.jsonl"
     for run in base memtrain; do

@@ -1,12 +1,11 @@
-"""The tables and figures of what experiments/reproduce-tiny.sh measured: results-tiny.md, and PNGs beside it.
+"""Tables and figures of what experiments/reproduce-tiny.sh measured: a page, its appendix, and PNGs next to them.
 
-    python -m experiments.tables runs/reproduce docs
+    python -m experiments.tables runs/reproduce docs      # results-tiny.md, results-tiny-tables.md
 
-Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy stands with two 95 %
-intervals: over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions
-about one subject were independent; and over the seeds' own means (Student's t), which differ in training and questions.
-
-The ceiling is the base, untrained, told to focus on the same questions: as well as a policy can learn to read.
+Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy has two 95 % intervals:
+over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions about the same
+subject were independent; and over the seeds' means (Student's t), which differ in training and questions.
+The ceiling is the untrained base, told to focus, on the same questions: an estimate of what a policy can reach.
 """
 
 import json
@@ -23,23 +22,22 @@ from tasks import questions
 
 CEILING = "ceiling: the base, told to focus"
 STARTS = {"base": "base", "MemTrain": "memtrain"}
-FULL = "MemTrain, full"
-MODELS = {
-    "base": "base", FULL: "memtrain", "decoupled": "decoupled", "end-to-end": "end_to_end",
-    "shuffled rewards": "shuffled_rewards",
-}
+MODELS = STARTS | {"decoupled": "decoupled", "end-to-end": "end_to_end", "shuffled rewards": "shuffled_rewards"}
 CONTROL = "base", "shuffled rewards"
-HOPS = {"one hop": "single", "two hops": "bridge"}  # and the question file's word
+HOPS = {"one hop": "single", "two hops": "bridge"}  # {name: the question file's "type"}
 DISTANCES = {"1": (1, 1), "2": (2, 2), "3-4": (3, 4), "5-8": (5, 8), "9-15": (9, 15)}  # k - l, in bins
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by the number of seeds
+DIFFERENCE = ["difference", "estimate", "95 % over questions", "95 % over seeds", "per seed"]
+PAGE, APPENDIX = "results-tiny.md", "results-tiny-tables.md"
 BEGIN = "<!-- experiments/tables.py writes what follows -->"
 END = "<!-- experiments/tables.py wrote what stands before -->"
 Seeds = list[list[float]]  # scores of questions, a list for each seed
-Series = dict[str, list[Seeds]]  # by the name of a line, of a table or a figure: its values from left to right
+Series = dict[str, list[Seeds]]  # {name of a table row or a plotted line: its values from left to right}
+Section = tuple[list[str], list[str], list]  # lines of the page, lines of the appendix, its figure's rows of panels
 
 
 class Runs:
-    """A reproduction's folder. Raises UserError where a part is missing."""
+    """A reproduction's folder. Raises UserError if a part is missing."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -56,21 +54,22 @@ class Runs:
         self.claimed_steps = [step for step in self.steps if 0 < step <= self.budget]
         files = {seed: self.text(f"test-{seed}.jsonl").splitlines() for seed in self.seeds}
         self.types = {seed: [json.loads(line)["type"] for line in lines] for seed, lines in files.items()}
-        self.asked: dict[tuple, list[int]] = {}  # by seed and task, the questions' numbers: all files have the same
+        self.asked: dict[tuple, list[int]] = {}  # {(seed, task): the question numbers that every file must have}
 
     def text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text()
         except FileNotFoundError:
-            raise UserError(f"{self.folder / name} is missing; experiments/reproduce-tiny.sh makes it") from None
+            raise UserError(f"{self.folder / name} is missing; run experiments/reproduce-tiny.sh first") from None
 
     def read(self, name: str):
         return json.loads(self.text(name))
 
     def scores(self, name: str, chunks: int, memory: str = "kept", hops: str = "", seeds: list | None = None) -> Seeds:
-        """What `measure SEED/qa/NAME` wrote; of `hops`, "single" or "bridge", only. Raises UserError.
+        """The scores that `measure SEED/qa/NAME` wrote; `hops`, "single" or "bridge", keeps only such questions.
 
-        A question's number is its place in the order in which the seed draws them, not its line in the file.
+        A question's number is its place in the order in which the seed draws the questions, not its line in the file.
+        Raises UserError unless all files of a seed and task have the same questions.
         """
         found = []
         for seed in seeds or self.seeds:
@@ -78,13 +77,13 @@ class Runs:
             rows = {(row["chunks"], row["memory"]): row for row in self.read(file)}
             row = rows.get((chunks, memory))
             if not row or self.asked.setdefault((seed, row["task"]), row["documents"]) != row["documents"]:
-                raise UserError(f"{self.folder / file}: at {chunks} chunks not the questions that other files ask")
+                raise UserError(f"{self.folder / file}: at {chunks} chunks, its questions aren't the other files'")
             kinds = [questions.draw(self.types[seed], number, int(seed)) for number in row["documents"]]
-            found.append([one for one, kind in zip(row["scores"], kinds, strict=True) if hops in ("", kind)])
+            found.append([score for score, kind in zip(row["scores"], kinds, strict=True) if hops in ("", kind)])
         return found
 
     def from_starts(self, ends: list, chunks: int, hops: str = "") -> Series:
-        """From the base and from MemTrain: the scores of qa/RUN-END for each of these ends. Beneath: the ceiling."""
+        """The scores of qa/RUN-END for each of these ends, starting from the base and from MemTrain; the ceiling's."""
         names = {start: [f"{run}-{end}" for end in ends] for start, run in STARTS.items()}
         names[CEILING] = ["ceiling"] * len(ends)
         lines = {f"{line}, {chunks} chunks": own for line, own in names.items()}
@@ -93,8 +92,14 @@ class Runs:
     def times(self, chunks: int) -> str:
         return f"{chunks / self.chunks:g} x the trained length"
 
+    def minutes_by_step(self) -> list[dict[int, float]]:
+        """{steps of task RL: minutes}, from the base and from MemTrain, with MemTrain's own."""
+        own = self.minutes("memtrain")
+        starts = ("base-task", 0.0), ("memtrain-task", own)
+        return [{step: before + self.minutes(run, step) for step in self.steps} for run, before in starts]
+
     def minutes(self, run: str, steps: int | None = None) -> float:
-        """Training minutes of a run up to a step, or whole, the mean over seeds."""
+        """Training minutes of a run, up to step `steps` or in all; the mean over seeds."""
         lines = [line for seed in self.seeds for line in self.text(f"{seed}/{run}/metrics.jsonl").splitlines()[:steps]]
         seconds = [value for line in lines for name, value in json.loads(line).items() if name.startswith("seconds_")]
         return sum(seconds) / 60 / len(self.seeds)
@@ -104,44 +109,52 @@ class Runs:
 
 
 def over_seeds(seeds: list) -> tuple[float, float]:
-    """The mean of the seeds' means, and half the width of its 95 % interval; a seed is its scores, or their mean."""
+    """(mean of the seeds' means, half the width of its 95 % interval); a seed is a list of scores, or their mean."""
     means = [np.mean(seed) for seed in seeds]
     return float(np.mean(means)), STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
 
 
 def cell(seeds: Seeds) -> str:
-    """"0.25 [0.20, 0.31] ± 0.04": over questions, then over seeds."""
+    """"0.25 [0.20, 0.31] ± 0.04": the interval over questions, then that over seeds."""
     scores = [*chain(*seeds)]
     return f"{share(sum(scores), len(scores))} ± {over_seeds(seeds)[1]:.2f}"
 
 
 def of_seeds(seeds: list) -> str:
-    """"0.25 ± 0.04": over seeds."""
+    """"0.25 ± 0.04": the interval over seeds."""
     return "{:.2f} ± {:.2f}".format(*over_seeds(seeds))
 
 
-def compare(name: str, first: Seeds, second: Seeds) -> str:
-    """The mean of second - first on the same questions, with both intervals and each seed's own."""
+def compare(first: Seeds, second: Seeds) -> list[str]:
+    """Cells for DIFFERENCE: the mean of second - first on the same questions, both intervals, and each seed's mean."""
     mean, low, high = paired_bootstrap([*chain(*first)], [*chain(*second)])
     by_seed = [np.mean(after) - np.mean(before) for before, after in zip(first, second, strict=True)]
     middle, half = over_seeds(by_seed)
-    seeds = ", ".join(f"{one:+.2f}" for one in by_seed)
-    over_questions = f"over questions [{low:+.3f}, {high:+.3f}]"
-    return f"- {name}: {mean:+.3f}, {over_questions}, over seeds [{middle - half:+.3f}, {middle + half:+.3f}] ({seeds})"
+    intervals = f"[{low:+.3f}, {high:+.3f}]", f"[{middle - half:+.3f}, {middle + half:+.3f}]"
+    return [f"{mean:+.3f}", *intervals, ", ".join(f"{one:+.2f}" for one in by_seed)]
+
+
+def difference(runs: Runs, first: str, second: str, chunks: int, steps: list[int]) -> tuple[str, list[str]]:
+    """(name, `compare`) of two of MODELS; a question's score is its mean over these steps of task RL."""
+    scores = [[runs.scores(f"{MODELS[name]}-{step}", chunks) for step in steps] for name in (first, second)]
+    means = [[np.mean(seed, axis=0) for seed in zip(*own, strict=True)] for own in scores]
+    at = f"mean of {steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
+    return f"{second} minus {first}, {chunks} chunks, {at} steps of task RL", compare(*means)
 
 
 def table(head: list, *series: Series, cell=cell) -> list[str]:
+    """Markdown, with an empty line at its end; a series may hold anything that `cell` makes a cell of."""
     rows = [[name, *map(cell, points)] for own in series for name, points in own.items()]
     return [*(f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *rows)), ""]
 
 
 def panels(runs: Runs, series: dict[int, Series], label: str, *x: list) -> list[tuple]:
-    """A row for `draw`, a panel for each length; `x` for all lines, or one for each."""
+    """A row of panels for `draw`, one for each length; `x` is shared by all lines, or there is one for each."""
     return [(runs.times(n), label, x, lines) for n, lines in series.items()]
 
 
 def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path, pyplot) -> None:
-    """Rows of panels. Words on x stand evenly, numbers where they are; bars are over seeds, the ceiling is dashed."""
+    """Draw rows of panels. Words on the x axis are evenly spaced, numbers to scale; error bars are over seeds."""
     columns = len(rows[0])
     figure, grid = pyplot.subplots(len(rows), columns, figsize=(4.4 * columns, 3.6 * len(rows)), squeeze=False)
     for axes, (title, label, x, series) in zip(grid.flat, chain(*rows), strict=True):
@@ -157,132 +170,119 @@ def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path
     figure.savefig(file, dpi=90)
 
 
-# ---- the sections: each returns its lines of text, and its figure's rows of panels, if any ---------------------
+# ---- the sections -----------------------------------------------------------------------------------------
 
 
-def claim(runs: Runs) -> tuple[list[str], list]:
-    """The claim and its control; accuracy by steps of task RL from both starts, and at equal minutes."""
+def claim(runs: Runs) -> Section:
+    """The claim and its control; accuracy by steps and by minutes of task RL, from both starts."""
     curves = {n: runs.from_starts(runs.steps, n) for n in runs.lengths}
-    text = [f"**The claim**, at {runs.times(runs.claimed)}, and the control whose rewards are dealt out at random:", ""]
-    text.append(gain(runs, runs.claimed))
-    text += [difference(runs, *CONTROL, runs.claimed, step) for step in (0, runs.budget)]
-    text += ["", "![accuracy by steps and by minutes](curves.png)", "", "**Steps of task RL**, from both starts:", ""]
+    gains = dict(difference(runs, "base", "MemTrain", n, runs.claimed_steps) for n in runs.lengths)
+    rows = gains | dict(difference(runs, *CONTROL, runs.claimed, [step]) for step in (0, runs.budget))
+    page = [f"**The claim**, at {runs.times(runs.claimed)}, and the control whose rewards are dealt out at random:", ""]
+    page += table(DIFFERENCE[:-1], {name: cells[:-1] for name, cells in rows.items()}, cell=str)
+    page += ["![accuracy by steps and by minutes](curves.png)", ""]
+    page += ["**Steps of task RL**, from both starts; [95 % over questions], ± half of 95 % over seeds:", ""]
     for n, lines in curves.items():
-        text += table([runs.times(n), *runs.steps], lines)
-    text += [gain(runs, n) for n in runs.lengths if n != runs.claimed]
-    own, last = runs.minutes("memtrain"), runs.steps[-1]
-    times = {step: runs.minutes("base-task", step) for step in runs.steps}
-    own_times = {step: own + runs.minutes("memtrain-task", step) for step in runs.steps}
-    for step, minutes in own_times.items():
-        equal = max((other for other, time in times.items() if time <= minutes), default=0)
-        name = f"MemTrain and {step} steps ({minutes:.1f} minutes) minus the base's {equal} ({times[equal]:.1f})"
-        for n in runs.shorter:
-            scores = runs.scores(f"base-{equal}", n), runs.scores(f"memtrain-{step}", n)
-            text.append(compare(f"{name}, {n} chunks", *scores))
-    closed = [*chain(*runs.scores(f"memtrain-{last}", runs.lengths[0], "empty"))]
-    text += ["", f"MemTrain took {own:.1f} minutes a seed, {last} steps of task RL {times[last]:.1f}."]
-    text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(closed), len(closed))}.")
-    x = [*times.values()], [*own_times.values()]
-    across = [0, *x[1][1:]]  # the ceiling's x, from end to end
-    by_minutes = panels(runs, curves, "minutes of training, MemTrain's own included", *x, across)
-    return text, [panels(runs, curves, "steps of task RL", [*map(str, runs.steps)]), by_minutes]
+        page += table([runs.times(n), *runs.steps], lines)
+    base, trained = ([*minutes.values()] for minutes in runs.minutes_by_step())
+    x = base, trained, [0, *trained[1:]]  # the ceiling's line spans the panel
+    by_minutes = panels(runs, curves, "minutes of training, MemTrain's own included", *x)
+    by_steps = panels(runs, curves, "steps of task RL", [*map(str, runs.steps)])
+    return page, ["**The claim**, per seed:", "", *table(DIFFERENCE, gains, cell=str)], [by_steps, by_minutes]
 
 
-def gain(runs: Runs, chunks: int) -> str:
-    """How far MemTrain is ahead, in the mean of the claim's steps."""
-    steps = runs.claimed_steps
-    base, trained, _ = runs.from_starts(steps, chunks).values()
-    means = [[np.mean(seed, axis=0) for seed in zip(*own, strict=True)] for own in (base, trained)]  # of each question
-    where = f"{chunks} chunks, mean of {steps[0]} to {steps[-1]} steps"
-    return compare(f"from MemTrain minus from the base, {where}", *means)
+def equal_minutes(runs: Runs) -> Section:
+    """MemTrain and each number of steps, compared with the base after the most steps that take no longer."""
+    (base, trained), last, rows = runs.minutes_by_step(), runs.steps[-1], {}
+    for step, n in product(runs.steps, runs.shorter):
+        equal = max(other for other, minutes in base.items() if minutes <= trained[step])
+        name = f"MemTrain and {step} steps ({trained[step]:.1f} minutes) minus the base's {equal} ({base[equal]:.1f})"
+        rows[f"{name}, {n} chunks"] = compare(runs.scores(f"base-{equal}", n), runs.scores(f"memtrain-{step}", n))
+    text = ["**Equal minutes** of training:", "", *table(DIFFERENCE, rows, cell=str)]
+    text.append(f"MemTrain took {trained[0]:.1f} minutes per seed, {last} steps of task RL {base[last]:.1f}.")
+    empty = [*chain(*runs.scores(f"memtrain-{last}", runs.lengths[0], "empty"))]
+    text.append(f"With an empty memory, after MemTrain and all steps: {share(sum(empty), len(empty))}.")
+    return [], [*text, ""], []
 
 
-def difference(runs: Runs, first: str, second: str, chunks: int, step: int) -> str:
-    scores = [runs.scores(f"{MODELS[name]}-{step}", chunks) for name in (first, second)]
-    return compare(f"{second} minus {first}, {chunks} chunks, {step} steps of task RL", *scores)
-
-
-def of_ceiling(runs: Runs) -> tuple[list[str], list]:
-    """Each start's accuracy by steps, divided by the ceiling's on the same questions, seed by seed."""
+def of_ceiling(runs: Runs) -> Section:
+    """Each start's accuracy by steps of task RL, divided by the ceiling's on the same questions, seed by seed."""
     reached = {}
     for n in runs.lengths:
         *starts, (_, (ceiling, *_)) = runs.from_starts(runs.steps, n).items()
         for name, points in starts:
-            pairs = [zip(seeds, ceiling, strict=True) for seeds in points]
-            reached[name] = [[np.mean(own) / np.mean(told) for own, told in seeds] for seeds in pairs]
-    text = ["", "**How much of the ceiling each start reaches**, by steps of task RL, ± over seeds:", ""]
-    return text + table(["accuracy divided by the ceiling's", *runs.steps], reached, cell=of_seeds), []
+            reached[name] = [[np.mean(a) / np.mean(b) for a, b in zip(seeds, ceiling, strict=True)] for seeds in points]
+    page = ["**Share of the ceiling reached**, by steps of task RL, ± over seeds:", ""]
+    return page + table(["accuracy / ceiling", *runs.steps], reached, cell=of_seeds), [], []
 
 
-def by_hops(runs: Runs) -> tuple[list[str], list]:
-    """Accuracy by steps of task RL, questions of one hop and of two apart."""
-    text = ["**Hops**, by steps of task RL:", ""]
-    for name, hops in HOPS.items():
-        text += table([name, *runs.steps], *(runs.from_starts(runs.steps, n, hops) for n in runs.lengths))
-    return text, []
+def by_hops(runs: Runs) -> Section:
+    """Accuracy by steps of task RL, on questions of one hop and of two; the claim's length goes to the page."""
+    page, appendix = (["**Hops**, by steps of task RL:", ""] for _ in range(2))
+    for n, (name, hops) in product(runs.lengths, HOPS.items()):
+        lines = table([f"{name}, {runs.times(n)}", *runs.steps], runs.from_starts(runs.steps, n, hops))
+        (page if n == runs.claimed else appendix).extend(lines)
+    return page, appendix, []
 
 
-def few_labels(runs: Runs) -> tuple[list[str], list]:
+def few_labels(runs: Runs) -> Section:
     """Accuracy by the number of labelled questions, from both starts."""
     places, ends = [*runs.labels, "all"], [*(f"label-{label}" for label in runs.labels), runs.budget]
-    series = {n: runs.from_starts(ends, n) for n in runs.shorter}
+    series, rows = {n: runs.from_starts(ends, n) for n in runs.shorter}, {}
+    for n, lines in series.items():
+        for place, base, trained, _ in zip(places, *lines.values(), strict=True):
+            rows[f"MemTrain minus base, {place} labels, {n} chunks"] = compare(base, trained)
     text = [f"**Labels**, {runs.budget} steps of task RL:", "", "![accuracy by labels](labels.png)", ""]
-    text += table(["labelled questions", *places], *series.values())
-    for (place, end), n in product(zip(places, ends, strict=True), series):
-        name = f"from MemTrain minus from the base, {place} labels, {n} chunks"
-        text.append(compare(name, runs.scores(f"base-{end}", n), runs.scores(f"memtrain-{end}", n)))
-    return text, [panels(runs, series, f"labelled questions, {runs.budget} steps of task RL", [*map(str, places)])]
+    text += table(["labelled questions", *places], *series.values()) + table(DIFFERENCE, rows, cell=str)
+    return [], text, [panels(runs, series, f"labelled questions, {runs.budget} steps of task RL", [*map(str, places)])]
 
 
-def ablations(runs: Runs) -> tuple[list[str], list]:
-    """Accuracy by what MemTrain was made of, before and after task RL."""
+def ablations(runs: Runs) -> Section:
+    """Accuracy after each ablation of MemTrain, before and after task RL."""
     steps, lengths, by_step = (0, runs.budget), runs.shorter, {}
     for step in steps:
         names = {name: f"{run}-{step}" for name, run in MODELS.items()} | {CEILING: "ceiling"}
         by_step[step] = {name: [runs.scores(own, n) for n in lengths] for name, own in names.items()}
-    text = ["", "**Ablations**, and the control whose rewards are dealt out at random:", ""]
+    text = ["**Ablations**, and the control whose rewards are dealt out at random:", ""]
     text += ["![accuracy by what MemTrain was made of](ablations.png)", ""]
     head = ["", *(f"{n} chunks, {step} steps" for step, n in product(steps, lengths))]
     text += table(head, {name: [*chain(*(own[name] for own in by_step.values()))] for name in by_step[0]})
-    for pair in [*((name, FULL) for name in MODELS if name != FULL), CONTROL]:
-        for step, n in product(steps, lengths):
-            if (pair, n) != (CONTROL, runs.claimed):  # that one stands with the claim
-                text.append(difference(runs, *pair, n, step))
+    pairs = [*((name, "MemTrain") for name in MODELS if name != "MemTrain"), CONTROL]
+    rows = dict(difference(runs, *pair, n, [step]) for pair, step, n in product(pairs, steps, lengths))
+    text += table(DIFFERENCE, rows, cell=str)
     x = [*map(str, lengths)]
-    return text, [[(f"{step} steps of task RL", "chunks", (x,), own) for step, own in by_step.items()]]
+    return [], text, [[(f"{step} steps of task RL", "chunks", (x,), own) for step, own in by_step.items()]]
 
 
-def search(runs: Runs) -> tuple[list[str], list]:
-    """Accuracy in search by steps of task RL in search, from both starts."""
+def search(runs: Runs) -> Section:
+    """Accuracy in search QA by steps of task RL on it, from both starts."""
     seeds, steps, series = runs.search_seeds, runs.search_steps, {}
     for start, run in STARTS.items():
         series[start] = [runs.scores(f"{run}-search-{step}", 1, seeds=seeds) for step in steps]
-    text = ["", f"**Search**, {len(seeds)} seeds, by steps of task RL in search:", ""]
-    text += table(["", *steps], series)
-    for step, *scores in zip(steps, *series.values(), strict=True):
-        text.append(compare(f"from MemTrain minus from the base, search, {step} steps", *scores))
-    return text, []
+    head = [f"**Search QA**, {len(seeds)} seeds, by steps of task RL on it:", ""]
+    pairs = zip(steps, *series.values(), strict=True)
+    rows = {f"MemTrain minus base, search QA, {step} steps": compare(*scores) for step, *scores in pairs}
+    return head + table(["", *steps], series), head + table(DIFFERENCE, rows, cell=str), []
 
 
-def habits(runs: Runs) -> tuple[list[str], list]:
+def habits(runs: Runs) -> Section:
     """Recall at each distance in the longest documents, and the share of unchanged memories."""
     unchanged, recalled = {}, {}
     for name, run in MODELS.items():
-        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # of each seed a row for each length
+        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # for each seed, a row per length
         lengths = [row["chunks"] for row in by_seed[0]]
         bins = {place: ends for place, ends in DISTANCES.items() if ends[0] < lengths[-1]}
         unchanged[name] = [[row["unchanged"] for row in same] for same in zip(*by_seed, strict=True)]
         recalled[name] = [[recall_between(*ends, seed[-1]["recall"]) for seed in by_seed] for ends in bins.values()]
     head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
     head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in bins]
-    text = ["", "**Habits** on held-out masked documents, greedy:", "", "![recall by distance](distance.png)", ""]
-    series = {name: unchanged[name] + recalled[name] for name in MODELS}
-    text += table(head, series, cell=of_seeds)
-    return text, [[(f"recall, {lengths[-1]} chunks", "distance k - l", ([*bins],), recalled)]]
+    text = ["**Habits** on held-out masked documents, greedy:", "", "![recall by distance](distance.png)", ""]
+    text += table(head, {name: unchanged[name] + recalled[name] for name in MODELS}, cell=of_seeds)
+    return [], text, [[(f"recall, {lengths[-1]} chunks", "distance k - l", ([*bins],), recalled)]]
 
 
 def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> list[float]:
-    """Of recall's rewards by distance those from `low` to `high`."""
+    """The recall rewards at distances from `low` to `high`."""
     return [hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]
 
 
@@ -293,16 +293,21 @@ def main() -> None:
     if not docs.is_dir():
         raise UserError(f"{docs}: no such folder; name one for tables and figures")
     sections = {
-        "curves": claim(runs), "ceiling": of_ceiling(runs), "hops": by_hops(runs), "labels": few_labels(runs),
-        "ablations": ablations(runs), "search": search(runs), "distance": habits(runs),
+        "curves": claim(runs), "ceiling": of_ceiling(runs), "hops": by_hops(runs), "search": search(runs),
+        "minutes": equal_minutes(runs), "labels": few_labels(runs), "ablations": ablations(runs),
+        "distance": habits(runs),
     }
-    body, page = "\n".join(chain(*(text for text, _ in sections.values()))), docs / "results-tiny.md"
-    before, _, rest = page.read_text().partition(BEGIN) if page.exists() else ("", "", "")
-    page.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{rest.partition(END)[2]}")
-    print(body)
+    page, appendix = ("\n".join(chain(*(section[n] for section in sections.values()))) for n in (0, 1))
+    page += f"\nFew labels, ablations, habits, equal minutes, each seed's figures: [{APPENDIX}]({APPENDIX}).\n"
+    file = docs / PAGE
+    before, _, rest = file.read_text().partition(BEGIN) if file.exists() else ("", "", "")
+    file.write_text(f"{before}{BEGIN}\n\n{page}\n{END}{rest.partition(END)[2]}")
+    head = f"# Appendix to [{PAGE}]({PAGE}), written by `python -m experiments.tables {sys.argv[1]} {docs}`"
+    (docs / APPENDIX).write_text(f"{head}\n\n{appendix}")
+    print(page, appendix, sep="\n")
     if not (pyplot := load_pyplot()):
         return print("no figures: matplotlib is not installed (`pip install matplotlib`)")
-    for name, (_, rows) in sections.items():
+    for name, (*_, rows) in sections.items():
         if rows:
             draw(rows, docs / f"{name}.png", pyplot)
 

@@ -72,7 +72,6 @@ class Scripts:
             t.recalls = [Turn([], [], True, "\\boxed{" + said + "}")]
 
     def put_in(self, monkeypatch):
-        monkeypatch.setattr(evaluation, "read", self.read)
         monkeypatch.setattr(evaluation, "recall", self.recall)
 
 
@@ -90,7 +89,7 @@ def test_recall_targets_follow_from_seed_and_document(monkeypatch):
     def targets(first: int = 0, seed: int = 0) -> list[tuple]:
         scripts = Scripts()
         scripts.put_in(monkeypatch)
-        evaluate_masked(None, Made(first), Config(seed=seed, eval_documents=8), "now", [3])
+        evaluate_masked(None, scripts.read, Made(first), Config(seed=seed, eval_documents=8), "now", [3])
         kept, empty = (asked for name, _, asked in scripts.calls if name == "recall")
         assert kept == empty
         return [entity for _, entity in kept]
@@ -130,8 +129,9 @@ def test_a_length_that_cannot_be_built_is_left_out_with_a_line(corpus, monkeypat
         return build(i, split, chunks)
 
     monkeypatch.setattr(corpus, "document", document)
-    Scripts().put_in(monkeypatch)
-    rows = evaluate_masked(None, corpus, Config(eval_documents=4), "now", [2, 5, 6])
+    scripts = Scripts()
+    scripts.put_in(monkeypatch)
+    rows = evaluate_masked(None, scripts.read, corpus, Config(eval_documents=4), "now", [2, 5, 6])
     assert [(row["task"], row["chunks"], row["memory"], row["n"]) for row in rows] == [
         (task, chunks, memory, 4)
         for task in ("end_to_end", "recall") for chunks in (2, 6) for memory in ("kept", "empty")
@@ -143,7 +143,7 @@ def test_the_controls_of_an_evaluation_have_no_memory(corpus, monkeypatch):
     """Kept and empty are measured by separate calls, on the same documents and recall targets, in rows of their own."""
     scripts = Scripts(wrong_to_read=1, wrong_to_recall=2)
     scripts.put_in(monkeypatch)
-    rows = evaluate_masked(None, corpus, Config(eval_documents=4), "now", [3])
+    rows = evaluate_masked(None, scripts.read, corpus, Config(eval_documents=4), "now", [3])
     assert {(row["task"], row["memory"]): row["accuracy"] for row in rows} == {
         ("end_to_end", "kept"): 0.75, ("end_to_end", "empty"): 0.0, ("recall", "kept"): 0.5, ("recall", "empty"): 0.0,
     }

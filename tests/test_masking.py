@@ -248,7 +248,7 @@ def test_a_document_of_n_passages_holds_the_pivot_its_relatives_and_the_rest(bpe
 def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
     """In train a held-out title is no pivot, no answer and no recall target; in heldout every pivot is one."""
     corpus = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=4, n_related=2)
-    held = {normalize(t) for t in corpus.heldout}
+    held = {normalize(t) for t in corpus.heldout_titles}
     assert 0.1 < len(held) / len(corpus.same_title) < 0.3
     for i in range(150):
         document = corpus.document(i)
@@ -260,7 +260,7 @@ def test_held_out_titles_are_never_masked_in_training(tiny_passages, tokenizer):
 def test_what_is_evaluated_is_never_asked_for_in_training(tiny_passages, tokenizer):
     """Held-out passages are read in training, but nothing in them is a recall target, in whichever chunk."""
     corpus, seen = Corpus(tiny_passages, tokenizer, seed=0, chunk_tokens=64, n_chunks=4, n_related=2), 0
-    unseen = [p for p in tiny_passages if p.title in corpus.heldout]
+    unseen = [p for p in tiny_passages if p.title in corpus.heldout_titles]
     for i in range(150):
         document = corpus.document(i)
         inside = [p for p in unseen if mask(p.text, document.answers[0]) in "".join(document.chunks)]
@@ -396,7 +396,7 @@ def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
     finds, less y's kin and, in train, held-out titles and what stands in a held-out passage of the document."""
     passages = made_up()
     corpus = Corpus(passages, bpe, seed=3, chunk_tokens=160, n_chunks=4, n_related=2)
-    assert 2 <= len(corpus.heldout) <= 16
+    assert 2 <= len(corpus.heldout_titles) <= 16
     answers = set()
     for i, split, length in [(i, s, c) for i in range(40) for s in ("train", "heldout") for c in (None, 1, 3, 8)]:
         document = corpus.document(i, split, length)
@@ -406,13 +406,13 @@ def test_recall_lists_every_allowed_entity_of_each_chunk(bpe):
         unseen: set[str] = set()  # names that training must not ask for
         for piece in "".join(document.chunks).split("\n\n") if split == "train" else []:
             titles = {p.title for p in passages if piece in p.text.replace(document.answers[0], MASK)}
-            unseen |= set(re.findall(MADE_UP, piece)) if titles <= corpus.heldout else set()
+            unseen |= set(re.findall(MADE_UP, piece)) if titles <= corpus.heldout_titles else set()
         for chunk, names in zip(document.chunks, document.recall_candidates, strict=True):
             assert len(bpe(chunk)["input_ids"]) <= 160
-            scanned = set(re.findall(MADE_UP, chunk)) - (corpus.heldout if split == "train" else set())
+            scanned = set(re.findall(MADE_UP, chunk)) - (corpus.heldout_titles if split == "train" else set())
             others = [name for name in scanned - unseen if not may_be_same_entity(name, document.answers[0])]
             assert sorted(names) == sorted(others)
-    assert not answers & corpus.heldout and any("Surname" in answer for answer in answers)
+    assert not answers & corpus.heldout_titles and any("Surname" in answer for answer in answers)
 
 
 def test_the_pivot_is_whole_and_related_passages_are_preferred(bpe):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_path):
-    """Of the tiny default's questions: shares of the test part, nested labels, subjects apart."""
+    """The tiny default's questions: the test part is shared out, few labels are among the many, subjects are apart."""
     parts = begin.parts_of(begin.QUESTIONS, ["0", "1", "2"], ["4", "16"])
     tested = [parts[f"test-{seed}"] for seed in range(3)]
     assert sorted(sum(tested, [])) == sorted(parts["test"]) and len(set(parts["test"])) == len(parts["test"]) > 200
@@ -36,8 +36,8 @@ def test_no_two_seeds_share_a_question_and_no_subject_is_learned_and_tested(tmp_
     assert not about["train"] & about["test"] and not about["dev"] & (about["test"] | about["train"])
 
 
-def test_the_ceiling_is_asked_the_same_of_the_same_texts(tmp_path):
-    """Told to focus, a question keeps its number, its answer and its text at each length; and search can read it."""
+def test_the_ceiling_has_the_same_questions_and_texts(tmp_path):
+    """Told to focus, a question keeps its number, its answer and its text at each length; search QA can read it."""
     parts = begin.parts_of(begin.QUESTIONS, ["0", "1"], [])
     tokenizer, sources = AutoTokenizer.from_pretrained(ROOT / "tiny/model"), []
     for name in ("test-1", "test-1-told"):
@@ -73,12 +73,12 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
 
 
 SHIM = """#!{python}
-# Stands in for python: notes what it is asked for, and leaves behind what the script looks for.
+# Stands in for python: logs its arguments, and creates the files that the script looks for.
 import os, sys, time
 from pathlib import Path
 
 arguments = sys.argv[1:]
-if "--out" in arguments:  # how many are at work at once
+if "--out" in arguments:  # log how many run at once
     at_work = Path("{log}.{{}}".format(os.getpid()))
     at_work.touch()
     time.sleep(0.02)
@@ -104,10 +104,10 @@ if arguments[1] != "experiments.begin":
         pytest.param("1/memtrain-task --eval", 9, marks=pytest.mark.slow),
     ],
 )
-def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
-    """Stopped in the middle, by Ctrl-C with exit code 0, and called again.
+def test_a_stopped_reproduction_resumes(tmp_path, stops_at, code):
+    """Stopped in the middle (exit code 0 is Ctrl-C) and rerun, it trains nothing from an unfinished run.
 
-    Nothing is trained from what is not finished, and only what was stopped is done twice.
+    Only what was stopped is done twice. Given a folder, the tables go there, too.
     """
     log, shim = tmp_path / "log", tmp_path / "bin/python"
     shim.parent.mkdir()
@@ -118,7 +118,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
         done = subprocess.run([ROOT / "experiments/reproduce-tiny.sh", tmp_path / "out"], env=path, capture_output=True)
         assert (done.returncode == 0) == (at == "never"), done.stderr
     calls = [line.split() for line in log.read_text().splitlines()]
-    assert calls[-1][:2] == ["-m", "experiments.tables"]
+    assert calls[-1] == ["-m", "experiments.tables", f"{tmp_path}/out", f"{tmp_path}/out"]
     calls = [call for call in calls if call[1] != "experiments.tables"]
     outs = [call[call.index("--out") + 1] for call in calls]
     assert len(outs) - len(set(outs)) == 1 and sum(stops_at.split()[0] in out for out in outs) > 1
@@ -136,7 +136,7 @@ def test_a_reproduction_goes_on_where_it_stopped(tmp_path, stops_at, code):
     assert len(trained) == 4 * (4 + 2 + 3 + 4) + 3 * 2
     assert sum("/qa/base-" in out for out in set(outs)) == 4 * (1 + 5 + 2) + 3 * 3
     asked = {call[call.index("--out") + 1].split(".part")[0]: " ".join(call) for call in calls}
-    for seed in "0125":  # the ceiling is the base; search is for three seeds
+    for seed in "0125":  # the ceiling is the base; search QA has three seeds
         ceiling = asked[f"{tmp_path}/out/{seed}/qa/ceiling"]
         assert "--model tiny/model" in ceiling and f"/test-{seed}-told.jsonl" in ceiling
         searched = asked.get(f"{tmp_path}/out/{seed}/qa/memtrain-search-16")
