@@ -37,7 +37,7 @@ from tiny.build.world import TINY, encyclopedia, questions, split, versions, wor
 VERSIONS = 6  # most passages of a subject
 VOCABULARY = 3712
 POOL, STEP_TOKENS, RATE = 2048, 6144, 2e-3  # demonstrations drawn at a time, tokens a step, peak learning rate
-POOLS, FREE = [100, 30], 0.6  # of each phase; of the readings in the second phase, those that are told nothing
+POOLS, FREE = [140, 45], 0.6  # of each phase; of the readings in the second phase, those that are told nothing
 EVERY = 10  # pools of the second phase between two measurements of the skills
 
 

@@ -43,6 +43,7 @@ class Reader:
 # and measured so. No problem of MemTrain or of a task says it: how to read is then the policy's own choice.
 FOCUS, EVERYTHING = "Keep only what this is about.", "Keep all that fits."
 TOLD = {FOCUS: Reader(1, 0, 1, 0), EVERYTHING: Reader(1, 1, 1, 1)}
+CLUTTERING = Reader(1, 0.6, 1, 0.8)  # nothing that the problem names is lost, among other things
 
 
 def some_reader(rng) -> Reader:
@@ -67,8 +68,9 @@ def holds(text: str, entity: str) -> bool:
 
 
 def entities(subjects: list[dict], text: str) -> list[str]:
-    """What an entity finder would find in `text`: those names of `subjects` that are capitalised, or numbers."""
-    return sorted(n for n in names_of(subjects) if (n[0].isupper() or n[0].isdigit()) and holds(text, n))
+    """What an entity finder would find in `text`: names of `subjects`, capitalised or numbers, in no longer one."""
+    found = [n for n in names_of(subjects) if (n[0].isupper() or n[0].isdigit()) and holds(text, n)]
+    return sorted(n for n in found if not any(n != longer and holds(longer, n) for longer in found))
 
 
 def subjects_around(world: list[dict], centre: dict, rng, size: int) -> list[dict]:
@@ -213,12 +215,16 @@ class Demonstrations:
         Some ask about [MASK] as about any other subject, so that it is read as a name. In most others something is
         masked that nobody asks about, so that [MASK] by itself is not worth a note.
         """
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.25:
             passages, _ = self.masked(world, 10)
             return QUESTION, [MASK], self.sections(passages)
         row = self.question(world)
         titles, passages, _ = self.context(row, world, 10)
         problem, trail = row["question"], [title for title, _ in row["hops"]]
+        first, last = titles.index(trail[0]), titles.index(trail[-1])
+        if first > last and self.rng.random() < 0.75:  # only then can the second hop be followed
+            for told in (titles, passages):
+                told[first], told[last] = told[last], told[first]
         asked = self.rng.random() < 0.3
         if hidden := trail[0] if asked else self.unasked(row, titles, passages):
             problem, *titles = (mask(text, hidden, MASK) for text in (problem, *titles))
@@ -240,11 +246,15 @@ class Demonstrations:
     def turn(self, chunks: list[str], trail: list[str]) -> int:
         """Which section is read: mostly one that names what is looked for, else one of those that come after.
 
-        Or one with a [MASK] that nobody asks about.
+        Or one with a [MASK] that nobody asks about. Of two hops it is in half of the readings that of the second.
         """
         naming = [n for n, chunk in enumerate(chunks) if any(holds(chunk, name) for name in trail)]
         unasked = [n for n, chunk in enumerate(chunks) if MASK in chunk and MASK not in trail]
         draw = self.rng.random()
+        if len(trail) == 2 and self.rng.random() < 0.5:
+            second = [n for n, chunk in enumerate(chunks) if re.search(f"(^|\n)(The )?{re.escape(trail[1])} ", chunk)]
+            if second:
+                return second[0]
         if unasked and draw < 0.3:
             return self.rng.choice(unasked)
         if naming and draw < 0.7:
@@ -256,9 +266,9 @@ class Demonstrations:
         world = world or self.world(0.65, 0.2)
         problem, trail, chunks = self.problem(world)
         now = self.turn(chunks, trail)
-        told = self.rng.choice((FOCUS, FOCUS, FOCUS, EVERYTHING)) if self.rng.random() >= self.free else ""
+        told = self.rng.choice((*[FOCUS] * 5, EVERYTHING)) if self.rng.random() >= self.free else ""
         reader, memory = some_reader(self.rng), []
-        before = self.rng.choice((reader, TOLD.get(told, reader), TOLD[EVERYTHING]))  # this one fills the memory
+        before = self.rng.choice((reader, TOLD.get(told, reader), TOLD[EVERYTHING], CLUTTERING))  # fills the memory
         for section in chunks[:now]:
             memory = self.notes(before, memory, section, trail)
         notes = self.notes(TOLD.get(told, reader), memory, chunks[now], trail)
@@ -356,7 +366,7 @@ class Demonstrations:
     def draw(self) -> Turn:
         """One demonstration, as if it had been sampled, of a kind that is drawn by the shares here."""
         makers = {
-            self.reading: 0.54, self.masked_answer: 0.13, self.recalling: 0.11, self.asked_answer: 0.12,
+            self.reading: 0.52, self.masked_answer: 0.15, self.recalling: 0.11, self.asked_answer: 0.12,
             self.searching: 0.10,
         }
         (make,) = self.rng.choices(list(makers), makers.values())

@@ -143,10 +143,11 @@ class Skills:
         for row, titles, passages in self.contexts(self.heldout()):
             asked = passages[titles.index(row["hops"][0][0])]
             others = self.others(row, titles, passages, "")
-            memory = [" ".join(asked), *rng.sample(others, min(len(others), rng.randrange(3)))]
-            if others and self.demonstrations.size(memory) <= NOTES_TOKENS:
+            memory, unread = [" ".join(asked), *others[: rng.randrange(len(others) + 1)]], others[-2:]
+            unread = [other for other in unread if other not in memory]
+            if unread and self.demonstrations.size(memory) <= NOTES_TOKENS:
                 rng.shuffle(memory)
-                section = rng.choice(self.demonstrations.sections([[other] for other in others]))
+                section = rng.choice(self.demonstrations.sections([[other] for other in unread]))
                 yield self.reading(f"{row['question']} {FOCUS}", memory, section), set(asked)
 
     def ignoring(self):
