@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
@@ -136,7 +138,7 @@ class Config:
 # ---- flags ---------------------------------------------------------------------------------------------
 
 # Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
-MAY_BE_ZERO = {"seed", "lora", "related", "eval_documents", "searches", "g2"}
+MAY_BE_ZERO = {"seed", "lora", "lr_warmup", "related", "eval_documents", "searches", "g2"}
 
 
 def flag(name: str) -> str:
@@ -178,8 +180,21 @@ def with_files(arguments: list[str]) -> list[str]:
     for file in map(Path, given.config):
         if not file.is_file():
             raise UserError(f"--config {file}: no such file; those of the project are in recipes/")
-        words += file.read_text().split()
+        words += words_of(file)
     return words + own
+
+
+def words_of(file: Path) -> list[str]:
+    """The words of a settings file, as a shell reads them: quotes, ~, comments from # on. Raises UserError."""
+    try:  # not shlex's own comments: they begin within a word, too (runs/try#2)
+        words = shlex.split(re.sub(r"(?m)(^|(?<=\s))#.*", "", file.read_text("utf-8-sig")))
+    except (OSError, ValueError) as error:  # not UTF-8, or a quotation without its end
+        raise UserError(f"--config {file}: can't be read ({error}); save it as UTF-8 text, each quote closed") from None
+    if words and not words[0].startswith("--"):
+        raise UserError(f"--config {file}: begins with {words[0]!r}, not with a flag; write flags such as --steps 5")
+    if any(word.split("=")[0] == "--config" for word in words):
+        raise UserError(f"--config {file}: can't contain --config; give both files on the command line")
+    return [os.path.expanduser(word) for word in words]
 
 
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
@@ -193,12 +208,20 @@ def parse_with(flags: type, defaults: dict, arguments: list[str]):
         arguments, look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
-        raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
+        if rest[0].startswith("-"):
+            raise UserError(f"unknown argument {rest[0]}; --help lists all of them")
+        raise UserError(
+            f"{rest[0]}: belongs to no flag; quote a path that has spaces, name a folder instead of several files, and "
+            "put --config before each settings file"
+        )
     return config
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The script's docstring unchanged, then each flag with its default."""
+    """The script's docstring unchanged, then each flag with its default, unless its text tells it."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default:" in (action.help or "") else super()._get_help_string(action)
 
 
 def refuse(message: str) -> None:
@@ -242,6 +265,10 @@ def check(config: Config) -> None:
     if config.task != "searchqa":
         is_of_hub(config.corpus_name)  # raises unless it is a hub data set, or an existing file or folder
     if config.task == "memtrain":
+        theirs = not Path(config.questions).match("tiny/questions.jsonl")  # the default, wherever a run was made
+        if theirs or config.eval_questions or config.retriever != "bm25":
+            name = "questions" if theirs else "eval_questions" if config.eval_questions else "retriever"
+            raise UserError(f"{flag(name)}: --task memtrain asks no questions; add --task longqa or --task searchqa")
         check_ner(config.ner)
     else:
         for name in ("questions", "eval_questions"):

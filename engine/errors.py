@@ -47,6 +47,12 @@ def run_script(main, help: str = "") -> None:
             f"out of GPU memory ({reason_of(error)}): reduce --rollout-tokens or --chunk-tokens; in training also "
             "--train-tokens, or set --gradient-checkpointing, --offload-optimizer or --offload-reference to True"
         )
+    except KeyboardInterrupt:  # where a run doesn't catch it: before its first step, or the second time
+        print("stopped; rerun the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `--explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails, too
+        message = "the program that the output was piped to has ended; rerun the same command, without it"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from engine.chat import check_template, end_marker
 from engine.errors import UserError, reason_of
+from engine.saved import run_of
 
 ADAPTER = "adapter_config.json"  # peft's: a folder with this file holds an adapter, not a complete model
 DELAY = 5  # seconds before a bar of transformers is shown
@@ -72,6 +73,10 @@ def is_adapter(name: str) -> bool:
 
 def check_model(name: str, given: str) -> None:
     """Raises UserError if `name`, from the argument `given`, can't be a model."""
+    if run_of(f"{name}/checkpoint")[0] == Path(name).absolute():
+        raise UserError(f"{given} {name}: is the folder of a run; its model is {name}/checkpoint")
+    if Path(name).is_file():
+        raise UserError(f"{given} {name}: is a file; name a model folder (config.json, tokenizer.json, *.safetensors)")
     configs = Path(name) / "config.json", Path(name) / ADAPTER
     if Path(name).is_dir() and not any(config.is_file() for config in configs):
         raise UserError(f"{given} {name}: has no config.json, so it is not a model folder; name another")

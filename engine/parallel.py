@@ -37,6 +37,8 @@ def start() -> str:
         raise UserError(f"torchrun --nproc_per_node: more processes than the {gpus} GPUs here; start one per GPU")
     if cuda:
         torch.cuda.set_device(number)
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"LOCAL_RANK is set but {missing[0]} is not; start with torchrun, or run `unset LOCAL_RANK`")
     # Fast processes wait for slow ones: a rollout of long documents can take an hour.
     wait, device = timedelta(hours=4), f"cuda:{number}" if cuda else "cpu"
     own = torch.device(device) if cuda else None  # or a barrier guesses this process's GPU

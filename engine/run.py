@@ -3,16 +3,22 @@
 `config.json` says which run a folder holds; the same command resumes it from its last checkpoint, whatever ended it.
 """
 
-import fcntl
 import json
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    print("error: MemTrain needs Linux or macOS; on Windows run it in WSL", file=sys.stderr)
+    sys.exit(2)
 
 from engine import checkpoints, parallel
 from engine.config import flag

@@ -8,6 +8,7 @@ def saved_settings(model: str) -> dict:
     """Settings of the run that wrote `model` (runs/NAME/checkpoint or .../checkpoints/step-N); {} for other models."""
     folder, written = run_of(model)
     if not folder:
+        print(f"{model}: not the checkpoint of a run, so only flags and --config set the settings")
         return {}
     print(f"settings are from {folder / 'config.json'}; the command line overrides them")
     return {name: value for name, value in written.items() if name not in ("model", "out")}
@@ -15,7 +16,7 @@ def saved_settings(model: str) -> dict:
 
 def run_of(model: str) -> tuple[Path | None, dict]:
     """(folder, settings) of the run that wrote `model`; (None, {}) for other models."""
-    for folder in Path(model).parents[:2]:
+    for folder in Path(model).absolute().parents[:2]:
         try:
             written = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):

@@ -2,9 +2,9 @@
 
     python -m experiments.memories tiny/model runs/first-0/checkpoint    # README's example
 
-Both models read held-out documents greedily. The document shown is the first that only one of them answers right. Recall
-asks the last memory for every entity of the earlier chunks, in their order; its first right and first wrong answer are
-shown.
+Both models read held-out documents greedily. The document shown is the first that only one of them answers right.
+Recall asks the last memory for every entity of the earlier chunks, in their order; its first right and first wrong
+answer are shown.
 """
 
 import sys

@@ -89,7 +89,7 @@ def load_passages(
             text = _text_of(row, where, text_field)
             body = without_references(text)
             pieces = split_paragraphs(body, PASSAGE_WORDS)
-            title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.endswith(".txt") else None)
+            title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.lower().endswith(".txt") else None)
             left_out["empty"] += not pieces
             if is_disambiguation(str(title), text):
                 left_out["of a page that tells namesakes apart"] += 1
@@ -104,7 +104,8 @@ def load_passages(
                 break
     _tell_left_out(corpus, left_out)
     if not passages:
-        raise UserError(f"--corpus {corpus}: contains no usable passage; use another corpus")
+        advice = "save it as UTF-8" if left_out["not UTF-8"] else "use another corpus"
+        raise UserError(f"--corpus {corpus}: contains no usable passage; {advice}")
     return passages[:max_passages]
 
 
@@ -125,7 +126,7 @@ def _tell_left_out(corpus: str, left_out: Counter) -> None:
 def is_of_hub(corpus: str) -> bool:
     """Whether this names a hub data set. Raises UserError if it looks like a path and no such file or folder exists."""
     path = Path(corpus)
-    if not path.exists() and (path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
+    if not path.exists() and (path.suffix.lower() in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
         raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
     return not path.exists()
 
@@ -135,12 +136,20 @@ def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
     Raises UserError.
     """
-    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in FORMATS)
+    found = [path] if path.is_file() else path.rglob("*")
+    # No folder called x.txt, and nothing hidden, such as the copies in .ipynb_checkpoints.
+    shown = (p for p in found if not p.is_dir() and not any(part[0] == "." for part in p.relative_to(path).parts))
+    files = sorted(p for p in shown if p.suffix.lower() in FORMATS)
     if not files:
         raise UserError(f"--corpus {path}: is neither a {', '.join(FORMATS)} file nor a folder that contains one")
     for file in files:
-        if file.suffix == ".txt":
-            yield {"text": file.read_text("utf-8", errors="replace")}, str(file)
+        if file.suffix.lower() == ".txt":
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise UserError(f"--corpus {file}: can't be read ({error.strerror}); fix or remove it") from None
+            code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Notepad's and PowerShell's
+            yield {"text": content.decode(code, errors="replace").replace("\r\n", "\n").replace("\r", "\n")}, str(file)
             continue
         fields: dict = {}
         try:

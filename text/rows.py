@@ -22,7 +22,7 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     A file that begins with "[" is a list, whatever its name. `errors` is that of bytes.decode, for bytes that are not
     UTF-8. Half a surrogate pair becomes "?". Raises UserError with the file and the place in it.
     """
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         yield from _parquet_rows(file)
         return
     try:
@@ -32,6 +32,8 @@ def read_rows(file: Path, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     with lines:
         first = next(filter(None, (line.strip(BLANK) for line in lines)), b"")
         lines.seek(0)
+        if first == b"{":  # json.dump(..., indent=2)
+            raise UserError(f"{file}: is one JSON object on many lines, not a list of records or one a line")
         if first.startswith(b"["):
             kind, found = "record", enumerate(_parsed(lines.read(), f"{file}:", errors), 1)
         else:

@@ -1,5 +1,6 @@
 """A spaCy pipeline without a trained model: names, dates and numbers by their spelling, and a list of known names."""
 
+import importlib.util
 from pathlib import Path
 
 import spacy
@@ -40,5 +41,9 @@ def rules_pipeline(names=()) -> spacy.Language:
 
 def check_ner(ner: str) -> None:
     """Raises UserError if the pipeline `ner` is not installed. Loads nothing, so it can come first."""
-    if ner != "rules" and not spacy.util.is_package(ner) and not Path(ner, "meta.json").is_file():
+    spec = importlib.util.find_spec(ner) if ner.isidentifier() else None  # spacy's is_package takes any package
+    folder = Path(spec.origin).parent if spec and spec.origin else Path(ner)
+    if ner != "rules" and not (folder / "meta.json").is_file():
+        if spec:
+            raise UserError(f"--ner {ner}: is not a spaCy pipeline; use one such as en_core_web_sm, or --ner rules")
         raise UserError(f"--ner {ner}: not installed; run `python -m spacy download {ner}`, or use --ner rules")

@@ -34,7 +34,10 @@ def bad(tmp_path_factory):
         "blank.jsonl": '{"title": "x", "text": ""}\n', "masks.jsonl": '{"title": "x", "text": "Ada saw a [MASK]."}\n',
         "notes.csv": "a,b\n", "fake.parquet": "PAR", "nothing/x.csv": "", "bad.args": "--steps two\n",
         "strings.json": '["a"]', "half.json": "[{", "strange.json": json.dumps([{"_id": 1, "words": 2}]),
-        "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n',
+        "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n', "note.args": "a note\n--steps 5\n",
+        "two.args": "--config other.args\n", "open.args": "--corpus \"my data\n",
+        "indented.json": '{\n "text": "x"\n}\n',
+        "run/config.json": '{"chunk_tokens": 64}', "m.gguf": "GGUF", "nothing/.copy.jsonl": passage,
         "used/config.json": "{}", "used/metrics.jsonl": "", "other/thing.txt": "x", "not_a_model/x": "",
     }
     questions = {
@@ -157,6 +160,52 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--model {bad}/nowhere",
         "--model {bad}/nowhere: no such folder (a model on the hub is called OWNER/NAME)",
+    ),
+    (
+        "memtrain", "--model {bad}/m.gguf",
+        "--model {bad}/m.gguf: is a file; name a model folder (config.json, tokenizer.json, *.safetensors)",
+    ),
+    (
+        "memtrain", "--model {bad}/run",
+        "--model {bad}/run: is the folder of a run; its model is {bad}/run/checkpoint",
+    ),
+    (
+        "memtrain", "--ner torch",
+        "--ner torch: is not a spaCy pipeline; use one such as en_core_web_sm, or --ner rules",
+    ),
+    *(
+        (script, arguments, f"{name}: --task memtrain asks no questions; add --task longqa or --task searchqa")
+        for script, arguments, name in (
+            ("memtrain", "--questions {bad}/questions.json", "--questions"),
+            ("memtrain", "--eval_questions {bad}/questions.json", "--eval-questions"),
+            ("eval", "--retriever http://127.0.0.1:8000/retrieve", "--retriever"),
+        )
+    ),
+    (
+        "memtrain", "--corpus {bad}/one.jsonl {bad}/few.jsonl",
+        "{bad}/few.jsonl: belongs to no flag; quote a path that has spaces, name a folder instead of several files, "
+        "and put --config before each settings file",
+    ),
+    (
+        "memtrain", "--corpus {bad}/indented.json",
+        "--corpus {bad}/indented.json: is one JSON object on many lines, not a list of records or one a line; fix or "
+        "remove it",
+    ),
+    (
+        "memtrain", "--config {bad}/note.args",
+        "--config {bad}/note.args: begins with 'a', not with a flag; write flags such as --steps 5",
+    ),
+    (
+        "memtrain", "--config {bad}/two.args",
+        "--config {bad}/two.args: can't contain --config; give both files on the command line",
+    ),
+    (
+        "memtrain", "--config {bad}/open.args",
+        "--config {bad}/open.args: can't be read (No closing quotation); save it as UTF-8 text, each quote closed",
+    ),
+    (
+        "eval", "--out {bad}/rows",
+        "--out {bad}/rows: name a .json file (in a recipe --out is the folder of a run; give another here)",
     ),
     ("memtrain", "--no_such_flag 1", "unknown argument --no_such_flag; --help lists all of them"),
     (

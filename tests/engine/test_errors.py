@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.errors import reason_of
+from engine.errors import reason_of, run_script
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,16 @@ def test_what_the_hub_refused_is_the_reason(status, told):
     middle, outer = KeyError("cache"), OSError("No such file")
     middle.__context__, outer.__cause__ = inner, middle
     assert reason_of(outer) == (f"{status} from the hub" if told else "No such file")
+
+
+@pytest.mark.parametrize("error, code, said", [(KeyboardInterrupt, 130, "stopped"), (BrokenPipeError, 2, "piped to")])
+def test_what_the_user_ended_is_a_line(error, code, said, monkeypatch, capfd):
+    """Ctrl-C before the first step, and `--explain | head`: no traceback."""
+    def main():
+        raise error
+
+    monkeypatch.setattr("os.dup2", lambda *files: None)  # or pytest's own output would go
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert caught.value.code == code and said in line

@@ -7,9 +7,8 @@ from rollout import Trajectory, Turn
 
 def test_every_entity_of_the_earlier_chunks_is_asked_for():
     """In the order of the text, from the last memory; the last chunk's own entities are not asked for."""
-    document = Document(
-        0, "t", "q", ["y"], ["Ada was born in Ulm. She met Bob.", "Bob died.", "Cy left."], [["Ulm", "Bob"], ["Bob"], ["Cy"]]
-    )
+    chunks, names = ["Ada was born in Ulm. She met Bob.", "Bob died.", "Cy left."], [["Ulm", "Bob"], ["Bob"], ["Cy"]]
+    document = Document(0, "t", "q", ["y"], chunks, names)
     seen, answers = [], iter(["\\boxed{ulm}", "\\boxed{Cy}", "no box"])
 
     def sample(prompts, new_tokens, done):

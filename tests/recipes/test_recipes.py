@@ -136,3 +136,11 @@ def test_smollm2_wiki_loads_few_passages_of_the_hub_in_its_smoke_size(tmp_path, 
     (cold,) = (tmp_path / "log").read_text().splitlines()
     assert done.returncode == 1 and cold.startswith("-m recipes.cold_start ")
     assert cold.split("--max-passages ")[-1].split()[0] == passages
+
+
+def test_a_settings_file_is_read_as_a_shell_reads_it(tmp_path):
+    """Comments, quotes, a byte-order mark and ~; a # within a word is none."""
+    file = tmp_path / "mine.args"
+    file.write_bytes(b"\xef\xbb\xbf# mine\n--steps 7  # was 200\n--out 'my runs/try#2'\n--corpus ~/text.txt\n")
+    config = parse(Config, arguments=["--config", str(file)])
+    assert (config.steps, config.out, config.corpus) == (7, "my runs/try#2", str(Path.home() / "text.txt"))

@@ -36,7 +36,10 @@ def test_every_format_gives_the_same_passages(tmp_path):
     assert [(p.title, p.text) for p in load_passages(str(tmp_path))] == expected * 3
     assert len(load_passages(str(tmp_path), max_passages=7)) == 7
     (tmp_path / "b.txt").write_text("First line.\n\nSecond line.\n")
-    assert [(p.title, p.text) for p in load_passages(str(tmp_path / "b.txt"))] == [("b", "First line.\nSecond line.")]
+    for name, code in (("b.txt", "utf-8"), ("B.TXT", "utf-8"), ("b.txt", "utf-16"), ("b.txt", "utf-8-sig")):
+        (tmp_path / name).write_bytes("First line.\r\n\r\nSecond line.\r\n".encode(code))
+        (passage,) = load_passages(str(tmp_path / name))
+        assert (passage.title, passage.text) == (name[0], "First line.\nSecond line."), (name, code)
 
 
 @pytest.mark.parametrize("bad", ['{"title": "B", "te', "[1, 2]", "plain"])
