@@ -89,7 +89,8 @@ def load_passages(
             text = _text_of(row, where, text_field)
             body = without_references(text)
             pieces = split_paragraphs(body, PASSAGE_WORDS)
-            title = row.get("title") or (Path(where).stem if len(pieces) == 1 and where.lower().endswith(".txt") else None)
+            file_name = Path(where).stem if where.lower().endswith(".txt") and len(pieces) == 1 else None
+            title = row.get("title") or file_name
             left_out["empty"] += not pieces
             if is_disambiguation(str(title), text):
                 left_out["of a page that tells namesakes apart"] += 1
@@ -126,7 +127,7 @@ def _tell_left_out(corpus: str, left_out: Counter) -> None:
 def is_of_hub(corpus: str) -> bool:
     """Whether this names a hub data set. Raises UserError if it looks like a path and no such file or folder exists."""
     path = Path(corpus)
-    if not path.exists() and (path.suffix.lower() in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
+    if not path.exists() and (path.suffix in FORMATS or corpus.startswith((".", "/", "~")) or corpus.count("/") != 1):
         raise UserError(f"--corpus {corpus}: no such file or folder (a hub data set is called OWNER/NAME)")
     return not path.exists()
 
