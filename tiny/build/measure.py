@@ -31,7 +31,7 @@ from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOW
 from tiny.build.world import TINY, encyclopedia, forms, names_of, split
 
 DOCUMENTS, SAMPLES = 60, 4
-WHOLE, LENGTHS = 200, (4, 8, 16, 32)  # whole readings of a kind, chunks of each
+WHOLE, LENGTHS = 100, (4, 8, 16, 32)  # whole readings of a kind, chunks of each
 
 # ---- skills --------------------------------------------------------------------------------------------
 
@@ -212,16 +212,21 @@ class Skills:
                 yield prompt, completion
 
 
+def asked(hops: int) -> list:
+    """The questions of so many hops, but those of the test."""
+    questions = load_questions(TINY / "questions.jsonl")
+    return [q for q in questions if len(q.gold) == hops and split_of(subject(q)) != "test"]
+
+
 # ---- whole readings ---------------------------------------------------------------------------------------
 
 
 def print_whole(sample: Sampler, corpus, config: Config) -> None:
     """How many documents of each length are answered right: masked ones, and questions whose subject is in no test."""
     pool = measured([(passage.title, passage.text) for passage in corpus.passages], sample.tokenizer)
-    asked = [q for q in load_questions(TINY / "questions.jsonl") if split_of(subject(q)) != "test"]
     sources = {"[MASK]": lambda n, chunks: corpus.document(n, "heldout", chunks=chunks)}
     for hops, name in ((1, "one hop"), (2, "two hops")):
-        own = [q for q in asked if len(q.gold) == hops]
+        own = asked(hops)
         own = own[:: max(1, len(own) // WHOLE)][:WHOLE]
         how = dict(seed=0, chunk_tokens=config.chunk_tokens, chunks=config.chunks)
         source = LongQA({"dev": own}, pool, sample.tokenizer, **how)
@@ -245,7 +250,7 @@ def print_whole(sample: Sampler, corpus, config: Config) -> None:
 
 def question_documents(tokenizer, config: Config, hops: int) -> list[Document]:
     """Questions about unseen subjects, of so many hops, each with its own ten paragraphs to read."""
-    questions = [q for q in load_questions(TINY / "questions.jsonl") if len(q.gold) == hops]
+    questions = asked(hops)
     some = questions[:: len(questions) // DOCUMENTS][:DOCUMENTS]
     texts = [LongText(q, n, [], tokenizer, seed=0, chunk_tokens=config.chunk_tokens) for n, q in enumerate(some)]
     return [text.document(text.draw(10)) for text in texts]
