@@ -77,7 +77,13 @@ def test_a_missing_pipeline_is_told_before_anything_is_loaded(tmp_path, monkeypa
         check_ner("rules")
         spacy.blank("en").to_disk(tmp_path / "pipeline")
         check_ner(str(tmp_path / "pipeline"))
-        check_ner("spacy")  # any installed package
+        with pytest.raises(UserError, match="--ner spacy: is not a spaCy pipeline"):
+            check_ner("spacy")
+        (tmp_path / "en_as_package").mkdir()
+        for name in ("__init__.py", "meta.json"):
+            (tmp_path / "en_as_package" / name).write_text("")
+        patch.syspath_prepend(tmp_path)
+        check_ner("en_as_package")
     with pytest.raises(UserError, match="en_no_such: not installed"):
         load_pipeline("en_no_such")
     (tmp_path / "pipeline/config.cfg").write_text("[nlp]\n")

@@ -99,7 +99,8 @@ def test_torch_takes_the_setting_though_it_is_imported_before(tmp_path):
 def test_each_process_joins_with_the_gpu_that_is_its_own(cards, number, backend, device, monkeypatch):
     """The group is told, or else a barrier would guess; processes on a CPU name none."""
     emulate(monkeypatch, cards)
-    monkeypatch.setenv("LOCAL_RANK", str(number))
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(number))
     chosen, joined = [], []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(dist, "init_process_group", lambda *given, **named: joined.append((*given, named["device_id"])))

@@ -176,7 +176,7 @@ def test_a_sampler_without_the_models_generate_is_left_alone():
 
 
 WRONG = [  # a family, and the layers that the line names
-    ("rwkv", {}, "RwkvSelfAttention"), ("lfm2", CONV | {"conv_bias": True}, "Lfm2ShortConv"),
+    ("rwkv", {}, "RwkvSelfAttention"), ("lfm2", CONV | {"conv_bias": True, "seed": 3}, "Lfm2ShortConv"),
     ("minimax", LINEAR_FIRST, "MiniMaxAttention, MiniMaxLightningAttention"),
     (
         "recurrent_gemma", {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32},
