@@ -158,7 +158,7 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
     """
     arguments = with_files(sys.argv[1:] if arguments is None else arguments)
     config = parse_with(flags, {}, arguments)
-    if follow_model:
+    if follow_model and config.model != Config.model:
         from engine.saved import saved_settings
 
         config = parse_with(flags, saved_settings(config.model), arguments)
