@@ -78,7 +78,7 @@ TASKS = {
     "memtrain": [*PLAIN, "--kl", "1e-3", "--update_batch", 1, "--lr_schedule", "constant"],
     "bfloat16": [*PLAIN, "--dtype", "bfloat16", "--kl", "1e-3", *OFFLOADED],
     "longqa": ["--task", "longqa", "--chunk_tokens", 64, "--memory_tokens", 40],
-    "searchqa": ["--task", "searchqa", "--searches", 2, "--objectives", 1, "--g1", 6],
+    "searchqa": ["--task", "searchqa", "--searches", 2, "--objectives", 1, "--g1", 16],
     "fast": ["--kl", "1e-3", "--update_batch", 1],
 }
 

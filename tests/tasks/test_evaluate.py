@@ -24,7 +24,8 @@ SMALL = ["--documents", 2, "--g1", 2]
 @pytest.mark.slow
 def test_long_text_task_trains_and_is_evaluated(tmp_path):
     """Two steps of task training on the tiny questions: no recall, rows for each control, a model to go on from."""
-    run = ["--task", "longqa", *SMALL, "--steps", 2, "--chunks", 2, "--memory_tokens", 12, "--eval_documents", 2]
+    run = ["--task", "longqa", *SMALL, "--steps", 2, "--chunks", 2, "--memory_tokens", 12, "--answer_tokens", 12]
+    run += ["--eval_documents", 2]
     done = command(*run, "--g1", 8, "--lr", 0.02, "--fast", "True", "--out", tmp_path / "run")  # gets worse at once
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -33,7 +34,7 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     assert {(r["when"], r["chunks"], r["memory"]) for r in rows} == {
         (w, c, m) for w in ("before", "after") for c in (1, 2, 4, 8, 16) for m in ("kept", "empty")
     }
-    controls = ["--controls", "empty", "full", "oracle", "--lengths", 4, "--eval_documents", 3]
+    controls = ["--controls", "empty", "full", "oracle", "--lengths", 4, "--eval_documents", 8]
     models = ["--model", tmp_path / "run/checkpoint", "--against", ROOT / "tiny/model"]
     done = command(*models, *controls, "--out", tmp_path / "rows.json", script="eval")
     assert done.returncode == 0, done.stderr
@@ -41,7 +42,7 @@ def test_long_text_task_trains_and_is_evaluated(tmp_path):
     memories = ["kept", "empty", "full", "oracle"]
     assert [row["memory"] for row in rows] == memories * 2
     for row in rows:
-        assert row["n"] == len(row["scores"]) == 3 and np.mean(row["scores"]) == row["accuracy"] <= row["f1"] + 1e-9
+        assert row["n"] == len(row["scores"]) == 8 and np.mean(row["scores"]) == row["accuracy"] <= row["f1"] + 1e-9
     told = re.findall(r"^\S+model - \S+checkpoint, longqa, (\w+), 4: (\S+) \[", done.stdout, re.MULTILINE)
     means = [np.subtract(other["scores"], one["scores"]).mean() for one, other in zip(rows[:4], rows[4:], strict=True)]
     assert told == [(memory, f"{mean:+.3f}") for memory, mean in zip(memories, means, strict=True)] and any(means)
