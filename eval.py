@@ -170,7 +170,7 @@ def main(evaluation: Evaluation) -> None:
         models.check_model(name, "--against")
     folder = Path(evaluation.model)
     out = Path(evaluation.out or (folder / "eval.json" if folder.is_dir() else "eval.json"))
-    if evaluation.out and not out.suffix and not out.is_dir():  # or a run couldn't have that folder
+    if evaluation.out and not out.suffix.strip(".0123456789") and not out.is_dir():  # a run may want that name
         raise UserError(f"--out {out}: name a .json file (in a recipe --out is the folder of a run; give another here)")
     check_writable(out)
     if evaluation.plot:

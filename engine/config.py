@@ -138,6 +138,7 @@ class Config:
 # ---- flags ---------------------------------------------------------------------------------------------
 
 # Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
+OF_QUESTIONS = {"questions", "eval_questions", "retriever"}  # settings of the tasks that ask questions
 MAY_BE_ZERO = {"seed", "lora", "lr_warmup", "related", "eval_documents", "searches", "g2"}
 
 
@@ -161,7 +162,11 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
     if follow_model and config.model != Config.model:
         from engine.saved import saved_settings
 
-        config = parse_with(flags, saved_settings(config.model), arguments)
+        saved = saved_settings(config.model)
+        config = parse_with(flags, saved, arguments)
+        if saved and config.task != saved["task"]:  # the run's questions were for its own task
+            saved = {name: value for name, value in saved.items() if name not in OF_QUESTIONS}
+            config = parse_with(flags, saved, arguments)
     for name, value in vars(config).items():
         for number in value if isinstance(value, list) else [value]:
             check_number(name, number)
@@ -185,7 +190,7 @@ def with_files(arguments: list[str]) -> list[str]:
 
 
 def words_of(file: Path) -> list[str]:
-    """The words of a settings file, as a shell reads them: quotes, ~, comments from # on. Raises UserError."""
+    """The words of a settings file: quotes, ~, and comments from a word that begins with #. Raises UserError."""
     try:  # not shlex's own comments: they begin within a word, too (runs/try#2)
         words = shlex.split(re.sub(r"(?m)(^|(?<=\s))#.*", "", file.read_text("utf-8-sig")))
     except (OSError, ValueError) as error:  # not UTF-8, or a quotation without its end

@@ -48,7 +48,7 @@ def run_script(main, help: str = "") -> None:
             "--train-tokens, or set --gradient-checkpointing, --offload-optimizer or --offload-reference to True"
         )
     except KeyboardInterrupt:  # where a run doesn't catch it: before its first step, or the second time
-        print("stopped; rerun the same command to go on", file=sys.stderr)
+        print("stopped; rerun the same command", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `--explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails, too

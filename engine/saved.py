@@ -16,6 +16,8 @@ def saved_settings(model: str) -> dict:
 
 def run_of(model: str) -> tuple[Path | None, dict]:
     """(folder, settings) of the run that wrote `model`; (None, {}) for other models."""
+    if not Path(model).parent.exists():  # a model of the hub
+        return None, {}
     for folder in Path(model).absolute().parents[:2]:
         try:
             written = json.loads((folder / "config.json").read_text())

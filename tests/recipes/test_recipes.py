@@ -1,5 +1,6 @@
 """recipes/*.args: a task's file, and where a model needs other settings, the model's file after it."""
 
+import json
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from engine.config import Config, parse
 from engine.errors import UserError
+from eval import Evaluation
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = dict(documents=16, rollout_tokens=262144, train_tokens=4096, lr=2e-6)
@@ -144,3 +146,16 @@ def test_a_settings_file_is_read_as_a_shell_reads_it(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf# mine\n--steps 7  # was 200\n--out 'my runs/try#2'\n--corpus ~/text.txt\n")
     config = parse(Config, arguments=["--config", str(file)])
     assert (config.steps, config.out, config.corpus) == (7, "my runs/try#2", str(Path.home() / "text.txt"))
+
+
+def test_the_questions_of_a_run_are_those_of_its_own_task(tmp_path):
+    """Read by eval.py --model: with another --task than the run's, they are left out."""
+    written = {"task": "longqa", "chunk_tokens": 32, "questions": "theirs.json", "eval_questions": "more.json"}
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    of_run = ["--model", str(tmp_path / "checkpoint")]
+    own = parse(Evaluation, True, of_run)
+    assert (own.task, own.chunk_tokens, own.questions, own.eval_questions) == ("longqa", 32, "theirs.json", "more.json")
+    other = parse(Evaluation, True, [*of_run, "--task", "memtrain"])
+    assert (other.task, other.chunk_tokens, other.questions) == ("memtrain", 32, Config.questions)
+    assert other.eval_questions is None

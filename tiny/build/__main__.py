@@ -10,6 +10,7 @@ teaches. A third of the subjects never appears in a demonstration.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import time
@@ -132,7 +133,7 @@ def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, p
     """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
     optimizers, total, first, best, processes = optimizers_of(model), sum(pools), 0, -1.0, parallel.count()
     parts = [model, *optimizers]
-    path = folder / f"state-{pools[0]}-{pools[1]}.pt"
+    path = folder / f"state-{pools[0]}-{pools[1]}-{processes}.pt"
     if path.exists():
         first, best, states = torch.load(path, weights_only=True)
         for part, state in zip(parts, states, strict=True):
@@ -199,8 +200,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.pools) < 1:
         raise UserError(f"--pools {arguments.pools}: each phase needs at least one")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is done on CPUs
     parallel.start()
-    leads = parallel.rank() == 0  # one process writes
+    leads = parallel.rank() == 0  # all write the same texts, this one the model
     started, rng = time.perf_counter(), random.Random(0)
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)

@@ -76,7 +76,7 @@ def stating(subject: dict, attribute: str, lines: list[str]) -> str | None:
 
 
 def passage(subject: dict, rng, must: str = "", said: set[str] = frozenset()) -> list[str]:
-    """Two or three sentences about `subject`, in random order, one of them on the attribute `must`, none of `said`.
+    """One to three sentences about `subject`, in random order, one of them on the attribute `must`, none of `said`.
 
     The first begins with the subject, as those of an encyclopedia do; [] where no such sentence is left.
     """
