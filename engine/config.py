@@ -137,8 +137,8 @@ class Config:
 
 # ---- flags ---------------------------------------------------------------------------------------------
 
+OF_QUESTIONS = ("questions", "eval_questions", "retriever")  # settings of the tasks that ask questions
 # Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
-OF_QUESTIONS = {"questions", "eval_questions", "retriever"}  # settings of the tasks that ask questions
 MAY_BE_ZERO = {"seed", "lora", "lr_warmup", "related", "eval_documents", "searches", "g2"}
 
 
@@ -270,10 +270,12 @@ def check(config: Config) -> None:
     if config.task != "searchqa":
         is_of_hub(config.corpus_name)  # raises unless it is a hub data set, or an existing file or folder
     if config.task == "memtrain":
-        theirs = not Path(config.questions).match("tiny/questions.jsonl")  # the default, wherever a run was made
-        if theirs or config.eval_questions or config.retriever != "bm25":
-            name = "questions" if theirs else "eval_questions" if config.eval_questions else "retriever"
-            raise UserError(f"{flag(name)}: --task memtrain asks no questions; add --task longqa or --task searchqa")
+        for name in OF_QUESTIONS:
+            given, default = getattr(config, name), getattr(Config, name)
+            own = name == "questions" and Path(given).match("tiny/questions.jsonl")  # a run made in another folder
+            if given != default and not own:
+                why = "--task memtrain asks no questions; add --task longqa or --task searchqa"
+                raise UserError(f"{flag(name)}: {why}")
         check_ner(config.ner)
     else:
         for name in ("questions", "eval_questions"):

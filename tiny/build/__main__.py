@@ -28,12 +28,11 @@ from fast.sampling import generate
 from grpo import micro_batches, token_logprobs
 from masking import QUESTION
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, READ_PROMPT, RECALL_PROMPT, Budget, Sampler, Turn
-from tasks.questions import split_of
 from tasks.search import SEARCH_PROMPT
 from text.matching import MASK, TARGET, occurrences
 from tiny.build.demonstrations import EVERYTHING, FOCUS, UNKNOWN, Demonstrations
 from tiny.build.measure import Skills
-from tiny.build.world import TINY, encyclopedia, questions, split, versions, words_of
+from tiny.build.world import TINY, encyclopedia, questions, split, untested, versions, words_of
 
 VERSIONS = 6  # most passages of a subject
 VOCABULARY = 3712
@@ -131,14 +130,15 @@ def score(skills: Skills) -> tuple[float, str]:
 
 def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, pools: list[int]) -> None:
     """Both phases, of so many pools. `folder` keeps the state after each pool, and the best model by skills."""
-    optimizers, total, first, best, processes = optimizers_of(model), sum(pools), 0, -1.0, parallel.count()
+    optimizers, total, first, best = optimizers_of(model), sum(pools), 0, -1.0
+    processes, leads = parallel.count(), parallel.rank() == 0
     parts = [model, *optimizers]
     path = folder / f"state-{pools[0]}-{pools[1]}-{processes}.pt"
     if path.exists():
         first, best, states = torch.load(path, weights_only=True)
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
-    bar = tqdm(range(first, total), desc="pools", initial=first, total=total, disable=parallel.rank() > 0)
+    bar = tqdm(range(first, total), desc="pools", initial=first, total=total, disable=not leads)
     for number in bar:
         demonstrations.rng.seed(f"pool {number} of process {parallel.rank()}")  # so a resumed build draws the same
         demonstrations.free = 0.0 if number < pools[0] else FREE
@@ -153,13 +153,12 @@ def train(model, demonstrations: Demonstrations, skills: Skills, folder: Path, p
         done = number + 1
         if done > pools[0] and ((done - pools[0]) % EVERY == 0 or done == total):
             reached, text = score(skills)
-            if parallel.rank() == 0:
+            if leads:
                 bar.write(f"after {done} pools {reached:.3f}: {text}")
-            if reached >= best:
-                best = reached
-                if parallel.rank() == 0:
-                    model.save_pretrained(folder / "best")
-        if parallel.rank() == 0:
+            if leads and reached >= best:
+                model.save_pretrained(folder / "best")
+            best = max(best, reached)
+        if leads:
             fresh = path.with_suffix(".new")  # a kill can't spoil what has been saved before
             torch.save((done, best, [part.state_dict() for part in parts]), fresh)
             fresh.rename(path)
@@ -202,26 +201,25 @@ def main() -> None:
         raise UserError(f"--pools {arguments.pools}: each phase needs at least one")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is done on CPUs
     parallel.start()
-    leads = parallel.rank() == 0  # all write the same texts, this one the model
+    leads = parallel.rank() == 0  # the one that writes
     started, rng = time.perf_counter(), random.Random(0)
     subjects = encyclopedia()
     known, unseen = split(subjects, rng)
     folder = arguments.out / ".build"  # all is made in here, and moved when it is whole
     (folder / "made").mkdir(parents=True, exist_ok=True)
     texts = passages_about(known, rng)
-    write_jsonl(folder / "made/passages.jsonl", texts)
-    write_jsonl(folder / "made/passages_all.jsonl", texts + passages_about(unseen, rng))  # to search in
     words = words_of(subjects)  # a real model's tokenizer knows the words of what it hasn't read about, too
     told, asked = [p["text"] for p in texts], [row["question"] for row in questions(known)]
     tokenizer = build_tokenizer(told * 3 + asked * 3 + words * 60)
     demonstrations = Demonstrations(known, unseen, tokenizer, seed="questions")
-    write_questions(folder / "made/questions.jsonl", subjects, unseen, demonstrations)
+    if leads:
+        write_jsonl(folder / "made/passages.jsonl", texts)
+        write_jsonl(folder / "made/passages_all.jsonl", texts + passages_about(unseen, rng))  # to search in
+        write_questions(folder / "made/questions.jsonl", subjects, unseen, demonstrations)
     model = build_model(tokenizer)
-    # No subject that a test question starts at helps to choose the model.
-    others = [s for s in unseen if split_of(s["title"]) != "test"]
     sample = Sampler(generate, model, tokenizer, Budget(24576), greedy=True)
     asked, seed = 100 // parallel.count(), f"to choose by {parallel.rank()}"
-    train(model, demonstrations, Skills(sample, known, others, asked, seed), folder, arguments.pools)
+    train(model, demonstrations, Skills(sample, known, untested(unseen), asked, seed), folder, arguments.pools)
     parallel.stop()
     if not leads:
         return

@@ -85,6 +85,11 @@ def subjects_around(world: list[dict], centre: dict, rng, size: int) -> list[dic
     return chosen
 
 
+def mask_passages(passages: list[list[str]], name: str) -> list[list[str]]:
+    """The sentences of passages, with `name` masked."""
+    return [[mask(sentence, name, MASK) for sentence in lines] for lines in passages]
+
+
 def written(paragraphs: list[str]) -> str:
     """A memory as text: its paragraphs, with a blank line between."""
     return "\n\n".join(paragraphs) or EMPTY_MEMORY
@@ -120,7 +125,7 @@ class Demonstrations:
         if not found:
             return self.masked(world, size)
         entity = self.rng.choice(found)
-        return [[mask(s, entity, MASK) for s in p] for p in passages], entity
+        return mask_passages(passages, entity), entity
 
     def question(self, world: list[dict]) -> dict:
         """A question over `world`, of two hops more often than of one."""
@@ -223,12 +228,12 @@ class Demonstrations:
         problem, trail = row["question"], [title for title, _ in row["hops"]]
         first, last = titles.index(trail[0]), titles.index(trail[-1])
         if first > last and self.rng.random() < 0.75:  # only then can the second hop be followed
-            for told in (titles, passages):
-                told[first], told[last] = told[last], told[first]
+            for items in (titles, passages):
+                items[first], items[last] = items[last], items[first]
         asked = self.rng.random() < 0.3
         if hidden := trail[0] if asked else self.unasked(row, titles, passages):
             problem, *titles = (mask(text, hidden, MASK) for text in (problem, *titles))
-            passages = [[mask(s, hidden, MASK) for s in lines] for lines in passages]
+            passages = mask_passages(passages, hidden)
             trail = [MASK if name == hidden else name for name in trail]
         return problem, trail, self.sections(passages, titles if self.rng.random() < 0.7 else None)
 

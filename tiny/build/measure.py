@@ -27,8 +27,16 @@ from rollout import EMPTY_MEMORY, READ_PROMPT, Sampler, fill, read, recall
 from tasks.longqa import LongQA, LongText, measured
 from tasks.questions import load_questions, split_of, subject
 from text.matching import MASK
-from tiny.build.demonstrations import FOCUS, MEMORY_TOKENS, NOTES_TOKENS, UNKNOWN, Demonstrations, written
-from tiny.build.world import TINY, encyclopedia, forms, names_of, split
+from tiny.build.demonstrations import (
+    FOCUS,
+    MEMORY_TOKENS,
+    NOTES_TOKENS,
+    UNKNOWN,
+    Demonstrations,
+    mask_passages,
+    written,
+)
+from tiny.build.world import TINY, encyclopedia, forms, names_of, split, untested
 
 DOCUMENTS, SAMPLES = 60, 4
 WHOLE, LENGTHS = 100, (4, 8, 16, 32)  # whole readings of a kind, chunks of each
@@ -156,7 +164,7 @@ class Skills:
         for row, titles, passages in self.contexts(self.heldout()):
             if hidden := self.demonstrations.unasked(row, titles, passages):
                 titles = [mask(title, hidden, MASK) for title in titles]
-                passages = [[mask(s, hidden, MASK) for s in lines] for lines in passages]
+                passages = mask_passages(passages, hidden)
                 section = self.section_of(titles, passages, titles.index(MASK))
                 asked = " ".join(passages[titles.index(row["hops"][0][0])])
                 memory = [asked] if asked not in section and rng.random() < 0.5 else []
@@ -275,7 +283,7 @@ def main() -> None:
     torch.manual_seed(0)
     sample = load_sampler(model, config)
     known, unseen = split(encyclopedia(), random.Random(0))
-    unseen = [s for s in unseen if split_of(s["title"]) != "test"]
+    unseen = untested(unseen)
     print("| skill, greedy | at least | measured | n |\n|---|---|---|---|")
     skills = Skills(replace(sample, greedy=True), known, unseen, n=200, seed="to report")
     for name, (least, hits) in skills.measure().items():

@@ -98,7 +98,7 @@ def passage(subject: dict, rng, must: str = "", said: set[str] = frozenset()) ->
 
 
 def versions(subject: dict, rng, most: int) -> list[list[str]]:
-    """Up to `most` passages about `subject`, no sentence in two of them: a text that repeats itself teaches to."""
+    """Up to `most` passages about `subject`, no sentence in two: a text that repeats itself teaches repetition."""
     found, said = [], set()
     for _ in range(most):
         if lines := passage(subject, rng, said=said):
@@ -154,6 +154,11 @@ def split(subjects: list[dict], rng) -> tuple[list[dict], list[dict]]:
     seen = [s for s in subjects if s["title"] not in unseen]
     known = [{**s, "facts": {a: v for a, v in s["facts"].items() if v not in unseen}} for s in seen]
     return known, [s for s in subjects if s["title"] in unseen]
+
+
+def untested(subjects: list[dict]) -> list[dict]:
+    """Those of `subjects` that no test question starts at: the others help to choose nothing."""
+    return [s for s in subjects if split_of(s["title"]) != "test"]
 
 
 # ---- invented worlds ---------------------------------------------------------------------------------
