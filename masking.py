@@ -401,7 +401,7 @@ class Corpus:
     def _too_few(self, asked: str) -> UserError:
         return UserError(
             f"the corpus has {len(self.passages)} passages, too few for {asked} (a document uses only one passage with "
-            "the pivot's title): use a larger corpus, or ask for less"
+            "the pivot's title): use a larger corpus, with a paragraph on each line, or ask for less"
         )
 
 

@@ -157,7 +157,7 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
 
     With `follow_model` the defaults are the settings of the run that wrote --model. Raises UserError.
     """
-    arguments = with_files(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_files(flags, sys.argv[1:] if arguments is None else arguments)
     config = parse_with(flags, {}, arguments)
     if follow_model and config.model != Config.model:
         from engine.saved import saved_settings
@@ -175,7 +175,7 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
     return config
 
 
-def with_files(arguments: list[str]) -> list[str]:
+def with_files(flags: type, arguments: list[str]) -> list[str]:
     """The words of each `--config FILE`, then all other arguments: the last value of a flag wins. Raises UserError."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse
@@ -185,14 +185,20 @@ def with_files(arguments: list[str]) -> list[str]:
     for file in map(Path, given.config):
         if not file.is_file():
             raise UserError(f"--config {file}: no such file; those of the project are in recipes/")
-        words += words_of(file)
+        found = words_of(file)
+        try:
+            parse_with(flags, {}, found)  # now, so that a mistake is told with its file
+        except UserError as error:
+            raise UserError(f"--config {file}: {error}") from None
+        words += found
     return words + own
 
 
 def words_of(file: Path) -> list[str]:
     """The words of a settings file: quotes, ~, and comments from a word that begins with #. Raises UserError."""
+    quoted_or_comment = r"""(?m)("[^"]*"|'[^']*')|(?:^|(?<=\s))#.*"""
     try:  # not shlex's own comments: they begin within a word, too (runs/try#2)
-        words = shlex.split(re.sub(r"(?m)(^|(?<=\s))#.*", "", file.read_text("utf-8-sig")))
+        words = shlex.split(re.sub(quoted_or_comment, lambda found: found[1] or "", file.read_text("utf-8-sig")))
     except (OSError, ValueError) as error:  # not UTF-8, or a quotation without its end
         raise UserError(f"--config {file}: can't be read ({error}); save it as UTF-8 text, each quote closed") from None
     if words and not words[0].startswith("--"):

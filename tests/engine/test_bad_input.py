@@ -73,12 +73,12 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--corpus {bad}/few.jsonl --passages 50",
         "the corpus has 3 passages, too few for --passages 50 (a document uses only one passage with the pivot's "
-        "title): use a larger corpus, or ask for less",
+        "title): use a larger corpus, with a paragraph on each line, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/one.jsonl",
         "the corpus has 1 passages, too few for --related 2 (a document uses only one passage with the pivot's "
-        "title): use a larger corpus, or ask for less",
+        "title): use a larger corpus, with a paragraph on each line, or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl",
@@ -214,7 +214,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--config {bad}/bad.args",
-        "argument --steps: invalid int value: 'two'; --help lists all arguments",
+        "--config {bad}/bad.args: argument --steps: invalid int value: 'two'; --help lists all arguments",
     ),
     (
         "memtrain", "--out {bad}/used",

@@ -143,9 +143,10 @@ def test_smollm2_wiki_loads_few_passages_of_the_hub_in_its_smoke_size(tmp_path, 
 def test_a_settings_file_is_read_as_a_shell_reads_it(tmp_path):
     """Comments, quotes, a byte-order mark and ~; a # within a word is none."""
     file = tmp_path / "mine.args"
-    file.write_bytes(b"\xef\xbb\xbf# mine\n--steps 7  # was 200\n--out 'my runs/try#2'\n--corpus ~/text.txt\n")
+    lines = "# mine", "--steps 7  # was 200", "--out 'my #2 runs/try#2'  # don't!", "--corpus ~/text.txt"
+    file.write_text("\n".join(lines), encoding="utf-8-sig")
     config = parse(Config, arguments=["--config", str(file)])
-    assert (config.steps, config.out, config.corpus) == (7, "my runs/try#2", str(Path.home() / "text.txt"))
+    assert (config.steps, config.out, config.corpus) == (7, "my #2 runs/try#2", str(Path.home() / "text.txt"))
 
 
 def test_the_questions_of_a_run_are_those_of_its_own_task(tmp_path):
