@@ -88,7 +88,8 @@ def evaluate(
 def evaluate_masked(greedy: Sampler, agent, corpus, config: Config, when: str, lengths: list[int]) -> list[dict]:
     """A row per task (end_to_end, recall), length and memory (kept, or empty as a control).
 
-    One score per document; for recall only if the document has a name to ask for.
+    One score per document; for recall only if the document has a name to ask for. Rows of end_to_end with the memory
+    kept also hold what was said.
     """
     documents = [document for chunks in lengths for document in heldout_documents(corpus, config, chunks)]
     progress = f"evaluation {when}" if parallel.rank() == 0 else None
@@ -97,22 +98,26 @@ def evaluate_masked(greedy: Sampler, agent, corpus, config: Config, when: str, l
     for t in kept:
         rng = np.random.default_rng([config.seed, len(t.document.chunks), t.document.index, HELDOUT_RECALL_DRAW])
         t.target = draw_recall(t.document, rng)
-    found = []  # (task, chunks, memory), index of the document, score
+    found = []  # (task, chunks, memory), index of the document, score, what was said
     for memory, trajectories in (("kept", kept), ("empty", empty)):
         for t in trajectories:
             score = answer_reward(t.prediction, t.document.answers)
-            found.append((("end_to_end", len(t.document.chunks), memory), t.document.index, score))
+            said = metrics.said_row(t) if memory == "kept" else None
+            found.append((("end_to_end", len(t.document.chunks), memory), t.document.index, score, said))
     for memory in ("kept", "empty"):
         recall(greedy, kept, config, empty_memory=memory == "empty")
         for t in kept:
             for turn in t.recalls:
                 score = recall_reward(turn.text, t.target.entity)
-                found.append((("recall", len(t.document.chunks), memory), t.document.index, score))
+                found.append((("recall", len(t.document.chunks), memory), t.document.index, score, None))
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for key, index, score in chain(*parallel.gather(found)):
+    texts: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for key, index, score, said in chain(*parallel.gather(found)):
         scores[key][index] = score
+        if said:
+            texts[key][index] = said
     in_order = sorted(scores, key=lambda key: (key[:2], key[2] == "empty"))
-    return [metrics.row(when, *key, scores[key]) for key in in_order]
+    return [metrics.row(when, *key, scores[key], texts.get(key)) for key in in_order]
 
 
 def heldout_documents(corpus, config: Config, chunks: int) -> list[Document]:

@@ -25,18 +25,22 @@ def share(right: float, n: int) -> str:
 # ---- an evaluation -------------------------------------------------------------------------------------
 
 
-def row(when: str, task: str, chunks: int, memory: str, scores: dict[int, float], **more: float) -> dict:
+def row(
+    when: str, task: str, chunks: int, memory: str, scores: dict[int, float], said: dict[int, dict] | None = None,
+    **more: float,
+) -> dict:
     """One accuracy: of a task, at a length, with a memory or a control in its place; `more` are further measures.
 
-    `scores` are by the number of their document. Row["scores"] and row["documents"] are in the order of these numbers,
-    however many processes there were.
+    `scores` are by the number of their document, as is what was `said` of it. Row["scores"], row["documents"] and
+    row["said"] are in the order of these numbers, however many processes there were.
     """
     documents = sorted(scores)
     values = [scores[number] for number in documents]
     low, high = wilson(sum(values), len(values))
     place = {"when": when, "task": task, "chunks": chunks, "memory": memory, "n": len(values)}
     accuracy = {"accuracy": float(np.mean(values)), "low": low, "high": high}
-    return place | accuracy | more | {"scores": values, "documents": documents}
+    texts = {"said": [said[number] for number in documents]} if said else {}
+    return place | accuracy | more | {"scores": values, "documents": documents} | texts
 
 
 MEASURES = {"accuracy": "", "f1": ", F1", "substring": ", substring"}
@@ -156,6 +160,13 @@ def sample_rows(trajectories: list) -> dict:
         rows.append(said | {"reward": t.reward, "advantage": t.turns[0].advantage, "recall": recall_row(t)})
     about = {"question": document.question, "answers": document.answers, "document": document.chunks}
     return about | {"trajectories": rows}
+
+
+def said_row(trajectory) -> dict:
+    """What was asked in an evaluation, what was answered, and the memory that it was answered from."""
+    document, memories = trajectory.document, trajectory.memories
+    asked = {"question": document.question, "answers": document.answers}
+    return asked | {"memory": memories[-1] if memories else "", "prediction": trajectory.prediction}
 
 
 def recall_row(trajectory) -> dict | None:

@@ -20,13 +20,6 @@ function fill() {
   turn = 0;
   show();
 }
-function choose({sample: s, trajectory: t}) {
-  sample.value = s;
-  fill();
-  trajectory.value = t;
-  show();
-}
-const changed = [...document.querySelectorAll("button[data-sample]")];
 if (panels.length) {
   document.documentElement.classList.add("js");
   sample.onchange = fill;
@@ -39,11 +32,8 @@ if (panels.length) {
     if (event.key === "ArrowRight") { turn += 1; show(); }
   };
   offer(sample, panels, "step");
+  sample.selectedIndex = sample.length - 1;
   fill();
-  changed.forEach(button => {
-    button.onclick = () => { choose(button.dataset); place.scrollIntoView(); };
-    choose(button.dataset);
-  });
 }
 // A test in a browser waits for it.
 document.body.dataset.ready = panels.length;

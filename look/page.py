@@ -14,7 +14,6 @@ import math
 import re
 from html import escape
 from pathlib import Path
-from statistics import fmean
 from string import Template
 
 from engine.errors import UserError
@@ -29,7 +28,6 @@ CURVES = {  # titles, and the metrics of a step that are drawn together
     "gradient norm": ("grad_norm",), "KL to the reference": ("kl",),
 }
 SETTINGS = ("task", "model", "steps", "documents", "g1", "g2", "chunks", "chunk_tokens", "memory_tokens", "lr", "seed")
-ANSWER = "The answer"  # the title of that turn
 COLOURS = 4  # classes c0 to c3 of page.html
 Point = tuple[float, float, float, float]  # x, y, and the ends of y's interval
 
@@ -46,7 +44,8 @@ def write(folder: str) -> Path:
         title=escape(f"{run.resolve().name}: {len(metrics)} steps"),
         about=escape(", ".join(f"{name} {settings[name]}" for name in SETTINGS if name in settings)),
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), script=script,
-        change=change(samples), curves=curves(metrics), accuracy=accuracy(rows), trajectories=trajectories(samples),
+        change=change(rows, settings.get("chunks", 0)), curves=curves(metrics), accuracy=accuracy(rows),
+        trajectories=trajectories(samples),
     )
     file = run / "report.html"
     try:
@@ -135,26 +134,24 @@ def figure(title: str, lines: dict[str, list[Point]], top: float) -> str:
 # ---- trajectories ----------------------------------------------------------------------------------------
 
 
-def change(samples: list[dict]) -> str:
-    """How the page opens: the trajectories of the first and the last sample whose R^E differ most, in the direction in
-    which its mean went, each with its last memory and its answer. Nothing where only one step was sampled.
+def change(rows: list[dict], chunks: int) -> str:
+    """How the page opens: a held-out document before and after training, each with its last memory and its answer.
+
+    It is the first, of those nearest to `chunks`, whose score changed as the accuracy did. Nothing unless that changed.
     """
-    if len(samples) < 2:
+    ends = [[row for row in rows if "said" in row and row["when"] == when] for when in ("before", "after")]
+    if not all(ends):
         return ""
-    ends = (0, samples[0]), (len(samples) - 1, samples[-1])
-    before, after = (fmean(t["reward"] for t in sample["trajectories"]) for _, sample in ends)
-    found = []
-    for (s, sample), picked in zip(ends, (min, max) if before <= after else (max, min), strict=True):
-        t, trajectory = picked(enumerate(sample["trajectories"]), key=lambda pair: pair[1]["reward"])
-        *_, body = next(turn for turn in turns(sample, trajectory) if turn[0] == ANSWER)
-        name = f"Step {sample['step']}, trajectory {t + 1}: R^E {trajectory['reward']:.2f}"
-        button = f'<button data-sample="{s}" data-trajectory="{t}">its turns</button>'
-        found.append(f'<h3>{name} {button}</h3><p class="soft">{escape(sample["question"])}</p>{body}')
-    read = "the same document" if samples[0]["document"] == samples[-1]["document"] else "different documents"
-    why = f"""Of the first and the last step in samples.jsonl, the two trajectories whose R^E differ most: picked, not
-typical. They read {read}. The mean R^E of all trajectories there went from {before:.2f} to {after:.2f}.
+    before, after = (min(found, key=lambda row: abs(row["chunks"] - chunks)) for found in ends)
+    rise = after["accuracy"] - before["accuracy"]
+    pairs = zip(before["scores"], after["scores"], strict=True)
+    if (n := next((n for n, (old, new) in enumerate(pairs) if (new - old) * rise > 0), None)) is None:
+        return ""
+    why = f"""Of the held-out documents of {before["chunks"]} {unit_of(rows)}, read greedily before and after training,
+the first whose answer changed as the accuracy did, from {before["accuracy"]:.2f} to {after["accuracy"]:.2f}.
 <mark class="y">Marked</mark>: where the answer stands, or its mask."""
-    return f'<h2>What changed most</h2><p class="soft">{why}</p>{"".join(found)}'
+    read = (f"<h3>{row['when']}</h3>{answered(**row['said'][n])}" for row in (before, after))
+    return f'<h2>A document before and after</h2><p class="soft">{why}</p>{"".join(read)}'
 
 
 def trajectories(samples: list[dict]) -> str:
@@ -185,11 +182,9 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
         right = text_box(f"memory m_{k}, changes from m_{k - 1}" if k > 1 else "memory m_1", difference(before, memory))
         found.append((f"Turn {k}: {sample['question']}", f'<div class="columns">{left}{right}</div>'))
         before = memory
-    said = "no box" if trajectory["prediction"] is None else trajectory["prediction"].strip()
-    outcome = f"answered: {said}\nwanted: {', '.join(map(str, sample['answers']))}\n"
-    outcome += f"R^E {trajectory['reward']:.2f}, advantage {trajectory['advantage']:+.3f}"
-    body = text_box("the last memory", marked(before, [MASK, *answers], [])) + text_box("the answer", escape(outcome))
-    found.append((ANSWER, f'<div class="columns">{body}</div>'))
+    rewards = f"R^E {trajectory['reward']:.2f}, advantage {trajectory['advantage']:+.3f}"
+    body = answered(sample["question"], sample["answers"], before, trajectory["prediction"], rewards)
+    found.append(("The answer", body))
     if recall:
         k = recall["k"]
         left = text_box(f"section {recall['l']}, {recall['entity']} masked", marked(recall["section"], [], [TARGET]))
@@ -198,6 +193,15 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
         right += text_box("recall answers", escape("\n".join(lines)))
         found.append((f"Recall, from m_{k}: what is [TARGET]?", f'<div class="columns">{left}<div>{right}</div></div>'))
     return found
+
+
+def answered(question: str, answers: list, memory: str, prediction: str | None, rewards: str = "") -> str:
+    """A last memory beside the question, the answer given from the memory, and the one wanted, as HTML."""
+    said = "no box" if prediction is None else prediction.strip()
+    outcome = f"{question}\nanswered: {said}\nwanted: {', '.join(map(str, answers))}\n{rewards}".strip()
+    names = [MASK, *(answer for answer in answers if isinstance(answer, str))]
+    left, right = text_box("the last memory", marked(memory, names, [])), text_box("the answer", escape(outcome))
+    return f'<div class="columns">{left}{right}</div>'
 
 
 def text_box(title: str, body: str) -> str:

@@ -7,7 +7,7 @@ from itertools import chain, product
 from engine import parallel
 from engine.config import Config
 from engine.errors import UserError
-from engine.metrics import row
+from engine.metrics import row, said_row
 from engine.models import window_of
 from rewards import answer_reward, boxed, normalize, unwrap
 from rollout import ANSWER_PROMPT, EMPTY_MEMORY, answer, prompt_overhead
@@ -32,11 +32,15 @@ def evaluate_questions(
     if config.task == "longqa":
         measures |= {"f1": f1_score, "substring": substring_match}
     found = []  # (length, control, measure), question, score
+    said = []  # length, question, what was said
     for control in ("kept", *controls):
         if control == "kept" or config.task == "searchqa":  # all lengths together, so batches are full
             allowed = config if control == "kept" else replace(config, searches=0)
             shown = f"evaluation {when}" if verbose else None
-            predictions = [t.prediction for t in agent(sample, documents, allowed, progress=shown)]
+            trajectories = agent(sample, documents, allowed, progress=shown)
+            predictions = [t.prediction for t in trajectories]
+            if control == "kept":
+                said = [(length, t.document.index, said_row(t)) for length, t in zip(places, trajectories, strict=True)]
         else:
             memories = [control_memory(control, document, sample, config) for document in documents]
             predictions = [boxed(turn.text) for turn in answer(sample, documents, memories, config)]
@@ -46,12 +50,16 @@ def evaluate_questions(
     scores: dict[tuple, dict[int, float]] = defaultdict(dict)
     for key, question, score in sorted(chain(*parallel.gather(found))):  # sorted, so sums don't depend on processes
         scores[key][question] = score
+    texts: dict[int, dict[int, dict]] = defaultdict(dict)
+    for length, question, text in chain(*parallel.gather(said)):
+        texts[length][question] = text
     rows = []
     for length, control in product(by_length, ("kept", *controls)):
         own = {name: scores[length, control, name] for name in measures}
         exact = own.pop("exact")
         means = {name: sum(values.values()) / len(values) for name, values in own.items()}
-        rows.append(row(when, config.task, length, control, exact, **means))
+        shown = texts[length] if control == "kept" else None
+        rows.append(row(when, config.task, length, control, exact, shown, **means))
     return rows
 
 

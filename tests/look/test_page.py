@@ -125,39 +125,39 @@ def test_a_chart_places_its_points():
     assert low == pytest.approx(y1 + (y3 - y1) / 4, abs=0.11) and high == y3
 
 
-def sampled(step: int, *rewards: float) -> dict:
-    """A line of samples.jsonl: trajectories of these rewards, of hostile texts."""
-    trajectory = SAMPLE["trajectories"][0]
-    return SAMPLE | {"step": step, "trajectories": [trajectory | {"reward": reward} for reward in rewards]}
+def evaluated(when: str, chunks: int, *scores: float) -> dict:
+    """A row of eval.json; what was said of a document begins with the row's name and the document's number."""
+    texts = {"question": HOSTILE, "answers": ["Ulm"], "memory": HOSTILE}
+    said = {n: texts | {"prediction": f"{when} {chunks} {n} {HOSTILE}"} for n in range(len(scores))}
+    return row(when, "end_to_end", chunks, "kept", dict(enumerate(scores)), said)
 
 
-def test_the_page_opens_on_what_changed_most():
-    """The worst of the first step and the best of the last where the mean rose, else the other way round; with both
-    means, and no text that became an element."""
-    between = sampled(5, 9.0, -9.0)
-    shown = change([sampled(1, 0.5, 0.0, 1.0), between, sampled(9, 0.5, 1.5, 1.0)])
-    assert re.findall(r"<h3>(.*?) <", shown) == ["Step 1, trajectory 2: R^E 0.00", "Step 9, trajectory 2: R^E 1.50"]
-    assert "from 0.50 to 1.00" in shown
-    assert re.findall(r'data-sample="(\d+)" data-trajectory="(\d+)"', shown) == [("0", "1"), ("2", "1")]
-    assert "read the same document" in shown
-    shown = change([sampled(1, 0.5, 0.0, 1.0), between, sampled(9, 0.5, 0.25) | {"document": ["another"]}])
-    assert "read different documents" in shown
-    assert re.findall(r"<h3>(.*?) <", shown) == ["Step 1, trajectory 3: R^E 1.00", "Step 9, trajectory 2: R^E 0.25"]
-    page = Elements(shown)
-    assert not {"script", "img"} & set(page.tags) and page.attributes == {"class", "data-sample", "data-trajectory"}
-    assert change([]) == change([between]) == ""
+@pytest.mark.parametrize(
+    "before, after, shown",
+    [
+        ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0), 2),  # it rose: the first that rose, not the first that changed
+        ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0), 1),  # it fell
+        ((0.0, 1.0), (1.0, 0.0), None),  # as many right as before
+    ],
+)
+def test_the_page_opens_on_a_document_before_and_after(before, after, shown):
+    """The same one, at the training length, with what was answered each time; no text becomes an element."""
+    rows = [evaluated("before", 4, *before), evaluated("after", 4, *after)]
+    shorter = [evaluated("before", 2, *after), evaluated("after", 2, *before)]
+    recall = row("after", "recall", 4, "kept", {0: 1.0})
+    page = Elements(change([*shorter, recall, *rows], 4))
+    found = [re.findall(r"answered: (\w+ \d+ \d+)", text) for text in page.texts]
+    assert sum(found, []) == ([] if shown is None else [f"before 4 {shown}", f"after 4 {shown}"])
+    assert not {"script", "img"} & set(page.tags) and page.attributes <= {"class"}
+    assert change(rows[:1], 4) == change([], 4) == ""
 
 
 @pytest.mark.skipif(not chromium, reason="no Chromium is installed")
-def test_a_browser_opens_on_the_later_of_two(run):
-    """The trajectories stand at that of the last step; the other's button leads to the other."""
-    lines = [sampled(1, 1.0, 0.0), sampled(9, 0.5, 1.0, 2.0)]
+def test_a_browser_opens_on_the_last_step(run):
+    """The steps offered are all that were sampled."""
+    lines = [SAMPLE, SAMPLE | {"step": 9}]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write(run).read_text()
-    where = 'class="panel on" data-sample="{}" data-step="step {}" data-trajectory="{}"'
-    assert where.format(1, 9, 2) in opened(run / "report.html", page)
-    click = "document.querySelector('h3 button').click()"
-    assert where.format(0, 1, 1) in opened(run / "click.html", without_policy(page, click))
+    assert 'class="panel on" data-sample="1" data-step="step 9"' in opened(run / "page.html", write(run).read_text())
 
 
 @pytest.mark.skipif(not chromium, reason="no Chromium is installed")
