@@ -49,9 +49,9 @@ class Runs:
         self.seeds, self.search_seeds = settings["seeds"], settings["search_seeds"]
         self.steps, self.search_steps, self.labels = map(numbers, ("steps", "search_steps", "labels"))
         self.lengths, self.shorter = map(numbers, ("lengths", "shorter"))
-        (self.budget,), (self.chunks,) = map(numbers, ("budget", "chunks"))
-        self.claimed = self.lengths[1]  # the claim's length
-        self.claimed_steps = [step for step in self.steps if 0 < step <= self.budget]
+        self.claimed_steps = numbers("claimed_steps")
+        (self.budget,), (self.chunks,), (self.claimed,) = map(numbers, ("budget", "chunks", "claimed"))
+        (self.rate,), (self.other_rate,) = settings["rate"], settings["other_rate"]
         files = {seed: self.text(f"test-{seed}.jsonl").splitlines() for seed in self.seeds}
         self.types = {seed: [json.loads(line)["type"] for line in lines] for seed, lines in files.items()}
         self.asked: dict[tuple, list[int]] = {}  # {(seed, task): the question numbers that every file must have}
@@ -134,9 +134,11 @@ def compare(first: Seeds, second: Seeds) -> list[str]:
     return [f"{mean:+.3f}", *intervals, ", ".join(f"{one:+.2f}" for one in by_seed)]
 
 
-def difference(runs: Runs, first: str, second: str, chunks: int, steps: list[int]) -> tuple[str, list[str]]:
+def difference(
+    runs: Runs, first: str, second: str, chunks: int, steps: list[int], task: str = ""
+) -> tuple[str, list[str]]:
     """(name, `compare`) of two of MODELS; a question's score is its mean over these steps of task RL."""
-    scores = [[runs.scores(f"{MODELS[name]}-{step}", chunks) for step in steps] for name in (first, second)]
+    scores = [[runs.scores(f"{MODELS[name]}-{task}{step}", chunks) for step in steps] for name in (first, second)]
     means = [[np.mean(seed, axis=0) for seed in zip(*own, strict=True)] for own in scores]
     at = f"mean of {steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
     return f"{second} minus {first}, {chunks} chunks, {at} steps of task RL", compare(*means)
@@ -177,8 +179,11 @@ def claim(runs: Runs) -> Section:
     """The claim and its control; accuracy by steps and by minutes of task RL, from both starts."""
     curves = {n: runs.from_starts(runs.steps, n) for n in runs.lengths}
     gains = dict(difference(runs, "base", "MemTrain", n, runs.claimed_steps) for n in runs.lengths)
+    name, cells = difference(runs, "base", "MemTrain", runs.claimed, runs.claimed_steps, "other-")
+    gains[f"{name} at a rate of {runs.other_rate}"] = cells
     rows = gains | dict(difference(runs, *CONTROL, runs.claimed, [step]) for step in (0, runs.budget))
-    page = [f"**The claim**, at {runs.times(runs.claimed)}, and the control whose rewards are dealt out at random:", ""]
+    about = f"**The claim**, at {runs.times(runs.claimed)}, and the control whose rewards are dealt out at random"
+    page = [f"{about} (task RL at a rate of {runs.rate}, unless another is given):", ""]
     page += table(DIFFERENCE[:-1], {name: cells[:-1] for name, cells in rows.items()}, cell=str)
     page += ["![accuracy by steps and by minutes](curves.png)", ""]
     page += ["**Steps of task RL**, from both starts; [95 % over questions], ± half of 95 % over seeds:", ""]

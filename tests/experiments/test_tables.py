@@ -15,7 +15,8 @@ from tasks.search import SearchQA
 SEEDS, STEPS, LENGTHS = (0, 1, 2), (0, 2, 4, 8, 16), (2, 6, 10)
 SETTINGS = {  # not those of the script
     "seeds": SEEDS, "steps": STEPS, "budget": [8], "labels": (4, 64), "chunks": [2], "lengths": LENGTHS,
-    "shorter": (2, 6), "search_seeds": (0, 1), "search_steps": (0, 8),
+    "shorter": (2, 6), "search_seeds": (0, 1), "search_steps": (0, 8), "claimed": [6], "claimed_steps": (2, 4, 8),
+    "rate": ["1e-5"], "other_rate": ["2e-5"],
 }
 TYPES = ["single", "bridge", "bridge", "single", "bridge"] * 6  # of each seed's test questions, in the file's order
 
@@ -27,6 +28,7 @@ def measured(tmp_path):
     out.mkdir()
     (out / "settings.json").write_text(json.dumps({name: list(map(str, own)) for name, own in SETTINGS.items()}))
     names = [f"{run}-{step}" for run in ("base", "memtrain") for step in STEPS]
+    names += [f"{run}-other-{step}" for run in ("base", "memtrain") for step in (2, 4, 8)]
     names += [f"{run}-label-{label}" for run in ("base", "memtrain") for label in (4, 64)]
     names += [f"{run}-{step}" for run in ("end_to_end", "decoupled", "shuffled_rewards") for step in (0, 8)]
     names += ["ceiling", *(f"{run}-search-{step}" for run in ("base", "memtrain") for step in (0, 8))]
@@ -156,14 +158,17 @@ def test_the_claim_and_its_control(measured, monkeypatch, tmp_path):
     control = "shuffled rewards minus base, 6 chunks, {} steps of task RL"
     assert "**The claim**, at 3 x the trained length" in claim
     assert [line.split("|")[1].strip() for line in claim.splitlines() if " minus " in line] == [
-        *map(name.format, (2, 6, 10)), *map(control.format, (0, 8))
+        *map(name.format, (2, 6, 10)), f"{name.format(6)} at a rate of 2e-5", *map(control.format, (0, 8))
     ]
     mean, low, high, seeds_low, seeds_high, *shown = difference(appendix, name.format(6))
     assert difference(page, name.format(6)) == [mean, low, high, seeds_low, seeds_high]
-    by_seed = []
-    for seed in SEEDS:
-        means = [[np.mean(made[f"{run}-{n}", 6][seed]) for n in (2, 4, 8)] for run in ("base", "memtrain")]
-        by_seed.append(np.mean(means[1]) - np.mean(means[0]))
+    gains = []
+    for task in ("other-", ""):
+        scores = {run: [made[f"{run}-{task}{n}", 6] for n in (2, 4, 8)] for run in ("base", "memtrain")}
+        means = [[np.mean([step[seed] for step in own]) for seed in SEEDS] for own in scores.values()]
+        gains.append(np.subtract(means[1], means[0]))
+    assert difference(appendix, f"{name.format(6)} at a rate of 2e-5")[5:] == pytest.approx(gains[0], abs=0.006)
+    by_seed = gains[1]
     assert shown == pytest.approx(by_seed, abs=0.006)
     half = 4.303 * np.std(by_seed, ddof=1) / 3**0.5  # Student's t, two degrees of freedom
     assert (seeds_low, seeds_high) == pytest.approx((np.mean(by_seed) - half, np.mean(by_seed) + half), abs=2e-3)
