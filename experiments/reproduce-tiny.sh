@@ -22,7 +22,7 @@ shorter="4 16"               # with few labels, after an ablation, and for habit
 claimed=16                   # the claim's length, and the steps of task RL over which it is the mean
 claimed_steps="2 4 8 16"
 search_steps="0 16 32"       # of task RL on search QA; each is one of $steps
-search_seeds=$(echo $seeds | cut -d " " -f 1-3)
+side_seeds=$(echo $seeds | cut -d " " -f 1-3) # for all but the claim: few labels, ablations, search QA, habits
 rate=${TASK_RATE:-1e-4}      # of task RL; docs/results-tiny.md says how both rates were chosen
 other_rate=4e-4              # at which the claim is measured, too
 
@@ -64,37 +64,37 @@ start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint";
 after() { # STEPS RUN TASK: the model after STEPS of task RL that starts from RUN
     [ "$1" = 0 ] && start "$2" || echo "$out/$seed/$2-$3/checkpoints/step-$(printf %06d "$1")"
 }
-searches() { [[ " $search_seeds " = *" $seed "* ]]; } # whether this seed trains on search QA, too
+aside() { [[ " $side_seeds " = *" $seed "* ]]; } # whether this seed does all that isn't the claim, too
+ablations() { echo shuffled_rewards $(if aside; then echo end_to_end decoupled; fi); } # the control is the claim's
 
 python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
     other_rate="$other_rate" chunks="$chunks" lengths="$lengths" shorter="$shorter" claimed="$claimed" \
-    claimed_steps="$claimed_steps" search_steps="$search_steps" search_seeds="$search_seeds"
+    claimed_steps="$claimed_steps" search_steps="$search_steps" side_seeds="$side_seeds"
 longqa="--task longqa --chunks $chunks"
 search="--task searchqa --objectives 1"
-ablations="end_to_end decoupled shuffled_rewards"
 
 for seed in $seeds; do
     memtrain="--seed $seed --chunks $chunks"
     echo train $seed/memtrain $memtrain
-    for run in $ablations; do echo train $seed/$run $memtrain --ablation $run; done
+    for run in $(ablations); do echo train $seed/$run $memtrain --ablation $run; done
 done | all
 for seed in $seeds; do
     # The dev questions are never asked here, but without --eval-questions the training questions would be split again.
     task="--seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
     learn="$task --questions $out/train.jsonl"
     for run in base memtrain; do
-        if searches; then echo curve $seed/$run-search $search $learn --model $(start $run); fi
+        if aside; then echo curve $seed/$run-search $search $learn --model $(start $run); fi
         echo curve $seed/$run-task $longqa $learn --model $(start $run)
         echo curve $seed/$run-other $longqa $learn --lr $other_rate --steps $budget --model $(start $run)
     done
-    for run in $ablations; do echo train $seed/$run-task $longqa $learn --steps $budget --model $(start $run); done
-    for label in $labels; do
+    for run in $(ablations); do echo train $seed/$run-task $longqa $learn --steps $budget --model $(start $run); done
+    for label in $(aside && echo $labels); do
         few="$longqa $task --questions $out/train-$label-$seed.jsonl --steps $budget"
         for run in base memtrain; do echo train $seed/$run-task-$label $few --model $(start $run); done
     done
 done | all
 for seed in $seeds; do
-    test="--seed $seed --eval-documents 80 --eval-questions $out/test-$seed"
+    test="--seed $seed --eval-documents 48 --eval-questions $out/test-$seed"
     ask="$longqa $test.jsonl --lengths"
     echo measure $seed/qa/ceiling eval tiny/model $longqa $test-told.jsonl --lengths $lengths
     for run in base memtrain; do
@@ -104,18 +104,18 @@ for seed in $seeds; do
         for step in $claimed_steps; do
             echo measure $seed/qa/$run-other-$step eval $(after $step $run other) $ask $claimed
         done
-        for label in $labels; do
+        for label in $(aside && echo $labels); do
             echo measure $seed/qa/$run-label-$label eval $(start $run-task-$label) $ask $shorter
         done
-        for step in $(searches && echo $search_steps); do
+        for step in $(aside && echo $search_steps); do
             echo measure $seed/qa/$run-search-$step eval $(after $step $run search) $search $test.jsonl
         done
     done
-    for run in $ablations; do
+    for run in $(ablations); do
         echo measure $seed/qa/$run-0 eval $(start $run) $ask $shorter
         echo measure $seed/qa/$run-$budget eval $(start $run-task) $ask $shorter
     done
-    for run in base memtrain $ablations; do
+    for run in $(aside && echo base memtrain $(ablations)); do
         habits="--seed $seed --eval-documents 64 --lengths $shorter"
         echo measure $seed/habits/$run experiments.habits $(start $run) $habits
     done

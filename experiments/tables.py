@@ -46,7 +46,7 @@ class Runs:
         def numbers(name: str) -> list[int]:
             return [int(n) for n in settings[name]]
 
-        self.seeds, self.search_seeds = settings["seeds"], settings["search_seeds"]
+        self.seeds, self.side_seeds = settings["seeds"], settings["side_seeds"]
         self.steps, self.search_steps, self.labels = map(numbers, ("steps", "search_steps", "labels"))
         self.lengths, self.shorter = map(numbers, ("lengths", "shorter"))
         self.claimed_steps = numbers("claimed_steps")
@@ -82,12 +82,12 @@ class Runs:
             found.append([score for score, kind in zip(row["scores"], kinds, strict=True) if hops in ("", kind)])
         return found
 
-    def from_starts(self, ends: list, chunks: int, hops: str = "") -> Series:
+    def from_starts(self, ends: list, chunks: int, hops: str = "", seeds: list | None = None) -> Series:
         """The scores of qa/RUN-END for each of these ends, starting from the base and from MemTrain; the ceiling's."""
         names = {start: [f"{run}-{end}" for end in ends] for start, run in STARTS.items()}
         names[CEILING] = ["ceiling"] * len(ends)
         lines = {f"{line}, {chunks} chunks": own for line, own in names.items()}
-        return {line: [self.scores(name, chunks, hops=hops) for name in own] for line, own in lines.items()}
+        return {line: [self.scores(name, chunks, "kept", hops, seeds) for name in own] for line, own in lines.items()}
 
     def times(self, chunks: int) -> str:
         return f"{chunks / self.chunks:g} x the trained length"
@@ -135,10 +135,11 @@ def compare(first: Seeds, second: Seeds) -> list[str]:
 
 
 def difference(
-    runs: Runs, first: str, second: str, chunks: int, steps: list[int], task: str = ""
+    runs: Runs, first: str, second: str, chunks: int, steps: list[int], task: str = "", seeds: list | None = None
 ) -> tuple[str, list[str]]:
     """(name, `compare`) of two of MODELS; a question's score is its mean over these steps of task RL."""
-    scores = [[runs.scores(f"{MODELS[name]}-{task}{step}", chunks) for step in steps] for name in (first, second)]
+    files = [[f"{MODELS[name]}-{task}{step}" for step in steps] for name in (first, second)]
+    scores = [[runs.scores(file, chunks, seeds=seeds) for file in own] for own in files]
     means = [[np.mean(seed, axis=0) for seed in zip(*own, strict=True)] for own in scores]
     at = f"mean of {steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
     return f"{second} minus {first}, {chunks} chunks, {at} steps of task RL", compare(*means)
@@ -193,7 +194,7 @@ def claim(runs: Runs) -> Section:
     x = base, trained, [0, *trained[1:]]  # the ceiling's line spans the panel
     by_minutes = panels(runs, curves, "minutes of training, MemTrain's own included", *x)
     by_steps = panels(runs, curves, "steps of task RL", [*map(str, runs.steps)])
-    return page, ["**The claim**, per seed:", "", *table(DIFFERENCE, gains, cell=str)], [by_steps, by_minutes]
+    return page, ["**The claim**, per seed:", "", *table(DIFFERENCE, rows, cell=str)], [by_steps, by_minutes]
 
 
 def equal_minutes(runs: Runs) -> Section:
@@ -233,27 +234,28 @@ def by_hops(runs: Runs) -> Section:
 def few_labels(runs: Runs) -> Section:
     """Accuracy by the number of labelled questions, from both starts."""
     places, ends = [*runs.labels, "all"], [*(f"label-{label}" for label in runs.labels), runs.budget]
-    series, rows = {n: runs.from_starts(ends, n) for n in runs.shorter}, {}
+    series, rows = {n: runs.from_starts(ends, n, seeds=runs.side_seeds) for n in runs.shorter}, {}
     for n, lines in series.items():
         for place, base, trained, _ in zip(places, *lines.values(), strict=True):
             rows[f"MemTrain minus base, {place} labels, {n} chunks"] = compare(base, trained)
-    text = [f"**Labels**, {runs.budget} steps of task RL:", "", "![accuracy by labels](labels.png)", ""]
+    text = [f"**Labels**, {runs.budget} steps of task RL, {len(runs.side_seeds)} seeds:", ""]
+    text += ["![accuracy by labels](labels.png)", ""]
     text += table(["labelled questions", *places], *series.values()) + table(DIFFERENCE, rows, cell=str)
     return [], text, [panels(runs, series, f"labelled questions, {runs.budget} steps of task RL", [*map(str, places)])]
 
 
 def ablations(runs: Runs) -> Section:
     """Accuracy after each ablation of MemTrain, before and after task RL."""
-    steps, lengths, by_step = (0, runs.budget), runs.shorter, {}
+    steps, lengths, seeds, by_step = (0, runs.budget), runs.shorter, runs.side_seeds, {}
     for step in steps:
         names = {name: f"{run}-{step}" for name, run in MODELS.items()} | {CEILING: "ceiling"}
-        by_step[step] = {name: [runs.scores(own, n) for n in lengths] for name, own in names.items()}
-    text = ["**Ablations**, and the control whose rewards are dealt out at random:", ""]
+        by_step[step] = {name: [runs.scores(own, n, seeds=seeds) for n in lengths] for name, own in names.items()}
+    text = [f"**Ablations**, and the control whose rewards are dealt out at random, {len(seeds)} seeds:", ""]
     text += ["![accuracy by what MemTrain was made of](ablations.png)", ""]
     head = ["", *(f"{n} chunks, {step} steps" for step, n in product(steps, lengths))]
     text += table(head, {name: [*chain(*(own[name] for own in by_step.values()))] for name in by_step[0]})
-    pairs = [*((name, "MemTrain") for name in MODELS if name != "MemTrain"), CONTROL]
-    rows = dict(difference(runs, *pair, n, [step]) for pair, step, n in product(pairs, steps, lengths))
+    pairs = [(name, "MemTrain") for name in MODELS if name != "MemTrain"]
+    rows = dict(difference(runs, *pair, n, [step], seeds=seeds) for pair, step, n in product(pairs, steps, lengths))
     text += table(DIFFERENCE, rows, cell=str)
     x = [*map(str, lengths)]
     return [], text, [[(f"{step} steps of task RL", "chunks", (x,), own) for step, own in by_step.items()]]
@@ -261,7 +263,7 @@ def ablations(runs: Runs) -> Section:
 
 def search(runs: Runs) -> Section:
     """Accuracy in search QA by steps of task RL on it, from both starts."""
-    seeds, steps, series = runs.search_seeds, runs.search_steps, {}
+    seeds, steps, series = runs.side_seeds, runs.search_steps, {}
     for start, run in STARTS.items():
         series[start] = [runs.scores(f"{run}-search-{step}", 1, seeds=seeds) for step in steps]
     head = [f"**Search QA**, {len(seeds)} seeds, by steps of task RL on it:", ""]
@@ -274,14 +276,15 @@ def habits(runs: Runs) -> Section:
     """Recall at each distance in the longest documents, and the share of unchanged memories."""
     unchanged, recalled = {}, {}
     for name, run in MODELS.items():
-        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.seeds]  # for each seed, a row per length
+        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.side_seeds]  # a row per length
         lengths = [row["chunks"] for row in by_seed[0]]
         bins = {place: ends for place, ends in DISTANCES.items() if ends[0] < lengths[-1]}
         unchanged[name] = [[row["unchanged"] for row in same] for same in zip(*by_seed, strict=True)]
         recalled[name] = [[recall_between(*ends, seed[-1]["recall"]) for seed in by_seed] for ends in bins.values()]
     head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
     head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in bins]
-    text = ["**Habits** on held-out masked documents, greedy:", "", "![recall by distance](distance.png)", ""]
+    text = [f"**Habits** on held-out masked documents, greedy, {len(runs.side_seeds)} seeds:", ""]
+    text += ["![recall by distance](distance.png)", ""]
     text += table(head, {name: unchanged[name] + recalled[name] for name in MODELS}, cell=of_seeds)
     return [], text, [[(f"recall, {lengths[-1]} chunks", "distance k - l", ([*bins],), recalled)]]
 
