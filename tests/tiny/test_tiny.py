@@ -10,14 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import start, wait
 from safetensors import safe_open
+from torch.nn.utils import parameters_to_vector
 from transformers import AutoTokenizer
 
+from engine import parallel
 from rewards import boxed
 from rollout import EMPTY_MEMORY, READ_PROMPT, Turn, encode_prompt
 from tasks.questions import split_of
 from tasks.search import SEARCH
 from text.matching import MASK, TARGET, occurrences
+from tiny.build.__main__ import build_model, imitate
 from tiny.build.demonstrations import (
     EVERYTHING,
     FOCUS,
@@ -446,3 +451,35 @@ def test_build_is_deterministic_and_goes_on_where_it_was_stopped(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
         if file.endswith("jsonl") or "tokenizer" in file:
             assert (tmp_path / "a" / file).read_bytes() == (TINY / file).read_bytes(), file
+
+
+def imitate_own(batches: list[list[Turn]], file: Path) -> None:
+    """One step of the build in which each process imitates its own batch; rank 0 saves how far it moved."""
+    parallel.start()
+    model = build_model(AutoTokenizer.from_pretrained(TINY / "model"))
+    before = parameters_to_vector(model.parameters()).detach().clone()
+    imitate(model, [torch.optim.SGD(model.parameters())], batches[parallel.rank()], done=0.5)
+    moved = parameters_to_vector(model.parameters()).detach() - before
+    assert all(torch.equal(moved, other) for other in parallel.gather(moved))
+    if parallel.rank() == 0:
+        torch.save(moved, file)
+    parallel.stop()
+
+
+def test_two_processes_imitate_as_one(tokenizer, tmp_path):
+    """They move by the mean of their gradients, clipped to 1, at the peak rate, as plain forward passes say."""
+    texts = [[("Where is it?", "Ulm."), ("What?", "A long answer, of several words.")], [("Who was that?", "Nokia")]]
+    pairs = [[tuple(tokenizer(text)["input_ids"] for text in pair) for pair in own] for own in texts]
+    batches = [[Turn(prompt, completion, True, "") for prompt, completion in own] for own in pairs]
+    assert wait(start(imitate_own, batches, tmp_path / "moved.pt", ranks=2)) == [0, 0]
+    moved = torch.load(tmp_path / "moved.pt")
+    model = build_model(tokenizer)
+    for own in pairs:
+        logprobs = []
+        for prompt, completion in own:
+            predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)  # (tokens, vocabulary)
+            logprobs.append(predicted[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None]))
+        (-torch.cat(logprobs).mean() / 2).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    wanted = -2e-3 * parameters_to_vector([p.grad for p in model.parameters()])
+    assert (moved - wanted).norm() < 0.05 * wanted.norm()  # the build computes in bfloat16
