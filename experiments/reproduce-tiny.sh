@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Reproduces the claim on the tiny default, with curves: five seeds, no download, on 2 CPU cores.
+# Reproduces the claim on the tiny default, with curves: five seeds, three for what is beside it; 2 CPU cores.
 #     experiments/reproduce-tiny.sh [FOLDER]
 # Rerun the same command to resume: finished parts are skipped, an unfinished one continues. Runs go to
 # runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), everything goes there.
-# The environment variables SEEDS="0 1" and TASK_RATE=5e-5 change the seeds and the learning rate of task RL.
+# The environment variables SEEDS="0 1" and TASK_RATE=5e-5 change the seeds and the first rate of task RL.
 set -euo pipefail
 case ${1:-} in
 -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit ;;
@@ -15,14 +15,15 @@ docs=$([ $# -gt 0 ] && echo "$out" || echo docs)
 seeds=${SEEDS:-0 1 2 3 4}
 export steps="0 2 4 8 16 32" # of task RL, at which it is measured
 budget=16                    # steps of task RL with few labels, after an ablation, and at the other rate
-labels="4 64"                # numbers of labelled questions, besides all
+labels=4                     # numbers of labelled questions, besides all
 chunks=4                     # of a training text, both for MemTrain and for the task
-lengths="4 16 32"            # 1, 4 and 8 times that
-shorter="4 16"               # with few labels, after an ablation, and for habits
+lengths="4 16"               # 1 and 4 times that
 claimed=16                   # the claim's length, and the steps of task RL over which it is the mean
 claimed_steps="2 4 8 16"
+far=32                       # 8 times, and the steps at which it is measured, too: it takes longest
+far_steps="0 16"
 search_steps="0 16 32"       # of task RL on search QA; each is one of $steps
-side_seeds=$(echo $seeds | cut -d " " -f 1-3) # for all but the claim: few labels, ablations, search QA, habits
+side_seeds=$(echo $seeds | cut -d " " -f 1-3) # for few labels, ablations (but the control), search QA and habits
 rate=${TASK_RATE:-1e-4}      # of task RL; docs/results-tiny.md says how both rates were chosen
 other_rate=4e-4              # at which the claim is measured, too
 
@@ -64,59 +65,79 @@ start() { [ "$1" = base ] && echo tiny/model || echo "$out/$seed/$1/checkpoint";
 after() { # STEPS RUN TASK: the model after STEPS of task RL that starts from RUN
     [ "$1" = 0 ] && start "$2" || echo "$out/$seed/$2-$3/checkpoints/step-$(printf %06d "$1")"
 }
-aside() { [[ " $side_seeds " = *" $seed "* ]]; } # whether this seed does all that isn't the claim, too
-ablations() { echo shuffled_rewards $(if aside; then echo end_to_end decoupled; fi); } # the control is the claim's
-
-python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
-    other_rate="$other_rate" chunks="$chunks" lengths="$lengths" shorter="$shorter" claimed="$claimed" \
-    claimed_steps="$claimed_steps" search_steps="$search_steps" side_seeds="$side_seeds"
+at() { echo $lengths $([[ " $far_steps " = *" $1 "* ]] && echo $far); } # STEP: the lengths to measure at
 longqa="--task longqa --chunks $chunks"
 search="--task searchqa --objectives 1"
+memtrain() { echo --seed $seed --chunks $chunks; }
+learn() { # QUESTIONS: settings of task RL; it never asks the dev questions, but without them it would split the others
+    echo --seed $seed --lr $rate --lr-schedule constant --questions $out/$1.jsonl --eval-questions $out/dev.jsonl
+}
+test="--eval-documents 48 --eval-questions $out/test"
 
+python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
+    other_rate="$other_rate" chunks="$chunks" lengths="$lengths" claimed="$claimed" claimed_steps="$claimed_steps" \
+    far="$far" far_steps="$far_steps" search_steps="$search_steps" side_seeds="$side_seeds"
+
+# The claim and its control
 for seed in $seeds; do
-    memtrain="--seed $seed --chunks $chunks"
-    echo train $seed/memtrain $memtrain
-    for run in $(ablations); do echo train $seed/$run $memtrain --ablation $run; done
+    echo train $seed/memtrain $(memtrain)
+    echo train $seed/shuffled_rewards $(memtrain) --ablation shuffled_rewards
 done | all
 for seed in $seeds; do
-    # The dev questions are never asked here, but without --eval-questions the training questions would be split again.
-    task="--seed $seed --lr $rate --lr-schedule constant --eval-questions $out/dev.jsonl"
-    learn="$task --questions $out/train.jsonl"
     for run in base memtrain; do
-        if aside; then echo curve $seed/$run-search $search $learn --model $(start $run); fi
-        echo curve $seed/$run-task $longqa $learn --model $(start $run)
-        echo curve $seed/$run-other $longqa $learn --lr $other_rate --steps $budget --model $(start $run)
+        echo curve $seed/$run-task $longqa $(learn train) --model $(start $run)
+        echo curve $seed/$run-other $longqa $(learn train) --lr $other_rate --steps $budget --model $(start $run)
     done
-    for run in $(ablations); do echo train $seed/$run-task $longqa $learn --steps $budget --model $(start $run); done
-    for label in $(aside && echo $labels); do
-        few="$longqa $task --questions $out/train-$label-$seed.jsonl --steps $budget"
-        for run in base memtrain; do echo train $seed/$run-task-$label $few --model $(start $run); done
-    done
+    echo train $seed/shuffled_rewards-task $longqa $(learn train) --steps $budget --model $(start shuffled_rewards)
 done | all
 for seed in $seeds; do
-    test="--seed $seed --eval-documents 48 --eval-questions $out/test-$seed"
-    ask="$longqa $test.jsonl --lengths"
-    echo measure $seed/qa/ceiling eval tiny/model $longqa $test-told.jsonl --lengths $lengths
+    ask="--seed $seed $longqa $test-$seed"
+    echo measure $seed/qa/ceiling eval tiny/model $ask-told.jsonl --lengths $lengths $far
     for run in base memtrain; do
         for step in $steps; do
-            echo measure $seed/qa/$run-$step eval $(after $step $run task) $ask $lengths
+            echo measure $seed/qa/$run-$step eval $(after $step $run task) $ask.jsonl --lengths $(at $step)
         done
         for step in $claimed_steps; do
-            echo measure $seed/qa/$run-other-$step eval $(after $step $run other) $ask $claimed
-        done
-        for label in $(aside && echo $labels); do
-            echo measure $seed/qa/$run-label-$label eval $(start $run-task-$label) $ask $shorter
-        done
-        for step in $(aside && echo $search_steps); do
-            echo measure $seed/qa/$run-search-$step eval $(after $step $run search) $search $test.jsonl
+            echo measure $seed/qa/$run-other-$step eval $(after $step $run other) $ask.jsonl --lengths $claimed
         done
     done
-    for run in $(ablations); do
-        echo measure $seed/qa/$run-0 eval $(start $run) $ask $shorter
-        echo measure $seed/qa/$run-$budget eval $(start $run-task) $ask $shorter
+    echo measure $seed/qa/shuffled_rewards-0 eval $(start shuffled_rewards) $ask.jsonl --lengths $lengths
+    echo measure $seed/qa/shuffled_rewards-$budget eval $(start shuffled_rewards-task) $ask.jsonl --lengths $lengths
+done | all
+
+# Beside it: ablations, few labels, search QA, habits
+for seed in $side_seeds; do
+    for run in end_to_end decoupled; do echo train $seed/$run $(memtrain) --ablation $run; done
+done | all
+for seed in $side_seeds; do
+    for run in end_to_end decoupled; do
+        echo train $seed/$run-task $longqa $(learn train) --steps $budget --model $(start $run)
     done
-    for run in $(aside && echo base memtrain $(ablations)); do
-        habits="--seed $seed --eval-documents 64 --lengths $shorter"
+    for run in base memtrain; do
+        echo curve $seed/$run-search $search $(learn train) --model $(start $run)
+        for label in $labels; do
+            few="$longqa $(learn train-$label-$seed) --steps $budget"
+            echo train $seed/$run-task-$label $few --model $(start $run)
+        done
+    done
+done | all
+for seed in $side_seeds; do
+    ask="--seed $seed $longqa $test-$seed.jsonl --lengths $lengths"
+    for run in end_to_end decoupled; do
+        echo measure $seed/qa/$run-0 eval $(start $run) $ask
+        echo measure $seed/qa/$run-$budget eval $(start $run-task) $ask
+    done
+    for run in base memtrain; do
+        for label in $labels; do
+            echo measure $seed/qa/$run-label-$label eval $(start $run-task-$label) $ask
+        done
+        for step in $search_steps; do
+            found="--seed $seed $search $test-$seed.jsonl"
+            echo measure $seed/qa/$run-search-$step eval $(after $step $run search) $found
+        done
+    done
+    for run in base memtrain shuffled_rewards end_to_end decoupled; do
+        habits="--seed $seed --eval-documents 24 --lengths $lengths"
         echo measure $seed/habits/$run experiments.habits $(start $run) $habits
     done
 done | all

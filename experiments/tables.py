@@ -48,9 +48,10 @@ class Runs:
 
         self.seeds, self.side_seeds = settings["seeds"], settings["side_seeds"]
         self.steps, self.search_steps, self.labels = map(numbers, ("steps", "search_steps", "labels"))
-        self.lengths, self.shorter = map(numbers, ("lengths", "shorter"))
+        self.lengths, self.far_steps = map(numbers, ("lengths", "far_steps"))
         self.claimed_steps = numbers("claimed_steps")
-        (self.budget,), (self.chunks,), (self.claimed,) = map(numbers, ("budget", "chunks", "claimed"))
+        (self.budget,), (self.chunks,) = map(numbers, ("budget", "chunks"))
+        (self.claimed,), (self.far,) = map(numbers, ("claimed", "far"))
         (self.rate,), (self.other_rate,) = settings["rate"], settings["other_rate"]
         files = {seed: self.text(f"test-{seed}.jsonl").splitlines() for seed in self.seeds}
         self.types = {seed: [json.loads(line)["type"] for line in lines] for seed, lines in files.items()}
@@ -177,11 +178,12 @@ def draw(rows: list[list[tuple[str, str, tuple[list, ...], Series]]], file: Path
 
 
 def claim(runs: Runs) -> Section:
-    """The claim and its control; accuracy by steps and by minutes of task RL, from both starts."""
+    """The claim and its control; accuracy by steps and by minutes of task RL, from both starts, and far beyond."""
     curves = {n: runs.from_starts(runs.steps, n) for n in runs.lengths}
     gains = dict(difference(runs, "base", "MemTrain", n, runs.claimed_steps) for n in runs.lengths)
     name, cells = difference(runs, "base", "MemTrain", runs.claimed, runs.claimed_steps, "other-")
     gains[f"{name} at a rate of {runs.other_rate}"] = cells
+    gains |= dict(difference(runs, "base", "MemTrain", runs.far, [step]) for step in runs.far_steps)
     rows = gains | dict(difference(runs, *CONTROL, runs.claimed, [step]) for step in (0, runs.budget))
     about = f"**The claim**, at {runs.times(runs.claimed)}, and the control whose rewards are dealt out at random"
     page = [f"{about} (task RL at a rate of {runs.rate}, unless another is given):", ""]
@@ -190,6 +192,7 @@ def claim(runs: Runs) -> Section:
     page += ["**Steps of task RL**, from both starts; [95 % over questions], ± half of 95 % over seeds:", ""]
     for n, lines in curves.items():
         page += table([runs.times(n), *runs.steps], lines)
+    page += table([runs.times(runs.far), *runs.far_steps], runs.from_starts(runs.far_steps, runs.far))
     base, trained = ([*minutes.values()] for minutes in runs.minutes_by_step())
     x = base, trained, [0, *trained[1:]]  # the ceiling's line spans the panel
     by_minutes = panels(runs, curves, "minutes of training, MemTrain's own included", *x)
@@ -200,7 +203,7 @@ def claim(runs: Runs) -> Section:
 def equal_minutes(runs: Runs) -> Section:
     """MemTrain and each number of steps, compared with the base after the most steps that take no longer."""
     (base, trained), last, rows = runs.minutes_by_step(), runs.steps[-1], {}
-    for step, n in product(runs.steps, runs.shorter):
+    for step, n in product(runs.steps, runs.lengths):
         equal = max(other for other, minutes in base.items() if minutes <= trained[step])
         name = f"MemTrain and {step} steps ({trained[step]:.1f} minutes) minus the base's {equal} ({base[equal]:.1f})"
         rows[f"{name}, {n} chunks"] = compare(runs.scores(f"base-{equal}", n), runs.scores(f"memtrain-{step}", n))
@@ -234,7 +237,7 @@ def by_hops(runs: Runs) -> Section:
 def few_labels(runs: Runs) -> Section:
     """Accuracy by the number of labelled questions, from both starts."""
     places, ends = [*runs.labels, "all"], [*(f"label-{label}" for label in runs.labels), runs.budget]
-    series, rows = {n: runs.from_starts(ends, n, seeds=runs.side_seeds) for n in runs.shorter}, {}
+    series, rows = {n: runs.from_starts(ends, n, seeds=runs.side_seeds) for n in runs.lengths}, {}
     for n, lines in series.items():
         for place, base, trained, _ in zip(places, *lines.values(), strict=True):
             rows[f"MemTrain minus base, {place} labels, {n} chunks"] = compare(base, trained)
@@ -246,7 +249,7 @@ def few_labels(runs: Runs) -> Section:
 
 def ablations(runs: Runs) -> Section:
     """Accuracy after each ablation of MemTrain, before and after task RL."""
-    steps, lengths, seeds, by_step = (0, runs.budget), runs.shorter, runs.side_seeds, {}
+    steps, lengths, seeds, by_step = (0, runs.budget), runs.lengths, runs.side_seeds, {}
     for step in steps:
         names = {name: f"{run}-{step}" for name, run in MODELS.items()} | {CEILING: "ceiling"}
         by_step[step] = {name: [runs.scores(own, n, seeds=seeds) for n in lengths] for name, own in names.items()}

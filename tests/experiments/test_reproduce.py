@@ -133,8 +133,8 @@ def test_a_stopped_reproduction_resumes(tmp_path, stops_at, code):
     habits = [call for call in calls if call[1] == "experiments.habits"]
     assert len({(call[call.index("--out") + 1], call[call.index("--seed") + 1]) for call in habits}) == 3 * 5
     assert all(call[call.index("--out") + 1].split("/")[-3] == call[call.index("--seed") + 1] for call in habits)
-    assert len(trained) == 4 * (2 + 2 + 2 + 1) + 3 * (2 + 2 + 4 + 2)  # the claim's; ablations, labels, search QA
-    assert sum("/qa/base-" in out for out in set(outs)) == 4 * (1 + 5 + 4) + 3 * (2 + 3)
+    assert len(trained) == 4 * (2 + 2 + 2 + 1) + 3 * (2 + 2 + 2 + 2)  # the claim's; ablations, labels, search QA
+    assert sum("/qa/base-" in out for out in set(outs)) == 4 * (1 + 5 + 4) + 3 * (1 + 3)
     asked = {call[call.index("--out") + 1].split(".part")[0]: " ".join(call) for call in calls}
     for seed in "0125":  # the ceiling is the base; search QA has three seeds
         ceiling = asked[f"{tmp_path}/out/{seed}/qa/ceiling"]

@@ -12,12 +12,12 @@ from engine.errors import UserError
 from experiments import tables
 from tasks.search import SearchQA
 
-SEEDS, STEPS, LENGTHS = (0, 1, 2), (0, 2, 4, 8, 16), (2, 6, 10)
+SEEDS, STEPS, LENGTHS, FAR = (0, 1, 2), (0, 2, 4, 8, 16), (2, 6), 10
 ASIDE = ("search", "label", "end_to_end", "decoupled")  # only seeds 0 and 1 have them
 SETTINGS = {  # not those of the script
     "seeds": SEEDS, "steps": STEPS, "budget": [8], "labels": (4, 64), "chunks": [2], "lengths": LENGTHS,
-    "shorter": (2, 6), "side_seeds": (0, 1), "search_steps": (0, 8), "claimed": [6], "claimed_steps": (2, 4, 8),
-    "rate": ["1e-5"], "other_rate": ["2e-5"],
+    "far": [FAR], "far_steps": (0, 8), "side_seeds": (0, 1), "search_steps": (0, 8),
+    "claimed": [6], "claimed_steps": (2, 4, 8), "rate": ["1e-5"], "other_rate": ["2e-5"],
 }
 TYPES = ["single", "bridge", "bridge", "single", "bridge"] * 6  # of each seed's test questions, in the file's order
 
@@ -40,7 +40,8 @@ def measured(tmp_path):
         for number, name in enumerate(names):
             if seed == 2 and any(part in name for part in ASIDE):
                 continue
-            task, lengths, asks = ("searchqa", [1], range(24)) if "search" in name else ("longqa", LENGTHS, asked(seed))
+            lengths = [*LENGTHS, FAR] if re.fullmatch("ceiling|(base|memtrain)-[08]", name) else LENGTHS
+            task, lengths, asks = ("searchqa", [1], range(24)) if "search" in name else ("longqa", lengths, asked(seed))
             rows = []
             for chunks in lengths:
                 scores = (rng.random(len(asks)) < (number + 1) / 30).astype(float).tolist()
@@ -141,12 +142,12 @@ def test_the_page_has_the_answers_and_the_appendix_the_rest(measured, monkeypatc
     head, *_ = appendix.splitlines()
     assert "results-tiny.md" in head and f"`python -m experiments.tables {out} {tmp_path}`" in head
     claimed = "MemTrain minus base, {} chunks, mean of 2 to 8 steps of task RL"
-    for chunks in (2, 6, 10):
+    for chunks in (2, 6):
         shown, full = (difference(text, claimed.format(chunks)) for text in (page, appendix))
         assert shown == full[:5] and len(full) == 8
     for name in ("one hop", "two hops"):
-        assert [f"| {name}, {times} x the" in page for times in (1, 3, 5)] == [False, True, False]
-        assert [f"| {name}, {times} x the" in appendix for times in (1, 3, 5)] == [True, False, True]
+        assert [f"| {name}, {times} x the" in page for times in (1, 3)] == [False, True]
+        assert [f"| {name}, {times} x the" in appendix for times in (1, 3)] == [True, False]
 
 
 def test_the_claim_and_its_control(measured, monkeypatch, tmp_path):
@@ -158,7 +159,8 @@ def test_the_claim_and_its_control(measured, monkeypatch, tmp_path):
     control = "shuffled rewards minus base, 6 chunks, {} steps of task RL"
     assert "**The claim**, at 3 x the trained length" in claim
     assert [line.split("|")[1].strip() for line in claim.splitlines() if " minus " in line] == [
-        *map(name.format, (2, 6, 10)), f"{name.format(6)} at a rate of 2e-5", *map(control.format, (0, 8))
+        *map(name.format, (2, 6)), f"{name.format(6)} at a rate of 2e-5",
+        *(f"MemTrain minus base, 10 chunks, {step} steps of task RL" for step in (0, 8)), *map(control.format, (0, 8)),
     ]
     mean, low, high, seeds_low, seeds_high, *shown = difference(appendix, name.format(6))
     assert difference(page, name.format(6)) == [mean, low, high, seeds_low, seeds_high]
@@ -195,7 +197,7 @@ def test_each_start_beside_the_ceiling(measured, monkeypatch, tmp_path):
     assert [row[2] for row in cells(reached, "base, 6 chunks")] == ["0.42 ± 0.36"]  # 4.303 x 0.1443 / 1.732 = 0.3586
     assert [row[2] for row in cells(reached, "MemTrain, 6 chunks")] == ["1.67 ± 1.43"]  # of 1, 2 and 2
     name = "ceiling: the base, told to focus"
-    assert [len(cells(text, f"{name}, {chunks} chunks")) for chunks in (2, 6, 10)] == [4, 4, 3]
+    assert [len(cells(text, f"{name}, {chunks} chunks")) for chunks in (2, 6, 10)] == [4, 4, 1]
     for n, row in enumerate(cells(text, f"{name}, 6 chunks")):  # the last by labels, of two seeds: 30.5 / 41
         assert len(set(row)) == 1 and row[0].startswith("0.7" if n == 3 else "0.6")
     ((_, before, _, after),) = cells(text, name)
@@ -271,7 +273,7 @@ def test_figures_are_drawn(measured, monkeypatch, tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib draws the figures")
     out, made = measured
     run_tables(monkeypatch, out, tmp_path)
-    names = {"curves": [2, 6, 10] * 2, "labels": [2, 6], "ablations": [(2, 6)] * 2, "distance": []}
+    names = {"curves": [2, 6] * 2, "labels": [2, 6], "ablations": [(2, 6)] * 2, "distance": []}
     for (name, lengths), number in zip(names.items(), pyplot.get_fignums(), strict=True):
         picture = pyplot.imread(tmp_path / f"{name}.png")
         assert picture.shape[0] > 200 and picture.std() > 0.05
