@@ -1,5 +1,7 @@
 """How good a memory is: end-to-end and recall accuracy by document length, on pivots held out from training.
 
+For a task: exact match on its test questions.
+
     python eval.py --model runs/tiny/checkpoint
     python eval.py --report runs/tiny          # writes a run's page, report.html; evaluates nothing
 
@@ -189,6 +191,8 @@ def main(evaluation: Evaluation) -> None:
             source, agent = load_task(evaluation, sample.model, sample.tokenizer)
         when = name if evaluation.against else "now"
         rows += evaluate(sample, agent, source, evaluation, when, evaluation.lengths, tuple(controls))
+        if not rows:
+            raise UserError("no document could be built at any length, so nothing was evaluated; give other --lengths")
         out.write_text(json.dumps(rows, indent=1))  # after each model, as a large one takes hours
     print(metrics.table(rows), *compare.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:

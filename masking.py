@@ -9,10 +9,11 @@
     draw_recall      draw one of these and replace it with [TARGET] in its chunk; a later memory must supply it
 
 A form of an entity is its whole words in any case. A name's giveaway words are its capitalised words of four letters
-or more (text/matching.py: name_words). What is random follows from a list [seed, ..., purpose], a stream of its own.
+or more (text/matching.py: name_words). What is random follows from a list of the seed, the place and the purpose.
 """
 
 import hashlib
+import inspect
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -40,7 +41,7 @@ SMALLEST_CHUNK = 16  # tokens: fewer may not fit a [MASK] or an emoji
 MAX_DRAWS = 200  # of a pivot and y, in one attempt at a document
 MAX_REPLACEMENTS = 4  # further attempts at a training document, with other draws
 OVERSHOOT = 1.05  # passages may fill up to this multiple of the chunks asked for; the rest is cut off
-# The last number of the list that a random stream follows from: what is drawn from it.
+# The number, in the list that a random stream follows from, that tells the streams apart: what is drawn from it.
 DOCUMENT_DRAW, RECALL_DRAW, HELDOUT_RECALL_DRAW, SHUFFLE_DRAW = range(4)
 # What _mask_and_cut returns: the chunks; then spans in their joined text: the pivot, each [MASK], the other entities,
 # the held-out passages.
@@ -75,7 +76,6 @@ class RecallTarget:
 
 # ---- entities ----------------------------------------------------------------------------------------
 
-ENTITIES_FORMAT = 6  # raise it when find_entities changes its results: it is part of the cache's name
 AROUND = rf"\s\"'“”‘’{INVISIBLE}"
 TRIM = re.compile(rf"(?s)[{AROUND}]*(?:(?:the|an?)\s+)?(.*?)[{INVISIBLE}]*(?:['’]s)?[{AROUND},;:]*")
 
@@ -91,7 +91,7 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
         common = common_words(passage.text for passage in passages) | {"mask", "target"}
         return partial(entities_of, ner=ner, names=names, common=common)
 
-    settings = (ENTITIES_FORMAT, ner, spacy.__version__, spacy.util.get_package_version(ner))
+    settings = (code_of_finder(ner), ner, spacy.__version__, spacy.util.get_package_version(ner))
     found = kept_by_passage("entities", passages, settings, cache, prepare)
     for passage, spans in zip(passages, found, strict=True):
         passage.entities = [tuple(span) for span in spans]
@@ -99,6 +99,12 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
         raise UserError(
             f"--ner {ner}: found no entity in the corpus, so there is nothing to mask; try another pipeline or text"
         )
+
+
+def code_of_finder(ner: str) -> list[str]:
+    """The code that finds entities. It is part of the cache's name, so that they are found anew after an edit."""
+    parts = [entities_of, load_pipeline, common_words, worth_masking, inspect.getmodule(occurrences)]
+    return [TRIM.pattern, *map(inspect.getsource, parts + [inspect.getmodule(rules_pipeline)] * (ner == "rules"))]
 
 
 def entities_of(texts: list[str], ner: str, names: frozenset[str], common: set[str]) -> list[list[Span]]:
@@ -257,7 +263,8 @@ class Corpus:
         several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
         if not several_words + one_word:
             raise UserError(
-                f"no passage with an entity is left for the split {split!r}: use a larger corpus, or change --heldout"
+                f"no passage with an entity is left for the split {split!r}, as the corpus has {len(self.same_title)} "
+                "titles: use a larger corpus, or change --heldout"
             )
         several_drawn = bool(rng.random() < several_words / (several_words + one_word))
         draws = leaks = 0
@@ -275,9 +282,10 @@ class Corpus:
                 leaks += leaky
                 if chunks and (self.keep_leaky or not leaky):
                     return Document(i, passage.title, QUESTION, [names[n]], chunks, candidates, leaks, draws - 1)
+        leaky, either = f"{leaks} gave the answer away", " or --keep-leaky" if leaks and not self.keep_leaky else ""
         raise UserError(
-            f"document {i} ({split}) could not be built in {draws} draws, {leaks} of them leaky: use a larger corpus, "
-            "longer chunks or --keep-leaky"
+            f"document {i} ({split}) could not be built in {draws} draws ({leaky}, in the others the passage with the "
+            f"answer didn't fit): use a larger corpus, longer chunks{either}"
         )
 
     def _names(self, text: str, spans: list[Span], split: str) -> list[str]:

@@ -155,12 +155,13 @@ def line(words: list[str], shape: str, card: Card, given: list[str]) -> str:
 
 
 def main() -> None:
-    print("| recipe | GPUs | tokens a step | seconds a step, sampling + rest | steps | hours | euros | GB on a GPU |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for task in ("wiki", "longqa", "searchqa"):
         for shape, card, more in MODELS:
             words = [f"{task}-{card}.args", *more.split()]
-            print(line(words, shape, CARDS.get(more, CARDS[card]), given=sys.argv[1:]))
+            rows.append(line(words, shape, CARDS.get(more, CARDS[card]), given=sys.argv[1:]))
+    print("| recipe | GPUs | tokens a step | seconds a step, sampling + rest | steps | hours | euros | GB on a GPU |")
+    print("|---|---|---|---|---|---|---|---|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

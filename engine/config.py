@@ -37,9 +37,11 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16 training keeps float32 masters")
     lora: int = option(0, "rank of a LoRA adapter, trained instead of all weights (needs peft); 0: no adapter")
     seed: int = option(0, "seed of documents, sampling and everything else random")
-    fast: bool = option(False, "sample and train with the twins in fast/: the same results, several times as fast")
+    fast: bool = option(
+        False, "sample and train faster, with the twins in fast/: the same results but for rounding and order of draws"
+    )
     date: str | None = option(None, "date given to chat templates, such as 2026-07-31 (default: the run's first day)")
-    explain: bool = option(False, "print one training step in full, and save nothing")
+    explain: bool = option(False, "print one training step in full, and save nothing but caches")
 
     # The task
     task: Literal["memtrain", "longqa", "searchqa"] = option("memtrain", "masked documents, or questions with answers")
@@ -54,7 +56,8 @@ class Config:
     # The text
     corpus: str | None = option(
         None,
-        "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set; searchqa: one .jsonl file of "
+        "a .jsonl, .json, .parquet or .txt file, a folder of them, or a hub data set; an article's title is the field "
+        "title, by which articles are held out; searchqa: one .jsonl file of "
         "{title, text} or {contents} (default: tiny/passages.jsonl, for searchqa tiny/passages_all.jsonl)",
     )
     corpus_config: str | None = option(None, "configuration of a hub data set, such as 20231101.en")
@@ -74,10 +77,14 @@ class Config:
     memory_tokens: int = option(64, "most tokens of a memory, a thought before it included (paper: 1024)")
     answer_tokens: int = option(16, "most tokens of an answer, a thought before it included (paper: 1024)")
     rollout_tokens: int = option(24576, "most tokens of one generate batch, padding included")
-    eval_documents: int = option(64, "held-out documents per length in an evaluation; 0: no evaluation")
+    eval_documents: int = option(
+        64, "held-out documents (of a task: test questions) per length in an evaluation; 0: no evaluation"
+    )
 
     # Training: the rollout and its rewards
-    out: str = option("runs/tiny", "folder of this run; the same command resumes it, another run is refused")
+    out: str = option(
+        "runs/tiny", "folder of this run; the same command resumes it until it is finished, another run is refused"
+    )
     steps: int = option(22, "training steps; each reads its documents, then updates (paper: 300)")
     documents: int = option(8, "documents per step (paper: 32)")
     g1: int = option(8, "trajectories per document: a group")
@@ -137,7 +144,8 @@ class Config:
 
 # ---- flags ---------------------------------------------------------------------------------------------
 
-OF_QUESTIONS = ("questions", "eval_questions", "retriever")  # settings of the tasks that ask questions
+OF_QUESTIONS = ("questions", "eval_questions", "eval_split")  # settings of the tasks that ask questions
+OF_SEARCH = ("objectives", "searches", "result_tokens", "retriever")  # and of searchqa alone
 # Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
 MAY_BE_ZERO = {"seed", "lora", "lr_warmup", "related", "eval_documents", "searches", "g2"}
 
@@ -165,13 +173,9 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
         saved = saved_settings(config.model)
         config = parse_with(flags, saved, arguments)
         if saved and config.task != saved["task"]:  # the run's questions were for its own task
-            saved = {name: value for name, value in saved.items() if name not in OF_QUESTIONS}
+            saved = {name: value for name, value in saved.items() if name not in OF_QUESTIONS + OF_SEARCH}
             config = parse_with(flags, saved, arguments)
-    for name, value in vars(config).items():
-        for number in value if isinstance(value, list) else [value]:
-            check_number(name, number)
-    if not config.heldout < 1:
-        raise UserError(f"--heldout {config.heldout}: is a share of the titles, so it must be less than 1")
+    check_numbers(config)
     return config
 
 
@@ -187,11 +191,17 @@ def with_files(flags: type, arguments: list[str]) -> list[str]:
             raise UserError(f"--config {file}: no such file; those of the project are in recipes/")
         found = words_of(file)
         try:
-            parse_with(flags, {}, found)  # now, so that a mistake is told with its file
+            check_numbers(parse_with(flags, {}, found))  # now, so that a mistake is told with its file
         except UserError as error:
             raise UserError(f"--config {file}: {error}") from None
         words += found
-    return words + own
+    return [with_home(word) for word in words + own]
+
+
+def with_home(word: str) -> str:
+    """The word with the user's folder in place of ~ at its start, or after --flag=, where no shell puts it."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return name + equals + os.path.expanduser(value)
 
 
 def words_of(file: Path) -> list[str]:
@@ -205,14 +215,17 @@ def words_of(file: Path) -> list[str]:
         raise UserError(f"--config {file}: begins with {words[0]!r}, not with a flag; write flags such as --steps 5")
     if any(word.split("=")[0] == "--config" for word in words):
         raise UserError(f"--config {file}: can't contain --config; give both files on the command line")
-    return [os.path.expanduser(word) for word in words]
+    return words
 
 
 def parse_with(flags: type, defaults: dict, arguments: list[str]):
     """The settings in `arguments`; `defaults` replace those of the dataclass. Raises UserError."""
-    epilog = "--config FILE reads settings from a file; several may be given, and the command line overrides them."
+    epilog = (
+        "--config FILE reads settings from a file of flags, in which # begins a comment; several may be given, and the "
+        "command line overrides them."
+    )
     about = sys.modules["__main__"].__doc__
-    parser = HfArgumentParser([flags], description=about, epilog=epilog, formatter_class=Help)
+    parser = HfArgumentParser([flags], description=about, epilog=epilog, formatter_class=Help, allow_abbrev=False)
     parser.error = refuse
     parser.set_defaults(**{f.name: defaults[f.name] for f in fields(flags) if f.name in defaults})
     config, rest = parser.parse_args_into_dataclasses(
@@ -239,13 +252,17 @@ def refuse(message: str) -> None:
     raise UserError(f"{message}; --help lists all arguments")
 
 
-def check_number(name: str, number) -> None:
-    """Raises UserError for a number that is too small for its setting, or not finite. Ignores other types."""
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return
-    least = 1 if isinstance(number, int) and name not in MAY_BE_ZERO else 0
-    if not (least <= number and math.isfinite(number)):
-        raise UserError(f"{flag(name)} {number}: must be a number of at least {least}")
+def check_numbers(config) -> None:
+    """Raises UserError for a number that is too small for its setting, or not finite."""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            least = 1 if isinstance(number, int) and name not in MAY_BE_ZERO else 0
+            if not (least <= number and math.isfinite(number)):
+                raise UserError(f"{flag(name)} {number}: must be a number of at least {least}")
+    if not config.heldout < 1:
+        raise UserError(f"--heldout {config.heldout}: is a share of the titles, so it must be less than 1")
 
 
 # ---- what is missing ------------------------------------------------------------------------------------
@@ -275,13 +292,8 @@ def check(config: Config) -> None:
         check_peft(f"--lora {config.lora}:")
     if config.task != "searchqa":
         is_of_hub(config.corpus_name)  # raises unless it is a hub data set, or an existing file or folder
+    check_of_task(config)
     if config.task == "memtrain":
-        for name in OF_QUESTIONS:
-            given, default = getattr(config, name), getattr(Config, name)
-            own = name == "questions" and Path(given).match("tiny/questions.jsonl")  # a run made in another folder
-            if given != default and not own:
-                why = "--task memtrain asks no questions; add --task longqa or --task searchqa"
-                raise UserError(f"{flag(name)}: {why}")
         check_ner(config.ner)
     else:
         for name in ("questions", "eval_questions"):
@@ -293,6 +305,19 @@ def check(config: Config) -> None:
             f"--corpus {config.corpus_name}: no such file; searchqa needs one .jsonl file of {{title, text}} or "
             "{contents}, not a folder or a hub data set"
         )
+
+
+def check_of_task(config: Config) -> None:
+    """Raises UserError for a setting that another task has, and this one would ignore."""
+    others = {"memtrain": (*OF_QUESTIONS, *OF_SEARCH), "longqa": OF_SEARCH, "searchqa": ()}[config.task]
+    for name in others:
+        given = getattr(config, name)
+        own = name == "questions" and Path(given).match("tiny/questions.jsonl")  # a run made in another folder
+        if given != getattr(Config, name) and not own:
+            why = "doesn't search; add --task searchqa"
+            if config.task == "memtrain":
+                why = "asks no questions; add --task longqa or --task searchqa"
+            raise UserError(f"{flag(name)}: --task {config.task} {why}")
 
 
 def check_bfloat16(dtype: str) -> None:

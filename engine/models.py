@@ -80,6 +80,8 @@ def check_model(name: str, given: str) -> None:
     configs = Path(name) / "config.json", Path(name) / ADAPTER
     if Path(name).is_dir() and not any(config.is_file() for config in configs):
         raise UserError(f"{given} {name}: has no config.json, so it is not a model folder; name another")
+    if Path(name).is_symlink() and not Path(name).exists():
+        raise UserError(f"{given} {name}: leads to {Path(name).readlink()}, which isn't there; copy links with cp -rL")
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{given} {name}: no such folder (a model on the hub is called OWNER/NAME)")
 

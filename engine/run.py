@@ -43,13 +43,20 @@ class Run:
         self.rank, self.processes = parallel.rank(), parallel.count()
         if config.documents < self.processes:
             raise UserError(f"--documents {config.documents}: each of {self.processes} processes needs at least one")
+        if config.eval_questions and Path(config.eval_questions).samefile(config.questions):
+            raise UserError(
+                f"--eval-questions {config.eval_questions}: is the file of --questions, so it would test what it has "
+                "trained on; give another, or leave it out: then that file is split"
+            )
         resuming = False
         if self.rank == 0:
             self.lock = lock(self.out)
             config.date = config.date or day_of(self.out) or date.today().isoformat()
             settings = asdict(config)
-            if Path(config.model).is_dir():  # runs/X/checkpoint leads elsewhere when X goes on
-                settings["model"] = str(Path(config.model).resolve())
+            for name in ("model", "corpus", "questions", "eval_questions"):
+                # Seen from any folder; and runs/X/checkpoint leads elsewhere when X goes on.
+                if settings[name] and Path(settings[name]).exists():
+                    settings[name] = str(Path(settings[name]).resolve())
             resuming = holds_run(self.out, settings)
             replace_text(self.out / "config.json", json.dumps(settings, indent=1))
         resuming, config.date = parallel.gather((resuming, config.date))[0]
@@ -80,7 +87,11 @@ class Run:
         """Rows of `measure(when)` into eval.json, once a run; to the terminal a line before training, a table after."""
         file = self.out / "eval.json"
         rows = json.loads(file.read_text()) if file.exists() else []
-        if not self.config.eval_documents or self.stopped or any(row["when"] == when for row in rows):
+        if not self.config.eval_documents or self.stopped:
+            return
+        if any(row["when"] == when for row in rows):
+            if self.rank == 0 and not self.last:
+                print(f"{when}: evaluated earlier, as {file} says; delete it if the text has changed since")
             return
         rows = [row for row in rows if row["when"] == "before"] + measure(when)
         if self.rank == 0:

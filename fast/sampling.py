@@ -17,6 +17,7 @@ from math import ceil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import __version__ as installed
 
 from engine.chat import begins_in_thought
 from engine.errors import UserError
@@ -25,6 +26,8 @@ from fast.attention import PromptLayer, SharedPrompts, can_share_prompts, enable
 from fast.packing import by_length, by_prompt
 from rollout import Budget, Turn, finished_turn, left_padded, pad_id
 from text.thoughts import listener
+
+CACHE = "past_key_values" if installed.startswith("5.23") else "cache"  # transformers 5.24 renamed the argument
 
 
 @lru_cache(maxsize=4)
@@ -206,8 +209,8 @@ def generate_batch(
             stop = Stop(done, hear, closing, ends, len(going), width, few, ids.device)
             with shared.used_by(model) if shared else nullcontext():
                 ids = model.generate(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-                    logits_processor=[Draw(greedy)], stopping_criteria=[stop],
+                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[Draw(greedy)],
+                    stopping_criteria=[stop], **{CACHE: cache},
                 )
             new = ids[:, width:].tolist()
             rows = []  # those that continue
@@ -256,7 +259,7 @@ def prefill(
         rows = [torch.tensor(prompts[groups[n][0]][:-1]) for n in places]
         ids = pad_sequence(rows, batch_first=True).to(model.device)  # (batch, longest)
         part = DynamicCache(config=model.config)
-        model.get_decoder()(input_ids=ids, past_key_values=part, use_cache=True)
+        model.get_decoder()(input_ids=ids, use_cache=True, **{CACHE: part})
         for layer, computed in zip(cache.layers, part.layers, strict=True):
             if not layer.is_initialized:
                 layer.make_room(computed.keys, computed.values, len(groups), width)

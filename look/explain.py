@@ -1,4 +1,4 @@
-"""One training step, printed in full: what memtrain.py --explain shows. Nothing is saved.
+"""One training step, printed in full: what memtrain.py --explain shows. Nothing is saved but caches.
 
 The step is the loop's, by the same functions. The loss by hand is Eq. 4 in Python's own numbers, token by token.
 """
@@ -42,7 +42,9 @@ def show_table(head: list[str], rows: list[list]) -> None:
         print("   ", first.ljust(widths[0]), *right, sep="  ")
 
 
-def explain(policy, reference, optimizer, sample: Sampler, source, agent, config, lr: float, twins: tuple) -> None:
+def explain(
+    policy, reference, optimizer, sample: Sampler, source, agent, config, lr: float, shuffle, twins: tuple
+) -> None:
     """Print the first step of a run. `twins` are micro_batches and token_logprobs, the lesson's or those of fast/.
 
     Raises UserError for several processes.
@@ -57,7 +59,7 @@ def explain(policy, reference, optimizer, sample: Sampler, source, agent, config
         t.em = answer_reward(t.prediction, t.document.answers)
         t.recall_rewards = [recall_reward(turn.text, t.target.entity) for turn in t.recalls]
         t.reward = trajectory_reward(t.em, t.recall_rewards, config.joint_weight)
-    turns = assign_advantages(trajectories, config)
+    turns = assign_advantages(trajectories, config, shuffle)
     print_trajectories(sample.tokenizer, trajectories, config)
     print_update(policy, reference, optimizer, sample.tokenizer, trajectories, turns, config, lr, twins)
 

@@ -148,7 +148,8 @@ def _memagent(record: dict, where: str, number: int) -> Question:
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: no text in field {field!r}")
+        fields = " ".join(", ".join(record).split())
+        raise UserError(f"{where}: no text in field {field!r}; its fields are {fields}")
     return _unquote(value.strip())
 
 
@@ -167,7 +168,8 @@ def _answers(record: dict, where: str) -> list[str]:
     whole = (text.encode("utf-8", "replace").decode() for text in found)  # half a surrogate pair becomes "?"
     answers = dict.fromkeys(_unquote(text.strip()) for text in whole if text.strip())
     if not answers:
-        raise UserError(f"{where}: no answer in field {field!r}")
+        fields = " ".join(", ".join(record).split())
+        raise UserError(f"{where}: no answer in field {field!r}; its fields are {fields}")
     return list(answers)
 
 

@@ -67,7 +67,7 @@ def load_text(config, left_out: Counter | None = None) -> list[Passage]:
     with file.open() as lines:
         about = json.loads(next(lines))
         left_out.update(about["left_out"])
-        _tell(f"{config.corpus_name}: read from {file} (revision {about['revision']}); delete it to download again")
+        tell(f"{config.corpus_name}: read from {file} (revision {about['revision']}); delete it to download again")
         _tell_left_out(config.corpus_name, left_out)
         return [Passage(*json.loads(line)) for line in lines]
 
@@ -83,7 +83,7 @@ def load_passages(
     spaces between words. A text without a title is named after its .txt file if it is one passage, else by its first
     words. Raises UserError.
     """
-    passages, left_out = [], Counter() if left_out is None else left_out
+    passages, left_out, untitled = [], Counter() if left_out is None else left_out, 0
     with closing(hub_rows(corpus, config) if is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
         for row, where in rows:
             text = _text_of(row, where, text_field)
@@ -91,6 +91,7 @@ def load_passages(
             pieces = split_paragraphs(body, PASSAGE_WORDS)
             file_name = Path(where).stem if where.lower().endswith(".txt") and len(pieces) == 1 else None
             title = row.get("title") or file_name
+            untitled += not title and not where.lower().endswith(".txt")
             left_out["empty"] += not pieces
             if is_disambiguation(str(title), text):
                 left_out["of a page that tells namesakes apart"] += 1
@@ -104,13 +105,16 @@ def load_passages(
             if max_passages and len(passages) >= max_passages:
                 break
     _tell_left_out(corpus, left_out)
+    if untitled:
+        tell(f"{corpus}: {untitled} texts have no field 'title', so passages are held out, not whole articles")
     if not passages:
         advice = "save it as UTF-8" if left_out["not UTF-8"] else "use another corpus"
         raise UserError(f"--corpus {corpus}: contains no usable passage; {advice}")
     return passages[:max_passages]
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print a line on stderr, once for all processes."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
@@ -118,7 +122,7 @@ def _tell(line: str) -> None:
 def _tell_left_out(corpus: str, left_out: Counter) -> None:
     if left_out.total():
         reasons = ", ".join(f"{n} {why}" for why, n in left_out.items() if n)
-        _tell(f"{corpus}: passages left out: {reasons}")
+        tell(f"{corpus}: passages left out: {reasons}")
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -149,6 +153,8 @@ def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
                 content = file.read_bytes()
             except OSError as error:
                 raise UserError(f"--corpus {file}: can't be read ({error.strerror}); fix or remove it") from None
+            if re.match(rb"\s*<(!doctype|html)", content, re.IGNORECASE):
+                raise UserError(f"--corpus {file}: is HTML; save it as plain text")
             code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Notepad's and PowerShell's
             yield {"text": content.decode(code, errors="replace").replace("\r\n", "\n").replace("\r", "\n")}, str(file)
             continue
@@ -164,7 +170,9 @@ def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
 def _text_of(row: dict, where: str, field: str) -> str:
     if field not in row:
         fields = ", ".join(sorted(row))
-        raise UserError(f"--corpus {where}: no field {field!r}, its fields are {fields}; set --text-field")
+        lists = [name for name, value in row.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
+        advice = f"save the list in {lists[0]!r} alone" if lists else "set --text-field"
+        raise UserError(f"--corpus {where}: no field {field!r}, its fields are {fields}; {advice}")
     text = row[field] or ""
     if not isinstance(text, str):
         raise UserError(f"--corpus {where}: field {field!r} holds {type(text).__name__}, not text")

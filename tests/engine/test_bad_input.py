@@ -36,7 +36,9 @@ def bad(tmp_path_factory):
         "strings.json": '["a"]', "half.json": "[{", "strange.json": json.dumps([{"_id": 1, "words": 2}]),
         "nq.jsonl": '{"question": "Who?", "golden_answers": []}\n', "note.args": "a note\n--steps 5\n",
         "two.args": "--config other.args\n", "open.args": "--corpus \"my data\n",
-        "indented.json": '{\n "text": "x"\n}\n',
+        "indented.json": '{\n "text": "x"\n}\n', "page.txt": "<!DOCTYPE html>\n<html><body>Ada</body></html>",
+        "wrapped.json": '{"data": [{"text": "Ada Lovelace"}]}', "no_steps.args": "--steps 0",
+        "one_title.jsonl": "".join(town.format(i).replace(f"Town {i}\"", 'Letters"', 1) for i in range(9)),
         "run/config.json": '{"chunk_tokens": 64}', "m.gguf": "GGUF", "nothing/.copy.jsonl": passage,
         "used/config.json": "{}", "used/metrics.jsonl": "", "other/thing.txt": "x", "not_a_model/x": "",
     }
@@ -241,43 +243,96 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "--eval-questions {bad}/missing.json: no such file",
     ),
     (
-        "memtrain", "--task longqa --questions {bad}/half.json",
-        "{bad}/half.json: is not JSON (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))",
+        "memtrain", "--task longqa --eval-questions {root}/tiny/questions.jsonl",
+        "--eval-questions {root}/tiny/questions.jsonl: "
+        "is the file of --questions, so it would test what it has trained on; give another, or leave it out: then that "
+        "file is split",
     ),
-    ("memtrain", "--task longqa --questions {bad}/latin.json", "{bad}/latin.json: is not UTF-8 text (byte 15)"),
-    ("memtrain", "--task longqa --questions {bad}/strings.json", "{bad}/strings.json: record 1 is not a JSON object"),
+    (
+        "memtrain", "--objectives 1",
+        "--objectives: --task memtrain asks no questions; add --task longqa or --task searchqa",
+    ),
+    (
+        "memtrain", "--eval-split dev",
+        "--eval-split: --task memtrain asks no questions; add --task longqa or --task searchqa",
+    ),
+    ("memtrain", "--task longqa --searches 3", "--searches: --task longqa doesn't search; add --task searchqa"),
+    ("memtrain", "--document 2", "unknown argument --document; --help lists all of them"),
+    (
+        "memtrain", "--model=~/missing",
+        "--model {home}/missing: no such folder (a model on the hub is called OWNER/NAME)",
+    ),
+    ("memtrain", "--corpus {bad}/page.txt", "--corpus {bad}/page.txt: is HTML; save it as plain text"),
+    (
+        "memtrain", "--corpus {bad}/wrapped.json",
+        "--corpus {bad}/wrapped.json: line 1: no field 'text', its fields are data; save the list in 'data' alone",
+    ),
+    (
+        "memtrain", "--corpus {bad}/one_title.jsonl",
+        "no passage with an entity is left for the split 'train', as the corpus has 1 titles: use a larger corpus, or "
+        "change --heldout",
+    ),
+    (
+        "memtrain", "--config {bad}/no_steps.args",
+        "--config {bad}/no_steps.args: --steps 0: must be a number of at least 1",
+    ),
+    (
+        "eval", "--lengths 900 --eval-documents 2",
+        "no document could be built at any length, so nothing was evaluated; give other --lengths",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/half.json",
+        "--questions {bad}/half.json: "
+        "is not JSON (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/latin.json",
+        "--questions {bad}/latin.json: is not UTF-8 text (byte 15)",
+    ),
+    (
+        "memtrain", "--task longqa --questions {bad}/strings.json",
+        "--questions {bad}/strings.json: record 1 is not a JSON object",
+    ),
     (
         "memtrain", "--task longqa --questions {bad}/strange.json",
-        "{bad}/strange.json: record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' "
+        "--questions {bad}/strange.json: "
+        "record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' "
         "[[title, number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are "
         "_id, words",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_gold.json",
-        "{bad}/no_gold.json: record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold",
+        "--questions {bad}/no_gold.json: "
+        "record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_question.json",
-        "{bad}/no_question.json: record 1: no text in field 'question'",
+        "--questions {bad}/no_question.json: "
+        "record 1: no text in field 'question'; its fields are _id, question, answer, supporting_facts, context, type, "
+        "level",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/no_answer.json",
-        "{bad}/no_answer.json: record 1: no answer in field 'answer'",
+        "--questions {bad}/no_answer.json: "
+        "record 1: no answer in field 'answer'; its fields are _id, question, answer, supporting_facts, context, type, "
+        "level",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/shape.json",
-        "{bad}/shape.json: record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, "
+        "--questions {bad}/shape.json: "
+        "record 1: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, "
         "number]], or MuSiQue's 'paragraphs' [{'title', 'paragraph_text', 'is_supporting'}]; its fields are _id, "
         "question, answer, supporting_facts, context, type, level",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/missing_fact.json",
-        "{bad}/missing_fact.json: record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold ['B']",
+        "--questions {bad}/missing_fact.json: "
+        "record 1: no text that 'supporting_facts' or 'is_supporting' marks as gold ['B']",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/questions.json",
-        "--questions {bad}/questions.json: no question is left for the split 'test'; use a larger file, or give "
-        "--eval-questions",
+        "--questions {bad}/questions.json: "
+        "no question is left for the split 'test'; use a larger file, or give --eval-questions",
     ),
     (
         "memtrain", "--task searchqa --result_tokens 4000",
@@ -286,7 +341,8 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "memtrain", "--task searchqa --questions {bad}/nq.jsonl",
-        "{bad}/nq.jsonl: line 1: no answer in field 'golden_answers'",
+        "--questions {bad}/nq.jsonl: "
+        "line 1: no answer in field 'golden_answers'; its fields are question, golden_answers",
     ),
     (
         "memtrain", "--task searchqa --corpus wikimedia/wikipedia --corpus_config 20231101.en",
@@ -332,13 +388,15 @@ MISTAKES = [  # script, arguments, and the whole line that they get
 @pytest.mark.parametrize("script, arguments, message", [pytest.param(*m, id=" ".join(m[:2])) for m in MISTAKES])
 def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     """The whole message, no traceback, exit code 2, and no output but what a run locks its folder with."""
-    arguments = [a.format(bad=bad) for a in arguments.split()]
+    arguments = [a.format(bad=bad, root=ROOT) for a in arguments.split()]
     held = files(bad)
     out = tmp_path / ("run" if script == "memtrain" else "run.json")
     done = command(*arguments, *([] if "--out" in arguments else ["--out", out]), script=script)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.replace(str(bad), "{bad}").replace(str(ROOT), "{root}") == f"error: {message}"
+    for path, name in ((bad, "bad"), (ROOT, "root"), (Path.home(), "home")):
+        last = last.replace(str(path), f"{{{name}}}")
+    assert last == f"error: {message}"
     left = {path for path in files(tmp_path) if ".entities" not in path.parts}
     assert left <= {tmp_path / "run", tmp_path / "run/config.json"} and files(bad) == held
 
