@@ -97,7 +97,7 @@ class Turn:
     ended: bool  # by an end token or `done`; False: cut at the token limit (for the metrics)
     text: str  # the decoded completion without special tokens, and without a thought before it
     thought: bool = False  # whether there was a thought
-    # grpo.py sets these.
+    # grpo.py sets the first three, the loop in memtrain.py the log-probs.
     place: int = -1  # of its document in the step
     advantage: float = 0.0  # Eq. 3
     weight: float = 0.0  # Eq. 4: 1 / (kept documents of the update, over all processes * kept turns of its document)

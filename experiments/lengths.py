@@ -1,6 +1,7 @@
 """Accuracy by length, before and after training, of several runs pooled: README's plot and table.
 
-    for seed in 0 1 2; do python memtrain.py --seed $seed --out runs/first-$seed; done
+    export OMP_NUM_THREADS=1
+    for seed in 0 1 2; do python memtrain.py --fast True --seed $seed --out runs/first-$seed; done
     python -m experiments.lengths docs/lengths.png runs/first-0 runs/first-1 runs/first-2
 
 Each seed draws its own held-out documents. Some may ask for the same entity, so the intervals, which treat them as

@@ -5,7 +5,7 @@
 Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy has two 95 % intervals:
 over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions about the same
 subject were independent; and over the seeds' means (Student's t), which differ in training and questions.
-The ceiling is the untrained base, told to focus, on the same questions: an estimate of what a policy can reach.
+The ceiling is the base, before MemTrain and task RL, told to focus, on the same questions: an estimate of what a policy can reach.
 """
 
 import json

@@ -104,8 +104,8 @@ def layout(turns: list, rows: list[list[int]]) -> tuple[list, list, list, list]:
 def token_logprobs(model, turns: list, with_entropy: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
     """The fast twin of grpo.token_logprobs -> (logprobs, entropy or None, mask), each (turns, longest completion).
 
-    After enable_packing, turns with the same prompt are one row: the prompt once, then its completions, which can't
-    attend to each other. `model` is the bare causal LM, not a DDP wrapper. Raises ValueError for an empty prompt.
+    After `enable`, turns with the same prompt are one row: the prompt once, then its completions, which can't attend to
+    each other. Raises ValueError for an empty prompt.
     """
     if not all(turn.prompt_ids for turn in turns):
         raise ValueError("a turn has an empty prompt: nothing predicts the first token of its completion")

@@ -1,4 +1,4 @@
-"""A run as one page of HTML to look at: curves, accuracy by length, and trajectories to step through.
+"""A run as one page of HTML: a held-out document before and after training, curves, accuracy by length, trajectories.
 
     python eval.py --report runs/X        # writes runs/X/report.html
 
@@ -51,7 +51,7 @@ def write(folder: str) -> Path:
     try:
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"--report {run}: {error.strerror} for {file.name}; mend that, or copy the run") from None
+        raise UserError(f"--report {run}: {error.strerror} for {file.name}; fix that, or copy the run") from None
     return file
 
 
@@ -147,8 +147,9 @@ def change(rows: list[dict], chunks: int) -> str:
     pairs = zip(before["scores"], after["scores"], strict=True)
     if (n := next((n for n, (old, new) in enumerate(pairs) if (new - old) * rise > 0), None)) is None:
         return ""
-    why = f"""Of the held-out documents of {before["chunks"]} {unit_of(rows)}, read greedily before and after training,
-the first whose answer changed as the accuracy did, from {before["accuracy"]:.2f} to {after["accuracy"]:.2f}.
+    asked = "held-out documents" if before["task"] == "end_to_end" else "test questions"
+    why = f"""Of the {asked} of {before["chunks"]} {unit_of(rows)}, answered greedily before and after training, the
+first whose score changed as the accuracy did, from {before["accuracy"]:.2f} to {after["accuracy"]:.2f}.
 <mark class="y">Marked</mark>: where the answer stands, or its mask."""
     read = (f"<h3>{row['when']}</h3>{answered(**row['said'][n])}" for row in (before, after))
     return f'<h2>A document before and after</h2><p class="soft">{why}</p>{"".join(read)}'
@@ -196,7 +197,7 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
 
 
 def answered(question: str, answers: list, memory: str, prediction: str | None, rewards: str = "") -> str:
-    """A last memory beside the question, the answer given from the memory, and the one wanted, as HTML."""
+    """A last memory beside the question, the answer that was given, and the one wanted, as HTML."""
     said = "no box" if prediction is None else prediction.strip()
     outcome = f"{question}\nanswered: {said}\nwanted: {', '.join(map(str, answers))}\n{rewards}".strip()
     names = [MASK, *(answer for answer in answers if isinstance(answer, str))]
