@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reproduces the claim on the tiny default, with curves, on 2 CPU cores: five seeds for the claim, the first three of
-# them for few labels, ablations, search QA and habits.
+# them for few labels, ablations and search QA.
 #     experiments/reproduce-tiny.sh [FOLDER]
 # Rerun the same command to resume: finished parts are skipped, an unfinished one continues. Runs go to
 # runs/reproduce, figures and tables to docs/; given FOLDER (relative to the project), everything goes there.
@@ -24,9 +24,8 @@ claimed_steps="2 4 8 16"
 far=32                       # 8 times, and the steps at which it is measured, too: it takes longest
 far_steps="0 16"
 search_steps="0 16 32"       # of task RL on search QA; each is one of $steps
-asked=48                     # test questions of each seed; masked documents for habits
-habits_documents=24
-side_seeds=$(echo $seeds | cut -d " " -f 1-3) # for few labels, ablations (but the control), search QA and habits
+asked=48                     # test questions of each seed
+side_seeds=$(echo $seeds | cut -d " " -f 1-3) # for few labels, ablations (but the control) and search QA
 rate=${TASK_RATE:-1e-4}      # of task RL; docs/results-tiny.md says how both rates were chosen
 other_rate=4e-4              # at which the claim is measured, too
 
@@ -79,8 +78,7 @@ test="--eval-documents $asked --eval-questions $out/test"
 
 python -m experiments.begin "$out" seeds="$seeds" steps="$steps" budget="$budget" labels="$labels" rate="$rate" \
     other_rate="$other_rate" chunks="$chunks" lengths="$lengths" claimed="$claimed" claimed_steps="$claimed_steps" \
-    far="$far" far_steps="$far_steps" search_steps="$search_steps" side_seeds="$side_seeds" asked="$asked" \
-    habits_documents="$habits_documents"
+    far="$far" far_steps="$far_steps" search_steps="$search_steps" side_seeds="$side_seeds" asked="$asked"
 
 # The claim and its control
 for seed in $seeds; do
@@ -109,7 +107,7 @@ for seed in $seeds; do
     echo measure $seed/qa/shuffled_rewards-$budget eval $(start shuffled_rewards-task) $ask.jsonl --lengths $lengths
 done | all
 
-# Beside it: ablations, few labels, search QA, habits
+# Beside it: ablations, few labels, search QA
 for seed in $side_seeds; do
     for run in end_to_end decoupled; do echo train $seed/$run $(memtrain) --ablation $run; done
 done | all
@@ -139,10 +137,6 @@ for seed in $side_seeds; do
             found="--seed $seed $search $test-$seed.jsonl"
             echo measure $seed/qa/$run-search-$step eval $(after $step $run search) $found
         done
-    done
-    for run in base memtrain shuffled_rewards end_to_end decoupled; do
-        habits="--seed $seed --eval-documents $habits_documents --lengths $lengths"
-        echo measure $seed/habits/$run experiments.habits $(start $run) $habits
     done
 done | all
 python -m experiments.tables "$out" "$docs"

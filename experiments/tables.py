@@ -5,7 +5,8 @@
 Accuracies are exact matches of greedy answers. No two seeds share a test question. An accuracy has two 95 % intervals:
 over the questions of all seeds together (Wilson's; for differences a paired bootstrap), as if questions about the same
 subject were independent; and over the seeds' means (Student's t), which differ in training and questions.
-The ceiling is the base, before MemTrain and task RL, told to focus, on the same questions: an estimate of what a policy can reach.
+The ceiling is the base, before MemTrain and task RL, told to focus, on the same questions: an estimate of what a policy
+can reach.
 """
 
 import json
@@ -25,7 +26,6 @@ STARTS = {"base": "base", "MemTrain": "memtrain"}
 MODELS = STARTS | {"decoupled": "decoupled", "end-to-end": "end_to_end", "shuffled rewards": "shuffled_rewards"}
 CONTROL = "base", "shuffled rewards"
 HOPS = {"one hop": "single", "two hops": "bridge"}  # {name: the question file's "type"}
-DISTANCES = {"1": (1, 1), "2": (2, 2), "3-4": (3, 4), "5-8": (5, 8), "9-15": (9, 15)}  # k - l, in bins
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by the number of seeds
 DIFFERENCE = ["difference", "estimate", "95 % over questions", "95 % over seeds", "per seed"]
 PAGE, APPENDIX = "results-tiny.md", "results-tiny-tables.md"
@@ -275,28 +275,6 @@ def search(runs: Runs) -> Section:
     return head + table(["", *steps], series), head + table(DIFFERENCE, rows, cell=str), []
 
 
-def habits(runs: Runs) -> Section:
-    """Recall at each distance in the longest documents, and the share of unchanged memories."""
-    unchanged, recalled = {}, {}
-    for name, run in MODELS.items():
-        by_seed = [runs.read(f"{seed}/habits/{run}.json") for seed in runs.side_seeds]  # a row per length
-        lengths = [row["chunks"] for row in by_seed[0]]
-        bins = {place: ends for place, ends in DISTANCES.items() if ends[0] < lengths[-1]}
-        unchanged[name] = [[row["unchanged"] for row in same] for same in zip(*by_seed, strict=True)]
-        recalled[name] = [[recall_between(*ends, seed[-1]["recall"]) for seed in by_seed] for ends in bins.values()]
-    head = ["± over seeds", *(f"unchanged memories, {n} chunks" for n in lengths)]
-    head += [f"recall at distance {place}, {lengths[-1]} chunks" for place in bins]
-    text = [f"**Habits** on held-out masked documents, greedy, {len(runs.side_seeds)} seeds:", ""]
-    text += ["![recall by distance](distance.png)", ""]
-    text += table(head, {name: unchanged[name] + recalled[name] for name in MODELS}, cell=of_seeds)
-    return [], text, [[(f"recall, {lengths[-1]} chunks", "distance k - l", ([*bins],), recalled)]]
-
-
-def recall_between(low: int, high: int, hits: dict[str, list[float]]) -> list[float]:
-    """The recall rewards at distances from `low` to `high`."""
-    return [hit for distance, own in hits.items() if low <= int(distance) <= high for hit in own]
-
-
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("give two folders: python -m experiments.tables RUNS DOCS")
@@ -306,10 +284,9 @@ def main() -> None:
     sections = {
         "curves": claim(runs), "ceiling": of_ceiling(runs), "hops": by_hops(runs), "search": search(runs),
         "minutes": equal_minutes(runs), "labels": few_labels(runs), "ablations": ablations(runs),
-        "distance": habits(runs),
     }
     page, appendix = ("\n".join(chain(*(section[n] for section in sections.values()))) for n in (0, 1))
-    page += f"\nFew labels, ablations, habits, equal minutes, each seed's figures: [{APPENDIX}]({APPENDIX}).\n"
+    page += f"\nFew labels, ablations, equal minutes, each seed's figures: [{APPENDIX}]({APPENDIX}).\n"
     file = docs / PAGE
     before, _, rest = file.read_text().partition(BEGIN) if file.exists() else ("", "", "")
     file.write_text(f"{before}{BEGIN}\n\n{page}\n{END}{rest.partition(END)[2]}")

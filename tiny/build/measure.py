@@ -2,10 +2,10 @@
 
     python -m tiny.build.measure [MODEL]
 
-Skills, greedy, each by itself, beside the least that it should reach. Whole readings, greedy: told to focus, which is
-the ceiling of what a policy can reach from here, and told nothing. Then, sampled, what decides whether GRPO has
-anything to learn from: end-to-end and recall on training documents, and questions of tiny/questions.jsonl, of one hop
-and two, each answered by reading its ten paragraphs. Last, some of the memories, to be read.
+Skills, greedy, each by itself, beside the least that it should reach; those of reading, told nothing. Whole readings,
+greedy: told to focus, which is the ceiling of what a policy can reach from here, and told nothing. Then, sampled, what
+decides whether GRPO has anything to learn from: end-to-end and recall on training documents, and questions of
+tiny/questions.jsonl, of one hop and two, each answered by reading its ten paragraphs. Last, some memories, to be read.
 """
 
 import random
@@ -91,6 +91,17 @@ class Skills:
             "recall": (0.9, self.right(self.recalling())),
         }
 
+    def told_nothing(self) -> dict[str, list[bool]]:
+        """skill -> its hits, where the problem doesn't say how to read: what a policy can change. Held-out subjects."""
+        self.demonstrations.rng.seed(self.seed)
+        unseen = self.worlds["unseen"]
+        return {
+            "the asked paragraph is noted": self.noted(self.noting(unseen, told="")),
+            "..., at a full memory": self.noted(self.noting(unseen, told="", full=True)),
+            "the second hop's paragraph is noted": self.noted(self.following(told="")),
+            "the asked paragraph is kept": self.noted(self.keeping(told="")),
+        }
+
     def noted(self, drawn) -> list[bool]:
         """Whether all the sentences that are wanted stand in the memory."""
         return [wanted <= set(split_sentences(memory)) for wanted, memory in self.ask(drawn, MEMORY_TOKENS)]
@@ -135,7 +146,7 @@ class Skills:
             wanted = {sentence for sentence in passages[asked] if sentence in section}
             yield self.reading(f"{row['question']} {told}".strip(), memory, section), wanted
 
-    def following(self):
+    def following(self, told: str = FOCUS):
         """The paragraph about the second of two hops is to be noted, once the first stands in the memory."""
         for row, titles, passages in self.contexts(self.heldout()):
             if len(row["hops"]) == 2:
@@ -143,10 +154,10 @@ class Skills:
                 section, memory = self.section_of(titles, passages, second), [" ".join(passages[first])]
                 wanted = {sentence for sentence in passages[second] if sentence in section}
                 if memory[0] not in section and self.demonstrations.size([*memory, *wanted]) <= NOTES_TOKENS:
-                    yield self.reading(f"{row['question']} {FOCUS}", memory, section), wanted
+                    yield self.reading(f"{row['question']} {told}".strip(), memory, section), wanted
 
-    def keeping(self):
-        """A noted paragraph about what is asked is to stand in the next memory, told to focus."""
+    def keeping(self, told: str = FOCUS):
+        """A noted paragraph about what is asked is to stand in the next memory."""
         rng = self.demonstrations.rng
         for row, titles, passages in self.contexts(self.heldout()):
             asked = passages[titles.index(row["hops"][0][0])]
@@ -156,7 +167,7 @@ class Skills:
             if unread and self.demonstrations.size(memory) <= NOTES_TOKENS:
                 rng.shuffle(memory)
                 section = rng.choice(self.demonstrations.sections([[other] for other in unread]))
-                yield self.reading(f"{row['question']} {FOCUS}", memory, section), set(asked)
+                yield self.reading(f"{row['question']} {told}".strip(), memory, section), set(asked)
 
     def ignoring(self):
         """A section tells of a [MASK] that the problem doesn't ask about; the memory holds what is asked or nothing."""
@@ -289,6 +300,9 @@ def main() -> None:
     for name, (least, hits) in skills.measure().items():
         print_row([name, str(least)], hits)
 
+    print("\n| told nothing, greedy | measured | n |\n|---|---|---|")
+    for name, hits in skills.told_nothing().items():
+        print_row([name], hits)
     corpus = load_corpus(config, sample.tokenizer)
     print_whole(skills.sample, corpus, config)
     print("\n| sampled at temperature 1 | success | n |\n|---|---|---|")
