@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         functions = micro_batches, token_logprobs
         return explain(policy, reference, optimizer, sample, source, agent, config, lr, shuffle, functions)
 
-    draw_documents(source, config, step=0)  # a text that can't fill them is reported before hours of evaluation
+    draw_documents(source, config, 0)  # a text that can't fill them is reported before hours of evaluation
     # The first evaluation is of the weights of --model, so it comes before a checkpoint is loaded.
     run.evaluate("before", lambda when: evaluate(sample, agent, source, config, when))
     run.resume()

@@ -314,11 +314,16 @@ def test_an_error_ends_the_run_and_the_same_command_resumes_it(
     """Anywhere in a step: a user's mistake is a line, a bug keeps its traceback. What the last checkpoint holds is
     kept, the rest is done again, and the run ends as one that never stopped."""
     arguments = [*SMALL, "--save_every", 2, "--steps", STEPS, "--out", out]
-    real, documents, started = getattr(memtrain, place), memtrain.draw_documents, []
-    monkeypatch.setattr(memtrain, "draw_documents", lambda *more: started.append(1) or documents(*more))
+    real, documents, begun = getattr(memtrain, place), memtrain.draw_documents, [0]
+
+    def counted(source, config, n):
+        begun[0] = n + 1
+        return documents(source, config, n)
+
+    monkeypatch.setattr(memtrain, "draw_documents", counted)
 
     def failing(*more, **named):
-        if len(started) == step:
+        if begun[0] == step:
             raise kind("it gave out")
         return real(*more, **named)
 
@@ -439,9 +444,9 @@ def test_bad_gradients_are_left_out_and_stop_the_run(out, monkeypatch):
         loss, stats = loss_of(*arguments, **named)
         return (loss * float("nan") if step[0] in bad else loss), stats
 
-    def counted(*arguments, **named):
-        step[0] += 1
-        return documents(*arguments, **named)
+    def counted(source, config, n):
+        step[0] = n + 1
+        return documents(source, config, n)
 
     monkeypatch.setattr(memtrain, "batch_loss", poisoned)
     monkeypatch.setattr(packing, "token_logprobs", poisoned_forward)
