@@ -192,7 +192,7 @@ def main(evaluation: Evaluation) -> None:
         when = name if evaluation.against else "now"
         rows += evaluate(sample, agent, source, evaluation, when, evaluation.lengths, tuple(controls))
         if not rows:
-            raise UserError("no document could be built at any length, so nothing was evaluated; give other --lengths")
+            raise UserError("no document could be built at any length: use a larger corpus, or other --lengths")
         out.write_text(json.dumps(rows, indent=1))  # after each model, as a large one takes hours
     print(metrics.table(rows), *compare.differences(rows), f"95 % intervals; rows in {out}", sep="\n")
     if evaluation.plot:

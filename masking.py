@@ -103,7 +103,8 @@ def find_entities(passages: list[Passage], ner: str, cache: Path) -> None:
 
 def code_of_finder(ner: str) -> list[str]:
     """The code that finds entities. It is part of the cache's name, so that they are found anew after an edit."""
-    parts = [entities_of, load_pipeline, common_words, worth_masking, inspect.getmodule(occurrences)]
+    parts = [find_entities, entities_of, load_pipeline, common_words, worth_masking, Passage]
+    parts.append(inspect.getmodule(occurrences))
     return [TRIM.pattern, *map(inspect.getsource, parts + [inspect.getmodule(rules_pipeline)] * (ner == "rules"))]
 
 
@@ -263,8 +264,8 @@ class Corpus:
         several_words, one_word = self.name_counts[split, True], self.name_counts[split, False]
         if not several_words + one_word:
             raise UserError(
-                f"no passage with an entity is left for the split {split!r}, as the corpus has {len(self.same_title)} "
-                "titles: use a larger corpus, or change --heldout"
+                f"no passage with an entity is left for the split {split!r}; of {len(self.same_title)} titles, "
+                f"{len(self.heldout_titles)} are held out: use a larger corpus, or change --heldout"
             )
         several_drawn = bool(rng.random() < several_words / (several_words + one_word))
         draws = leaks = 0
@@ -282,10 +283,10 @@ class Corpus:
                 leaks += leaky
                 if chunks and (self.keep_leaky or not leaky):
                     return Document(i, passage.title, QUESTION, [names[n]], chunks, candidates, leaks, draws - 1)
-        leaky, either = f"{leaks} gave the answer away", " or --keep-leaky" if leaks and not self.keep_leaky else ""
+        either = " or --keep-leaky" if leaks and not self.keep_leaky else ""
         raise UserError(
-            f"document {i} ({split}) could not be built in {draws} draws ({leaky}, in the others the passage with the "
-            f"answer didn't fit): use a larger corpus, longer chunks{either}"
+            f"document {i} ({split}) could not be built in {draws} draws: {leaks} gave the answer away, in "
+            f"{draws - leaks} the answer's passage didn't fit; use a larger corpus, longer chunks{either}"
         )
 
     def _names(self, text: str, spans: list[Span], split: str) -> list[str]:
@@ -409,7 +410,7 @@ class Corpus:
     def _too_few(self, asked: str) -> UserError:
         return UserError(
             f"the corpus has {len(self.passages)} passages, too few for {asked} (a document uses only one passage with "
-            "the pivot's title): use a larger corpus, with a paragraph on each line, or ask for less"
+            "the pivot's title): use a larger corpus (in a .txt file, a paragraph on each line), or ask for less"
         )
 
 

@@ -146,6 +146,7 @@ class Config:
 
 OF_QUESTIONS = ("questions", "eval_questions", "eval_split")  # settings of the tasks that ask questions
 OF_SEARCH = ("objectives", "searches", "result_tokens", "retriever")  # and of searchqa alone
+IGNORED = {"memtrain": (*OF_QUESTIONS, *OF_SEARCH), "longqa": OF_SEARCH, "searchqa": ()}  # by task
 # Whole numbers that may be 0; others are at least 1. Fractions are at least 0.
 MAY_BE_ZERO = {"seed", "lora", "lr_warmup", "related", "eval_documents", "searches", "g2"}
 
@@ -172,9 +173,9 @@ def parse(flags: type, follow_model: bool = False, arguments: list[str] | None =
 
         saved = saved_settings(config.model)
         config = parse_with(flags, saved, arguments)
-        if saved and config.task != saved["task"]:  # the run's questions were for its own task
-            saved = {name: value for name, value in saved.items() if name not in OF_QUESTIONS + OF_SEARCH}
-            config = parse_with(flags, saved, arguments)
+        # The run's questions were for its own task.
+        unused = IGNORED[config.task if config.task == saved.get("task") else "memtrain"]
+        config = parse_with(flags, {name: value for name, value in saved.items() if name not in unused}, arguments)
     check_numbers(config)
     return config
 
@@ -205,8 +206,8 @@ def with_home(word: str) -> str:
 
 
 def words_of(file: Path) -> list[str]:
-    """The words of a settings file: quotes, ~, and comments from a word that begins with #. Raises UserError."""
-    quoted_or_comment = r"""(?m)("[^"]*"|'[^']*')|(?:^|(?<=\s))#.*"""
+    """The words of a settings file: quotes, and comments from a word that begins with #. Raises UserError."""
+    quoted_or_comment = r"""(?m)("[^"\n]*"|'[^'\n]*')|(?:^|(?<=\s))#.*"""
     try:  # not shlex's own comments: they begin within a word, too (runs/try#2)
         words = shlex.split(re.sub(quoted_or_comment, lambda found: found[1] or "", file.read_text("utf-8-sig")))
     except (OSError, ValueError) as error:  # not UTF-8, or a quotation without its end
@@ -308,9 +309,8 @@ def check(config: Config) -> None:
 
 
 def check_of_task(config: Config) -> None:
-    """Raises UserError for a setting that another task has, and this one would ignore."""
-    others = {"memtrain": (*OF_QUESTIONS, *OF_SEARCH), "longqa": OF_SEARCH, "searchqa": ()}[config.task]
-    for name in others:
+    """Raises UserError for a setting of questions or searches that the task would ignore."""
+    for name in IGNORED[config.task]:
         given = getattr(config, name)
         own = name == "questions" and Path(given).match("tiny/questions.jsonl")  # a run made in another folder
         if given != getattr(Config, name) and not own:

@@ -164,9 +164,8 @@ def sample_rows(trajectories: list) -> dict:
 
 def said_row(trajectory) -> dict:
     """What was asked in an evaluation, what was answered, and the last memory."""
-    document, memories = trajectory.document, trajectory.memories
-    asked = {"question": document.question, "answers": document.answers}
-    return asked | {"memory": memories[-1] if memories else "", "prediction": trajectory.prediction}
+    asked = {"question": trajectory.document.question, "answers": trajectory.document.answers}
+    return asked | {"memory": trajectory.memory, "prediction": trajectory.prediction}
 
 
 def recall_row(trajectory) -> dict | None:

@@ -53,10 +53,8 @@ class Run:
             self.lock = lock(self.out)
             config.date = config.date or day_of(self.out) or date.today().isoformat()
             settings = asdict(config)
-            for name in ("model", "corpus", "questions", "eval_questions"):
-                # Seen from any folder; and runs/X/checkpoint leads elsewhere when X goes on.
-                if settings[name] and Path(settings[name]).exists():
-                    settings[name] = str(Path(settings[name]).resolve())
+            if Path(config.model).is_dir():  # runs/X/checkpoint leads elsewhere when X goes on
+                settings["model"] = str(Path(config.model).resolve())
             resuming = holds_run(self.out, settings)
             replace_text(self.out / "config.json", json.dumps(settings, indent=1))
         resuming, config.date = parallel.gather((resuming, config.date))[0]

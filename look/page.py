@@ -139,20 +139,24 @@ def change(rows: list[dict], chunks: int) -> str:
 
     It is the first, of those nearest to `chunks`, whose score changed as the accuracy did. Nothing unless that changed.
     """
-    ends = [[row for row in rows if "said" in row and row["when"] == when] for when in ("before", "after")]
-    if not all(ends):
+    first, last = ({r["chunks"]: r for r in rows if "said" in r and r["when"] == when} for when in ("before", "after"))
+    length = min(first.keys() & last.keys(), key=lambda n: abs(n - chunks), default=None)
+    if length is None:
         return ""
-    before, after = (min(found, key=lambda row: abs(row["chunks"] - chunks)) for found in ends)
+    before, after = first[length], last[length]
     rise = after["accuracy"] - before["accuracy"]
-    pairs = zip(before["scores"], after["scores"], strict=True)
-    if (n := next((n for n, (old, new) in enumerate(pairs) if (new - old) * rise > 0), None)) is None:
+    old, new = (  # by the number of the document, its score and what was said
+        dict(zip(r["documents"], zip(r["scores"], r["said"], strict=True), strict=True)) for r in (before, after)
+    )
+    changed = [n for n in old if n in new and (new[n][0] - old[n][0]) * rise > 0]
+    if not changed:
         return ""
-    asked = "held-out documents" if before["task"] == "end_to_end" else "test questions"
+    asked = "held-out documents" if before["task"] == "end_to_end" else "held-out questions"
     why = f"""Of the {asked} of {before["chunks"]} {unit_of(rows)}, answered greedily before and after training, the
 first whose score changed as the accuracy did, from {before["accuracy"]:.2f} to {after["accuracy"]:.2f}.
 <mark class="y">Marked</mark>: where the answer stands, or its mask."""
-    read = (f"<h3>{row['when']}</h3>{answered(**row['said'][n])}" for row in (before, after))
-    return f'<h2>A document before and after</h2><p class="soft">{why}</p>{"".join(read)}'
+    read = (f"<h3>{when}</h3>{answered(**of[changed[0]][1])}" for when, of in (("before", old), ("after", new)))
+    return f'<h2>Before and after</h2><p class="soft">{why}</p>{"".join(read)}'
 
 
 def trajectories(samples: list[dict]) -> str:
@@ -199,8 +203,8 @@ def turns(sample: dict, trajectory: dict) -> list[tuple[str, str]]:
 def answered(question: str, answers: list, memory: str, prediction: str | None, rewards: str = "") -> str:
     """A last memory beside the question, the answer that was given, and the one wanted, as HTML."""
     said = "no box" if prediction is None else prediction.strip()
-    outcome = f"{question}\nanswered: {said}\nwanted: {', '.join(map(str, answers))}\n{rewards}".strip()
-    names = [MASK, *(answer for answer in answers if isinstance(answer, str))]
+    names = [MASK, *(name for answer in answers for name in ([answer] if isinstance(answer, str) else answer))]
+    outcome = f"{question}\nanswered: {said}\nwanted: {', '.join(names[1:])}\n{rewards}".strip()
     left, right = text_box("the last memory", marked(memory, names, [])), text_box("the answer", escape(outcome))
     return f'<div class="columns">{left}{right}</div>'
 

@@ -70,10 +70,9 @@ def _question(record: dict, where: str, number: int) -> Question:
     try:
         gold, paragraphs = map(dict.fromkeys, read(record))  # each paragraph once, in order
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        fields = " ".join(", ".join(record).split())  # a name may contain a line break
         raise UserError(
             f"{where}: lacks HotpotQA's 'context' [[title, [sentence]]] and 'supporting_facts' [[title, number]], or "
-            f"MuSiQue's 'paragraphs' [{{'title', 'paragraph_text', 'is_supporting'}}]; its fields are {fields}"
+            f"MuSiQue's 'paragraphs' [{{'title', 'paragraph_text', 'is_supporting'}}]{_fields(record)}"
         ) from None
     empty = [title for title, text in gold if not text]
     if empty or not gold:
@@ -148,9 +147,14 @@ def _memagent(record: dict, where: str, number: int) -> Question:
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        fields = " ".join(", ".join(record).split())
-        raise UserError(f"{where}: no text in field {field!r}; its fields are {fields}")
+        raise UserError(f"{where}: no text in field {field!r}{_fields(record)}")
     return _unquote(value.strip())
+
+
+def _fields(record: dict) -> str:
+    """The end of an error about a record: which fields hold something. A name may contain a line break."""
+    names = " ".join(", ".join(name for name, value in record.items() if value is not None).split())
+    return f"; its fields are {names}" if names else ""
 
 
 ANSWERS = ("golden_answers", "answers", "possible_answers", "answer", "Answer")  # fields, in this order
@@ -168,8 +172,7 @@ def _answers(record: dict, where: str) -> list[str]:
     whole = (text.encode("utf-8", "replace").decode() for text in found)  # half a surrogate pair becomes "?"
     answers = dict.fromkeys(_unquote(text.strip()) for text in whole if text.strip())
     if not answers:
-        fields = " ".join(", ".join(record).split())
-        raise UserError(f"{where}: no answer in field {field!r}; its fields are {fields}")
+        raise UserError(f"{where}: no answer in field {field!r}{_fields(record)}")
     return list(answers)
 
 

@@ -147,6 +147,10 @@ def test_the_controls_of_an_evaluation_have_no_memory(corpus, monkeypatch):
     assert {(row["task"], row["memory"]): row["accuracy"] for row in rows} == {
         ("end_to_end", "kept"): 0.75, ("end_to_end", "empty"): 0.0, ("recall", "kept"): 0.5, ("recall", "empty"): 0.0,
     }
+    (written,) = [row for row in rows if "said" in row]  # the memory's end-to-end row: what was answered, one by one
+    assert (written["task"], written["memory"]) == ("end_to_end", "kept")
+    right = [said["prediction"] in said["answers"] for said in written["said"]]
+    assert right == [score == 1 for score in written["scores"]] and sum(right) == 3
     kept, empty = ([call[::2] for call in scripts.calls if call[1] == control] for control in (False, True))
     assert sorted(kept) == sorted(empty) and len(kept) == 2
 

@@ -83,7 +83,7 @@ def load_passages(
     spaces between words. A text without a title is named after its .txt file if it is one passage, else by its first
     words. Raises UserError.
     """
-    passages, left_out, untitled = [], Counter() if left_out is None else left_out, 0
+    passages, left_out = [], Counter() if left_out is None else left_out
     with closing(hub_rows(corpus, config) if is_of_hub(corpus) else _file_rows(Path(corpus))) as rows:
         for row, where in rows:
             text = _text_of(row, where, text_field)
@@ -91,7 +91,6 @@ def load_passages(
             pieces = split_paragraphs(body, PASSAGE_WORDS)
             file_name = Path(where).stem if where.lower().endswith(".txt") and len(pieces) == 1 else None
             title = row.get("title") or file_name
-            untitled += not title and not where.lower().endswith(".txt")
             left_out["empty"] += not pieces
             if is_disambiguation(str(title), text):
                 left_out["of a page that tells namesakes apart"] += 1
@@ -105,8 +104,6 @@ def load_passages(
             if max_passages and len(passages) >= max_passages:
                 break
     _tell_left_out(corpus, left_out)
-    if untitled:
-        tell(f"{corpus}: {untitled} texts have no field 'title', so passages are held out, not whole articles")
     if not passages:
         advice = "save it as UTF-8" if left_out["not UTF-8"] else "use another corpus"
         raise UserError(f"--corpus {corpus}: contains no usable passage; {advice}")
@@ -153,10 +150,11 @@ def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
                 content = file.read_bytes()
             except OSError as error:
                 raise UserError(f"--corpus {file}: can't be read ({error.strerror}); fix or remove it") from None
-            if re.match(rb"\s*<(!doctype|html)", content, re.IGNORECASE):
-                raise UserError(f"--corpus {file}: is HTML; save it as plain text")
             code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Notepad's and PowerShell's
-            yield {"text": content.decode(code, errors="replace").replace("\r\n", "\n").replace("\r", "\n")}, str(file)
+            text = content.decode(code, errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+            if re.match(r"\s*<(!doctype|!--|\?xml|html)", text, re.IGNORECASE):
+                raise UserError(f"--corpus {file}: is HTML or XML; save it as plain text")
+            yield {"text": text}, str(file)
             continue
         fields: dict = {}
         try:
@@ -170,8 +168,8 @@ def _file_rows(path: Path) -> Iterator[tuple[dict, str]]:
 def _text_of(row: dict, where: str, field: str) -> str:
     if field not in row:
         fields = ", ".join(sorted(row))
-        lists = [name for name, value in row.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
-        advice = f"save the list in {lists[0]!r} alone" if lists else "set --text-field"
+        wrapped = len(row) == 1 and isinstance(*row.values(), list)  # {"data": [{"text": ...}, ...]}
+        advice = f"save the list in {fields!r} alone" if wrapped else "set --text-field"
         raise UserError(f"--corpus {where}: no field {field!r}, its fields are {fields}; {advice}")
     text = row[field] or ""
     if not isinstance(text, str):

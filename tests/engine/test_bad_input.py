@@ -75,12 +75,12 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     (
         "memtrain", "--corpus {bad}/few.jsonl --passages 50",
         "the corpus has 3 passages, too few for --passages 50 (a document uses only one passage with the pivot's "
-        "title): use a larger corpus, with a paragraph on each line, or ask for less",
+        "title): use a larger corpus (in a .txt file, a paragraph on each line), or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/one.jsonl",
         "the corpus has 1 passages, too few for --related 2 (a document uses only one passage with the pivot's "
-        "title): use a larger corpus, with a paragraph on each line, or ask for less",
+        "title): use a larger corpus (in a .txt file, a paragraph on each line), or ask for less",
     ),
     (
         "memtrain", "--corpus {bad}/field.jsonl",
@@ -249,6 +249,10 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "file is split",
     ),
     (
+        "memtrain", "--task longqa --eval-questions {bad}/strings.json",
+        "--eval-questions {bad}/strings.json: record 1 is not a JSON object",
+    ),
+    (
         "memtrain", "--objectives 1",
         "--objectives: --task memtrain asks no questions; add --task longqa or --task searchqa",
     ),
@@ -262,14 +266,14 @@ MISTAKES = [  # script, arguments, and the whole line that they get
         "memtrain", "--model=~/missing",
         "--model {home}/missing: no such folder (a model on the hub is called OWNER/NAME)",
     ),
-    ("memtrain", "--corpus {bad}/page.txt", "--corpus {bad}/page.txt: is HTML; save it as plain text"),
+    ("memtrain", "--corpus {bad}/page.txt", "--corpus {bad}/page.txt: is HTML or XML; save it as plain text"),
     (
         "memtrain", "--corpus {bad}/wrapped.json",
         "--corpus {bad}/wrapped.json: line 1: no field 'text', its fields are data; save the list in 'data' alone",
     ),
     (
         "memtrain", "--corpus {bad}/one_title.jsonl",
-        "no passage with an entity is left for the split 'train', as the corpus has 1 titles: use a larger corpus, or "
+        "no passage with an entity is left for the split 'train'; of 1 titles, 1 are held out: use a larger corpus, or "
         "change --heldout",
     ),
     (
@@ -278,7 +282,7 @@ MISTAKES = [  # script, arguments, and the whole line that they get
     ),
     (
         "eval", "--lengths 900 --eval-documents 2",
-        "no document could be built at any length, so nothing was evaluated; give other --lengths",
+        "no document could be built at any length: use a larger corpus, or other --lengths",
     ),
     (
         "memtrain", "--task longqa --questions {bad}/half.json",
@@ -394,9 +398,8 @@ def test_a_mistake_gets_its_line(bad, tmp_path, script, arguments, message):
     done = command(*arguments, *([] if "--out" in arguments else ["--out", out]), script=script)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    for path, name in ((bad, "bad"), (ROOT, "root"), (Path.home(), "home")):
-        last = last.replace(str(path), f"{{{name}}}")
-    assert last == f"error: {message}"
+    wanted = message.replace("{bad}", str(bad)).replace("{root}", str(ROOT)).replace("{home}", str(Path.home()))
+    assert last == f"error: {wanted}"
     left = {path for path in files(tmp_path) if ".entities" not in path.parts}
     assert left <= {tmp_path / "run", tmp_path / "run/config.json"} and files(bad) == held
 

@@ -1,6 +1,7 @@
 """experiments/begin.py and reproduce-tiny.sh: the questions of each seed, and a reproduction that was stopped."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,6 +131,14 @@ def test_a_stopped_reproduction_resumes(tmp_path, stops_at, code):
     at_once = [line.split() for line in (tmp_path / "log-at-once").read_text().splitlines()]
     assert (max(int(number) for number, _ in at_once) > 1) == (len(os.sched_getaffinity(0)) > 1)
     assert {threads for _, threads in at_once} == {"1"}
+    for name, words in (  # 32 chunks at two steps; the other rate at one length, up to the budget
+        ("0/qa/base-16", "--lengths 4 16 32"), ("0/qa/base-8", "--lengths 4 16"),
+        ("0/qa/memtrain-other-8", "--lengths 16"),
+    ):
+        (one,) = [" ".join(call) for call in calls if f"{tmp_path}/out/{name}.part" in call][-1:]
+        assert f" {words} " in one or one.endswith(words)
+    (other,) = [" ".join(call) for call in calls if f"{tmp_path}/out/0/base-other" in call]
+    assert re.findall("--lr (\\S+)", other)[-1] == "4e-4" and re.findall("--steps (\\d+)", other)[-1] == "16"
     assert len(trained) == 4 * (2 + 2 + 2 + 1) + 3 * (2 + 2 + 2 + 2)  # the claim's; ablations, labels, search QA
     assert sum("/qa/base-" in out for out in set(outs)) == 4 * (1 + 5 + 4) + 3 * (1 + 3)
     asked = {call[call.index("--out") + 1].split(".part")[0]: " ".join(call) for call in calls}

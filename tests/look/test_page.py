@@ -154,7 +154,7 @@ def test_the_page_opens_on_a_document_before_and_after(before, after, shown):
 
 @pytest.mark.skipif(not chromium, reason="no Chromium is installed")
 def test_a_browser_opens_on_the_last_step(run):
-    """The steps offered are all that were sampled."""
+    """Of two sampled steps it shows the later one."""
     lines = [SAMPLE, SAMPLE | {"step": 9}]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert 'class="panel on" data-sample="1" data-step="step 9"' in opened(run / "page.html", write(run).read_text())

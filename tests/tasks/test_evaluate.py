@@ -115,6 +115,8 @@ def test_rows_say_what_the_answers_were(monkeypatch):
         assert row["scores"] == scores and row["accuracy"] == pytest.approx(sum(scores) / 3)
         assert (row["f1"], row["substring"]) == (pytest.approx(f1), pytest.approx(substring))
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+    said = {row["chunks"]: [one["prediction"] for one in row["said"]] for row in rows if row["memory"] == "kept"}
+    assert said == {2: ["A0", "A99", "A2"], 4: ["A0", "A1", "A2"]} and sum("said" in row for row in rows) == 2
 
     config = Config(task="searchqa", eval_documents=2)
     rows = evaluate_questions(None, agent, Made(), config, "now", [2])

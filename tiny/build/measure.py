@@ -2,10 +2,10 @@
 
     python -m tiny.build.measure [MODEL]
 
-Skills, greedy, each by itself, beside the least that it should reach; those of reading, told nothing. Whole readings,
-greedy: told to focus, which is the ceiling of what a policy can reach from here, and told nothing. Then, sampled, what
-decides whether GRPO has anything to learn from: end-to-end and recall on training documents, and questions of
-tiny/questions.jsonl, of one hop and two, each answered by reading its ten paragraphs. Last, some memories, to be read.
+Skills, greedy, each by itself, beside the least that it should reach; then those of reading, told nothing. Whole
+readings, greedy: told to focus, which is the ceiling of what a policy can reach from here, and told nothing. Then,
+sampled, what decides whether GRPO has anything to learn from: end-to-end and recall on training documents, and
+questions of tiny/questions.jsonl, of one hop and two, each answered by reading its ten paragraphs. Last, some memories.
 """
 
 import random
