@@ -127,6 +127,11 @@ class Config:
         return self.corpus or str(ROOT / "tiny" / passages)
 
     @property
+    def asks_tiny(self) -> bool:
+        """Whether --questions is the tiny default's file, also for a run made in another folder."""
+        return Path(self.questions).match("tiny/questions.jsonl")
+
+    @property
     def cache(self) -> Path:
         """The folder of cached entities, shared by all runs in the same parent folder."""
         return Path(self.out or "runs/none").parent / ".entities"
@@ -311,9 +316,8 @@ def check(config: Config) -> None:
 def check_of_task(config: Config) -> None:
     """Raises UserError for a setting of questions or searches that the task would ignore."""
     for name in IGNORED[config.task]:
-        given = getattr(config, name)
-        own = name == "questions" and Path(given).match("tiny/questions.jsonl")  # a run made in another folder
-        if given != getattr(Config, name) and not own:
+        default = config.asks_tiny if name == "questions" else getattr(config, name) == getattr(Config, name)
+        if not default:
             why = "doesn't search; add --task searchqa"
             if config.task == "memtrain":
                 why = "asks no questions; add --task longqa or --task searchqa"

@@ -35,12 +35,11 @@ def load_questions_task(config: Config, tokenizer, left_out: Counter | None = No
             other = load(config.eval_questions)
     with flag_named("--questions"):
         questions = split_questions(load(config.questions), other, key)
-    own = not Path(config.questions).match("tiny/questions.jsonl")
     if config.task == "longqa":
         needed, use = any(question.context is None for question in questions["train"]), "fills the texts"
     else:
         needed, use = config.retriever == "bm25", "is searched"
-    if own and needed and not config.corpus:
+    if needed and not config.corpus and not config.asks_tiny:
         tell(f"--corpus: not given, so the tiny default's {Path(config.corpus_name).name} {use}")
     if config.task == "longqa":
         pool = measured([(passage.title, passage.text) for passage in load_text(config, left_out)], tokenizer)
